@@ -36,6 +36,7 @@ import errno
 import functools
 import heapq
 import html
+import http.client
 import http.server
 import ipaddress
 import json
@@ -49,13 +50,14 @@ import resource
 import selectors
 import signal
 import socket
+import socketserver
 import struct
 import sys
 import threading
 import time
 import zlib
-from collections.abc import Callable, Mapping
-from datetime import datetime, timezone
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from datetime import datetime, timedelta, timezone
 
 VERSION = "1.0.0"
 RELEASED = 1795305600  # 2026-11-22: a machine whose clock is before this is wrong, and sets no device's clock
@@ -1865,6 +1867,14 @@ def is_global(host: str) -> bool:
     return address.is_global and not address.is_multicast
 
 
+def is_this_machine(host: str) -> bool:
+    """Whether an address is one of this machine's: then a socket can be bound to it."""
+    with contextlib.suppress(OSError), socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        probe.bind((host, 0))
+        return True
+    return False
+
+
 class Unresolved(OSError):
     """A name that cannot be resolved; `reason` is the label of the failures counter."""
 
@@ -2478,11 +2488,8 @@ class Network:
         """Whether an address is one where this exporter listens."""
         if endpoint.sockaddr[1] not in {sock.getsockname()[1] for sock in self.listening} | self.http_ports:
             return False
-        with socket.socket(endpoint.family, socket.SOCK_DGRAM) as probe:
-            try:
-                probe.bind((endpoint.sockaddr[0], 0))
-            except OSError:
-                return False  # an address that is not this machine's
+        if not is_this_machine(endpoint.sockaddr[0]):
+            return False
         hosts = {plain(sock.getsockname()[0]) for sock in self.listening}
         return bool(hosts & {"0.0.0.0", "::", plain(endpoint.sockaddr[0])})
 
@@ -2880,6 +2887,701 @@ SAFE_HEADERS = {
 }
 
 
+# ------------------------------------------------------------------------------------------------------- simulator
+
+
+class House:
+    """A simulated household with a roof: power in W, energy in Wh, by a clock that its user moves on."""
+
+    def __init__(self, seed: int = 1) -> None:
+        self.random = random.Random(seed)
+        self.clock: datetime | None = None
+        self.generation = self.load = 0.0
+        self.day, self.uptime, self.total = 0.0, 1667.0, 2_064_200.0  # of the inverter: Wh today, h, Wh
+        self.energy = {"export": 270_780.0, "generation": 579_410.0, "import": 801_550.0, "standby": 70.0, "up": 783_400.0, "down": 734_840.0}
+        self._cloud = 0.2
+
+    @property
+    def export(self) -> float:
+        """What goes to the grid; negative while it is bought."""
+        return self.generation - self.load
+
+    @property
+    def daylight(self) -> bool:
+        """Whether the inverter is awake."""
+        return self.generation > 0
+
+    def move(self, clock: datetime) -> None:
+        """Let time pass until clock, at the powers of before, and find those of now."""
+        hours = (clock - self.clock).total_seconds() / 3600 if self.clock else 0.0
+        flows = {"export": self.export, "generation": self.generation, "import": -self.export, "standby": -self.generation}
+        flows.update(up=self.generation + self.export, down=-self.generation - self.export)
+        for name, power in flows.items():
+            self.energy[name] += max(power, 0) * hours
+        if self.clock and clock.date() != self.clock.date():
+            self.day = 0.0
+        if self.daylight:
+            self.day, self.total, self.uptime = self.day + self.generation * hours, self.total + self.generation * hours, self.uptime + hours
+        self.clock = clock
+        self._weather(clock.hour + clock.minute / 60 + clock.second / 3600)
+
+    def _weather(self, hour: float) -> None:
+        self._cloud = min(max(self._cloud + self.random.uniform(-0.12, 0.12), 0), 0.85)
+        height = math.sin(math.pi * (hour - 6.5) / 12.5) if 6.5 < hour < 19 else 0
+        self.generation = round(3000 * height**1.3 * (1 - 0.8 * self._cloud), 0) if height > 0.02 else -7.0
+        evening = 900 * math.exp(-((hour - 19.5) ** 2) / 4) + 700 * math.exp(-((hour - 7.5) ** 2) / 1.5)
+        kettle = 1800 if 6 < hour < 22 and self.random.random() < 0.06 else 0
+        self.load = round(220 + evening + kettle + self.random.uniform(0, 90), 0)
+
+
+def words(number: float, count: int) -> tuple[int, ...]:
+    """A whole number as big-endian registers, two's complement."""
+    raw = int(number) & (1 << 16 * count) - 1
+    return tuple(raw >> 16 * i & 0xFFFF for i in reversed(range(count)))
+
+
+def text_words(text: str, count: int) -> tuple[int, ...]:
+    """ASCII text in registers, filled up with NUL."""
+    return struct.unpack(f">{count}H", text.encode("ascii").ljust(2 * count, b"\0"))
+
+
+class Simulated:
+    """A simulated device of a house. live is empty while the device is off."""
+
+    cls, serial = 0, ""
+
+    def __init__(self, house: House) -> None:
+        self.house = house
+
+    def settings(self) -> list[tuple[int, tuple[int, ...]]]:
+        raise NotImplementedError
+
+    def live(self) -> list[tuple[int, tuple[int, ...]]]:
+        raise NotImplementedError
+
+
+class SimulatedMeter(Simulated):
+    """A HomeKit 1000: channel 1 is the grid, channel 2 the inverter."""
+
+    cls, serial = METER, "91000HKU00000001"
+
+    def settings(self) -> list[tuple[int, tuple[int, ...]]]:
+        return [(4608, (12, *text_words("20001,tcp.goodwe-power.com", 15))), (4864, (*text_words("02053-05-000Me05", 8), 0, 4))]
+
+    def live(self) -> list[tuple[int, tuple[int, ...]]]:
+        house = self.house
+        volts = 231.0 + house.export / 1500
+        out, solar = house.export, house.generation
+        energy = [int(house.energy[name] / 10) for name in ("export", "generation", "up", "import", "standby", "down")]
+        exported, generated, up, imported, standby, down = (words(number, 3) for number in energy)
+        counters = (*exported, *generated, 0, 0, 0, *up, *imported, *standby, 0, 0, 0, *down)
+        amperes = (*words(abs(out) * 100 / volts, 2), *words(abs(solar) * 100 / volts, 2), 0, 0)
+        powers = (*words(out, 2), *words(solar, 2), 0, 0, *words(out + solar, 2))
+        return [(2048, counters), (2096, (int(volts * 10), int(volts * 10) + 1, 0, *amperes, *powers)), (5376, (25600, 0, 0, 71))]
+
+
+class SimulatedInverter(Simulated):
+    """A DNS G3: one string, one phase, off at night."""
+
+    cls, serial = GRID_TIED, "53000DSC00000001"
+
+    def settings(self) -> list[tuple[int, tuple[int, ...]]]:
+        return [(30221, text_words("410-02065-04", 6)), (40075, text_words("tcp.goodwe-power.com", 26))]
+
+    def live(self) -> list[tuple[int, tuple[int, ...]]]:
+        house = self.house
+        if not house.daylight or not house.clock:
+            return []
+        power, volts = house.generation, 231.0 + house.generation / 1500
+        string = 250 + 90 * min(power / 600, 1)
+        stamp = struct.unpack(">3H", time_stamp(house.clock))
+        none = (0xFFFF,)
+        values = (
+            *(int(string * 10), int(power * 10.3 / string), 0, 0), *none * 11,
+            *(int(volts * 10), *none * 2, int(power * 10 / volts), *none * 2, 5001, *none * 2),
+            *words(power, 2), 1, *words(0, 2), 0, *words(power * 1.01, 2), *words(-power / 20, 2), *none * 2, 990, *none,
+            *(250 + int(power / 12), *none * 2, int(house.day / 100), *words(house.total / 100, 2), *words(house.uptime, 2), 85),
+        )  # fmt: skip
+        return [(30100, (*stamp, *values)), (30163, (3800,)), (30172, (59,))]
+
+
+
+
+def simulated_frame(device: Simulated, function: int, when: datetime) -> bytes:
+    """A frame of the device as it is now, with the time `when`; nothing while it is off."""
+    ranges = device.settings() if function == SETTINGS else device.live()
+    stamp = time_stamp(when)
+    packet = Packet(OUTBOUND, f"{device.cls:02x}{function:02x}", device.serial, device_iv(stamp), stamp, payload(ranges))
+    return encode(packet) if ranges else b""
+
+
+class SimulatedConnection(threading.Thread):
+    """Simulated devices of one house, each with its connection, until `stop`; they connect again when that is lost."""
+
+    def __init__(self, target: tuple[str, int], devices: list[Simulated], interval: float, speed: float, start: datetime) -> None:
+        super().__init__(name="simulator", daemon=True)
+        self.target, self.devices, self.interval, self.speed, self.start_time = target, devices, interval, speed, start
+        self.stopped = threading.Event()
+        self._sockets: dict[str, socket.socket] = {}
+
+    def run(self) -> None:
+        begin = time.monotonic()
+        while not self.stopped.is_set():
+            house = self.devices[0].house
+            house.move(self.start_time + timedelta(seconds=(time.monotonic() - begin) * self.speed))
+            for device in self.devices:
+                try:
+                    self._report(device)
+                except OSError as error:
+                    log.debug("simulated %s: %s", device.serial, error)
+                    self._forget(device.serial)
+            self.stopped.wait(self.interval)
+        for serial in list(self._sockets):
+            self._forget(serial)
+
+    def stop(self) -> None:
+        self.stopped.set()
+        self.join()
+
+    def _report(self, device: Simulated) -> None:
+        now = datetime.now()
+        sock = self._sockets.get(device.serial)
+        if sock is None:
+            sock = self._sockets[device.serial] = socket.create_connection(self.target, timeout=5)
+            sock.sendall(simulated_frame(device, SETTINGS, now))
+        sock.sendall(simulated_frame(device, LIVE, now))
+        sock.settimeout(0)
+        with contextlib.suppress(BlockingIOError):
+            while sock.recv(4096):
+                pass
+            raise ConnectionResetError("closed by the peer")
+        sock.settimeout(5)
+
+    def _forget(self, serial: str) -> None:
+        if serial in self._sockets:
+            self._sockets.pop(serial).close()
+
+
+class LocalPortal(socketserver.ThreadingTCPServer):
+    """A stand-in for the portal: it answers as the real one does."""
+
+    allow_reuse_address = daemon_threads = True
+
+    def __init__(self, host: str = "127.0.0.1", port: int = 0) -> None:
+        super().__init__((host, port), LocalPortalConnection)
+        threading.Thread(target=self.serve_forever, name="portal", daemon=True).start()
+
+
+class LocalPortalConnection(socketserver.BaseRequestHandler):
+    def handle(self) -> None:
+        framer = Framer(OUTBOUND)
+        with contextlib.suppress(OSError):
+            while data := self.request.recv(RECV_SIZE):
+                for piece in framer.feed(data, time.monotonic()):
+                    if piece.kind == "frame":
+                        size = size_of(piece)
+                        with contextlib.suppress(ProtocolError):
+                            reply = answer(address(piece.data[: min(OUTBOUND.head, size)], size, OUTBOUND), datetime.now(), True)
+                            self.request.sendall(reply * piece.count)
+
+
+def simulate(arguments: list[str]) -> int:
+    """Simulated devices towards an exporter or a portal."""
+    parser = Parser(prog="sems_mitm.py simulate", description=simulate.__doc__, allow_abbrev=False)
+    parser.add_argument("target", metavar="HOST:PORT", nargs="?", help="where the devices connect")
+    parser.add_argument("--interval", type=float, default=60, help="seconds between packets [60]")
+    parser.add_argument("--speed", type=float, default=1, help="how fast the simulated day goes [1]")
+    parser.add_argument("--houses", type=int, default=1, help="households, each with a HomeKit 1000 and a DNS G3 [1]")
+    parser.add_argument("--capture", metavar="FILE", help="instead of connecting, write a capture of --days days until now to FILE")
+    parser.add_argument("--days", type=float, default=3, help="length of that capture [3]")
+    given = parser.parse_args(arguments)
+    if bool(given.target) == bool(given.capture) or given.interval <= 0 or given.speed <= 0 or not 0 < given.houses <= 1000 or given.days <= 0:
+        raise UsageError("simulate wants HOST:PORT or --capture FILE, and numbers above 0")
+    if given.capture:
+        return simulate_capture(given.capture, given.days, given.interval)
+    try:
+        target = portal_endpoint(given.target)
+    except ValueError as error:
+        raise UsageError(f"{given.target!a}: {error}") from None
+    connections = [SimulatedConnection(target, simulated_house(i), given.interval, given.speed, datetime.now()) for i in range(given.houses)]
+    for connection in connections:
+        connection.start()
+    print(f"{2 * given.houses} simulated devices towards {endpoint_text(target)}; Ctrl-C stops them", flush=True)
+    wait_for_signal()
+    for connection in connections:
+        connection.stop()
+    return 0
+
+
+def simulated_house(number: int) -> list[Simulated]:
+    """The devices of a house; each house has serial numbers of its own."""
+    house = House(number)
+    devices: list[Simulated] = [SimulatedMeter(house), SimulatedInverter(house)]
+    for device in devices:
+        device.serial = device.serial[:8] + f"{number + 1:08d}"
+    return devices
+
+
+def simulate_capture(path: str, days: float, interval: float) -> int:
+    """Write what the devices of a house would have sent in the days until now; live packets, each at its own time."""
+    devices, end = simulated_house(0), time.time()
+    with open(path, "w", encoding="ascii") as file:
+        wall = end - days * 86400
+        while wall <= end:
+            when = datetime.fromtimestamp(wall)
+            devices[0].house.move(when)
+            for device in devices:
+                frame = simulated_frame(device, LIVE, when)
+                file.write(capture_line(wall, "127.0.0.1:1", OUTBOUND.name, "forwarded", frame) if frame else "")
+            wall += interval
+    return 0
+
+
+def wait_for_signal() -> None:
+    """Until SIGINT or SIGTERM."""
+    stopped = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: stopped.set())
+    stopped.wait()
+
+
+def demo(arguments: list[str]) -> int:
+    """No hardware and no cloud: a local portal, two simulated devices and the exporter between them."""
+    Parser(prog="sems_mitm.py demo", description=demo.__doc__).parse_args(arguments)
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
+    portal = LocalPortal()
+    port = portal.server_address[1]
+    settings = serve_settings([f"--sems.upstream=127.0.0.1:{port}"], {})
+    settings.listen_address, settings.web_address = free_endpoint("127.0.0.1", 20001), free_endpoint("", 14028)
+    _, network, web = started(settings)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: network.stop())
+    morning = datetime.now().replace(hour=8, minute=0, second=0, microsecond=0)
+    devices = SimulatedConnection(("127.0.0.1", network.port), simulated_house(0), 1, 360, morning)
+    devices.start()
+    print(DEMO_TEXT.format(web=web.port, devices=network.port, portal=port), flush=True)
+    network.run()
+    devices.stop()
+    web.close()
+    portal.shutdown()
+    print("stopped")
+    return 0
+
+
+DEMO_TEXT = """A HomeKit 1000 and a DNS G3 send a solar day that takes four minutes.
+
+  open  http://localhost:{web}/             the page
+        http://localhost:{web}/metrics      what Prometheus scrapes
+        http://localhost:{web}/api/devices  the same as JSON
+
+devices -> 127.0.0.1:{devices} -> exporter -> 127.0.0.1:{portal}, a local portal. Ctrl-C stops it all."""
+
+
+def free_endpoint(host: str, port: int) -> tuple[str, int]:
+    """The first port from `port` on that can be listened on. Raises UsageError."""
+    for number in range(port, port + 100):
+        try:
+            for sock in listeners(host, number):
+                sock.close()
+        except OSError:
+            continue
+        return host, number
+    raise UsageError(f"no free port from {port} on")
+
+
+# ---------------------------------------------------------------------------------------------------------- decode
+
+
+def stretches(sources: list[str]) -> Iterator[tuple[str, bytes]]:
+    """(direction or "", bytes) of each argument of decode: - is standard input, a file is read, all else is hex.
+
+    Raises UsageError for what is neither.
+    """
+    typed = ""
+    for source in sources:
+        if source == "-" or os.path.isfile(source):
+            yield from file_stretches(read_file(source))
+        else:
+            typed += f"{source} "
+    if typed:
+        yield "", from_hex(typed)
+
+
+def read_file(path: str) -> bytes:
+    try:
+        if path == "-":
+            return sys.stdin.buffer.read()
+        with open(path, "rb") as file:
+            return file.read()
+    except OSError as error:
+        raise UsageError(f"{path}: {error.strerror}") from None
+
+
+def file_stretches(data: bytes) -> Iterator[tuple[str, bytes]]:
+    """A capture's records, whole JSON or a line each, whatever is cut skipped; or hex; or the bytes themselves."""
+    text = data.decode("latin-1")
+    if not text.lstrip().startswith(("{", "[")):
+        yield "", data if OUTBOUND.prefix in data else from_hex(text)
+        return
+    try:
+        whole = json.loads(text)
+        records = whole if isinstance(whole, list) else [whole]
+    except (ValueError, RecursionError):
+        records = [record(line) for line in text.splitlines()]
+    for entry in records:
+        if isinstance(entry, dict) and isinstance(entry.get("hex"), str):
+            with contextlib.suppress(UsageError):
+                yield str(entry.get("direction", "")), from_hex(entry["hex"])
+
+
+def record(line: str) -> object:
+    """A line of a capture; None if it is cut."""
+    with contextlib.suppress(ValueError, RecursionError):
+        return json.loads(line)
+    return None
+
+
+def from_hex(text: str) -> bytes:
+    """Bytes of hex digits in any spacing. Raises UsageError."""
+    digits = re.sub(r"0x|\\x|[\s,:;|\"'-]", "", text)
+    try:
+        return bytes.fromhex(digits)
+    except ValueError:
+        raise UsageError(f"neither a file nor whole bytes in hex: {text.strip()[:40]!a}") from None
+
+
+def pieces_of(direction: str, data: bytes) -> list[tuple[Wire, Piece]]:
+    """What is in captured bytes: of the direction, or of both if that is not known."""
+    if direction == INBOUND.name:
+        return [(INBOUND, piece) for piece in cut(INBOUND, data)]
+    found = []
+    for piece in cut(OUTBOUND, data):
+        inward = [] if direction or piece.kind == "frame" else cut(INBOUND, piece.data)
+        better = any(other.kind in ("frame", "keepalive") for other in inward)
+        found += [(INBOUND, other) for other in inward] if better else [(OUTBOUND, piece)]
+    return found
+
+
+def cut(wire: Wire, data: bytes) -> list[Piece]:
+    """The pieces of a whole stream, each frame by itself."""
+    framer = Framer(wire)
+    return [
+        Piece(piece.kind, piece.data[at : at + size_of(piece)], 1)
+        for piece in framer.feed(data, 0) + framer.close(0)
+        for at in range(0, len(piece.data), size_of(piece))
+    ]
+
+
+def described(wire: Wire, piece: Piece, told: dict[str, str]) -> dict:
+    """A piece as decode prints it. told: serial number to the model name that the device gave."""
+    keys = ("direction", "type", "serial", "model", "time", "crc_ok", "envelope", "blocks", "values", "error", "hex")
+    found: dict = dict.fromkeys(keys)
+    found.update(direction=wire.name, type=piece.kind, crc_ok=piece.kind == "frame", hex=piece.data.hex())
+    if piece.kind in ("junk", "keepalive"):
+        found.update(crc_ok=None, error="no frame" if piece.kind == "junk" else None)
+        return found
+    if piece.kind == "malformed":
+        found["error"] = "bad checksum, or cut"
+    try:
+        where = address(piece.data[: min(wire.head, len(piece.data))], len(piece.data), wire)
+        packet = decode(piece.data, wire)
+        found.update(type=where.type, serial=where.serial, model=model(where.serial, told.get(where.serial, "")))
+        found.update(envelope={LONG: "long", SHORT: "short", ANSWER: "answer"}[where.form])
+        stamp = device_time(packet.time or packet.iv[:6] if wire is OUTBOUND else packet.iv[5::-1])
+        found.update(time=stamp and stamp.isoformat())
+        found.update(contents(where, packet))
+    except ProtocolError as error:
+        found["error"] = found["error"] or str(error)
+    return found
+
+
+def contents(where: Address, packet: Packet) -> dict:
+    """blocks and values of a packet. Raises ProtocolError."""
+    if packet.wire is INBOUND:
+        meaning = allowed(where, packet.clear, {where.cls, *CLOCK})
+        first, last = struct.unpack_from(">HH", packet.clear)
+        clock = device_time(packet.clear[4:10])
+        write = {"first_register": first, "last_register": last, "clock": clock and clock.isoformat()} if where.type == CLOCK_TYPE else {}
+        return {"values": {"meaning": meaning or "not let through", **write, "clear": packet.clear.hex()}}
+    if where.function == CONFIRMATION:
+        first, last, status = struct.unpack_from(">HHB", packet.clear)
+        return {"values": {"first_register": first, "last_register": last, "status": status}}
+    if where.function not in DATA:
+        return {"values": {"clear": packet.clear.hex()}}
+    ranges = blocks(packet.clear)
+    all_words = {first + i: word for first, block in ranges for i, word in enumerate(block)}
+    taken = reading(family(where.cls, where.serial), all_words)
+    kind = "meter" if where.cls == METER else "inverter"
+    values: dict = {f"{metric}{{{labels}}}" if labels else metric: number for (metric, labels), number in taken.values.items()}
+    values.update({f'{kind}_unknown_register{{register="{register}"}}': word for register, word in taken.unknown.items()})
+    shown = [{"first": first, "last": first + len(block) - 1, "words": list(block)} for first, block in ranges]
+    return {"blocks": shown, "values": {**values, **taken.info}}
+
+
+def redacted(wire: Wire, piece: Piece, aliases: dict[bytes, bytes]) -> Piece:
+    """The piece with other serial numbers, in clear and in cipher, its CRC good or bad as it was."""
+    data = piece.data
+    if piece.kind not in ("frame", "malformed"):
+        return piece._replace(data=replaced(data, aliases))
+    try:
+        packet = decode(data, wire)
+    except ProtocolError:
+        return piece._replace(data=replaced(data, aliases))
+    serial = aliases[packet.serial.encode()].decode()
+    frame = encode(packet._replace(serial=serial, clear=replaced(packet.clear, aliases)))
+    if piece.kind == "malformed":
+        frame = frame[:-1] + bytes([frame[-1] ^ 1])
+    return piece._replace(data=frame)
+
+
+def replaced(data: bytes, aliases: dict[bytes, bytes]) -> bytes:
+    for serial, alias in aliases.items():
+        data = data.replace(serial, alias)
+    return data
+
+
+def decode_command(arguments: list[str]) -> int:
+    """Captured bytes, hex or capture files, as one JSON object a frame."""
+    parser = Parser(prog="sems_mitm.py decode", description=decode_command.__doc__, allow_abbrev=False)
+    parser.add_argument("source", metavar="FILE|-|HEX", nargs="+", help="capture files, files with hex, - for standard input, or hex in any spacing")
+    parser.add_argument("--redact", action="store_true", help="with other serial numbers, everywhere, so that it can go into a bug report")
+    given = parser.parse_args(arguments)
+    found = [entry for direction, data in stretches(given.source) for entry in pieces_of(direction, data)]
+    told: dict[str, str] = {}
+    aliases: dict[bytes, bytes] = {}
+    for wire, piece in found:
+        with contextlib.suppress(ProtocolError):
+            packet = decode(piece.data, wire)
+            serial = packet.serial.encode()
+            aliases.setdefault(serial, serial[:8] + f"{len(aliases) + 1:08d}".encode())
+            if wire is OUTBOUND and piece.kind == "frame":
+                name = info(registers(packet.clear)).get("model")
+                alias = aliases[serial].decode()
+                told.update({packet.serial: name, alias: name} if name else {})
+    for wire, piece in found:
+        print(json.dumps(described(wire, redacted(wire, piece, aliases) if given.redact else piece, told)))
+    return 0
+
+
+# -------------------------------------------------------------------------------------------------------- backfill
+
+Sample = dict  # of a series: seconds since 1970 to number
+
+
+class Calendar:
+    """Local times of one device to UTC, in the order in which they arrived.
+
+    In the hour that a clock change repeats, a time is of the first pass until the times step back; where the device sends
+    the newest first, of the second pass until they step forward.
+    """
+
+    def __init__(self) -> None:
+        self.last: tuple[datetime, bytes] | None = None
+        self.falling = False
+        self.fold: int | None = None  # while in the repeated hour
+
+    def utc(self, when: datetime, frame: bytes) -> float:
+        """Seconds since 1970 of a frame's time."""
+        first, second = when.timestamp(), when.replace(fold=1).timestamp()
+        repeated = first < second and datetime.fromtimestamp(first) == when.replace(fold=0)
+        last, self.last = self.last, (when, frame)
+        if last and last[0] != when and not (repeated and self.fold is not None):
+            self.falling = when < last[0]
+        if not repeated:
+            self.fold = None
+        elif self.fold is None or last is None:
+            self.fold = int(self.falling)
+        elif last[1] != frame and (when == last[0] or (when < last[0]) != self.falling):
+            self.fold = 1 - int(self.falling)
+        return second if repeated and self.fold else first
+
+
+def history(sources: Iterable[tuple[str, bytes]], extra: str) -> dict[str, dict[str, Sample]]:
+    """Metric to series (labels) to samples, of the readings in captures."""
+    frames = [piece.data for direction, data in sources for wire, piece in pieces_of(direction, data) if wire is OUTBOUND and piece.kind == "frame"]
+    told, calendars, found = {}, collections.defaultdict(Calendar), {name: {} for name in sorted(METRICS)}  # type: ignore[var-annotated]
+    packets = []
+    for frame in frames:
+        with contextlib.suppress(ProtocolError):
+            packet = decode(frame, OUTBOUND)
+            all_words = registers(packet.clear)
+            packets.append((frame, packet, all_words))
+            told.update({packet.serial: text for name, text in info(all_words).items() if name == "model"})
+    for frame, packet, all_words in packets:
+        cls, function, when = int(packet.type[:2], 16), int(packet.type[2:], 16), device_time(packet.time)
+        if function not in (LIVE, BUFFERED) or when is None:
+            continue
+        device = Device("meter" if cls == METER else "inverter", packet.serial, 0)
+        device.told = told.get(packet.serial, "")
+        seconds = calendars[packet.serial, function].utc(when, frame)
+        for (metric, labels), number in reading(family(cls, packet.serial), all_words).values.items():
+            series = ",".join(part for part in (device.labels, labels, extra) if part)
+            found[metric].setdefault(series, {})[seconds] = number
+    return found
+
+
+def openmetrics(found: dict[str, dict[str, Sample]]) -> Iterator[str]:
+    """OpenMetrics text: families together, the samples of a series by time, # EOF at the end."""
+    for metric, series in found.items():
+        if series:
+            kind, help_text = METRICS[metric]
+            name = metric[: -len("_total")] if kind == "counter" else metric
+            yield f"# HELP {name} {help_text}\n# TYPE {name} {kind}\n"
+        for labels, samples in series.items():
+            yield "".join(f"{metric}{{{labels}}} {number} {seconds:.0f}\n" for seconds, number in sorted(samples.items()))
+    yield "# EOF\n"
+
+
+def backfill(arguments: list[str]) -> int:
+    """Capture files as OpenMetrics text for promtool tsdb create-blocks-from openmetrics."""
+    parser = Parser(prog="sems_mitm.py backfill", description=backfill.__doc__, allow_abbrev=False)
+    parser.add_argument("file", metavar="FILE", nargs="+", help="files of --sems.backfill or --sems.capture, - for standard input")
+    parser.add_argument("--job", help="value of a label job, as your Prometheus gives it to this exporter")
+    parser.add_argument("--instance", help="value of a label instance")
+    given = parser.parse_args(arguments)
+    for path in given.file:
+        if path != "-" and not os.path.isfile(path):
+            raise UsageError(f"{path}: no such file")
+    extra = ",".join(label(name, value) for name, value in (("job", given.job), ("instance", given.instance)) if value)
+    sys.stdout.writelines(openmetrics(history(stretches(given.file), extra)))
+    return 0
+
+
+# ---------------------------------------------------------------------------------------------------------- doctor
+
+OK, WARN, FAIL = "ok", "warn", "fail"
+Finding = collections.namedtuple("Finding", "state text step", defaults=("",))
+
+
+def doctor(arguments: list[str]) -> int:
+    """Check the set-up and say what to do next; takes the flags of serve."""
+    settings = serve_settings(arguments, os.environ)
+    findings = [*port_findings(settings), *clock_findings(time.time(), os.environ.get("TZ")), *device_findings(settings)]
+    if settings.mode == LOCAL:
+        findings.append(Finding(OK, "mode local: no portal is needed"))
+    else:
+        findings += [*name_findings(settings), portal_finding(settings)]
+    for finding in findings:
+        print(f"{finding.state:4}  {finding.text}" + (f"\n      -> {finding.step}" if finding.step else ""))
+    counts = collections.Counter(finding.state for finding in findings)
+    print(f"\n{counts[OK]} ok, {counts[WARN]} to look at, {counts[FAIL]} to mend")
+    return 1 if counts[FAIL] else 0
+
+
+def port_findings(settings: Settings) -> Iterator[Finding]:
+    """Whether the two ports are free, or the exporter has them."""
+    running = local_get(settings, "/-/healthy") is not None
+    for name, address in (("sems.listen-address", settings.listen_address), ("web.listen-address", settings.web_address)):
+        where = endpoint_text(address)
+        try:
+            for sock in listeners(*address):
+                sock.close()
+            free = Finding(OK, f"port {where} is free")
+            stopped = Finding(WARN, f"port {where} is free, though an exporter runs", f"start doctor with the exporter's --{name}")
+            yield stopped if running else free
+        except OSError as error:
+            if running and error.errno == errno.EADDRINUSE:
+                yield Finding(OK, f"port {where} is in use, and an exporter runs")
+            else:
+                yield Finding(FAIL, f"port {where} cannot be had: {error.strerror or error}", f"end what uses it, or choose another with --{name}")
+
+
+def clock_findings(wall: float, zone: str | None) -> Iterator[Finding]:
+    """Whether local time can be told."""
+    local = time.strftime("%Y-%m-%d %H:%M:%S %Z", time.localtime(wall))
+    if wall < RELEASED:
+        yield Finding(FAIL, f"this machine's clock is wrong: {local}", "let it get the time from the network, and start again")
+    elif not zone_is_known(zone, os.path.exists):
+        yield Finding(FAIL, f"TZ={zone} is no time zone that this system knows", "install its time zones, or use a rule such as CET-1CEST,M3.5.0,M10.5.0/3")
+    else:
+        yield Finding(OK, f"local time is {local}")
+    if zone is None and time.timezone == 0 and not time.daylight:
+        yield Finding(WARN, "the time zone is UTC", "if you do not live there, set TZ: devices have local time")
+
+
+def device_findings(settings: Settings) -> Iterator[Finding]:
+    """What a running exporter has seen."""
+    body = local_get(settings, "/api/devices")
+    if body is None:
+        yield Finding(WARN, "no exporter runs on this machine", "start it: python3 sems_mitm.py")
+        return
+    devices = json.loads(body)["devices"]
+    for device in devices:
+        text = f"{device['model']} {device['full_serial']}: last packet {span(device['age_seconds'])} ago"
+        yield Finding(OK, text) if device["up"] else Finding(WARN, text, "an inverter is silent at night; otherwise look at its Wi-Fi, and power-cycle its module")
+    if not devices:
+        yield Finding(WARN, "no device has connected yet", "let the portal's name lead here, then power-cycle the device's module")
+
+
+def local_get(settings: Settings, path: str) -> bytes | None:
+    """What an exporter on this machine answers, None if there is none."""
+    host, port = settings.web_address
+    connection = http.client.HTTPConnection(host if host not in ("", "0.0.0.0", "::") else "127.0.0.1", port, timeout=3)
+    try:
+        connection.request("GET", path)
+        answered = connection.getresponse()
+        body = answered.read(1 << 20)
+        return body if answered.status == 200 and answered.getheader("Content-Security-Policy") else None
+    except (OSError, http.client.HTTPException):
+        return None
+    finally:
+        connection.close()
+
+
+def name_findings(settings: Settings) -> Iterator[Finding]:
+    """What the name services say of the portal."""
+    host, port = settings.upstream
+    if is_literal(host):
+        yield Finding(OK, f"the portal is given as {host}: no name service is asked")
+        return
+    system = sorted({plain(endpoint.sockaddr[0]) for endpoint in system_addresses(host, port)})
+    here = [address for address in system if is_this_machine(address)]
+    if here:
+        yield Finding(OK, f"this machine's name service says {host} is {', '.join(here)}: an override that leads here")
+    elif not system:
+        yield Finding(WARN, f"this machine's name service has no address for {host}", "if it is the one that your devices ask, add the override there")
+    elif any(map(is_global, system)):
+        text = f"this machine's name service says {host} is {', '.join(system)}: no override"
+        yield Finding(WARN, text, "fine if the devices ask another one, or are sent here by a DNAT rule or their own web page; else add the override")
+    else:
+        yield Finding(WARN, f"this machine's name service says {host} is {', '.join(system)}: not this machine", "if that is the override, it leads to the wrong address")
+    for server in settings.upstream_dns:
+        yield server_finding(server, host)
+
+
+def server_finding(server: tuple[str, int], host: str) -> Finding:
+    """What one server of --sems.upstream-dns says of the portal."""
+    where = endpoint_text(server)
+    try:
+        found = ask_dns(server, host)
+    except (OSError, UnicodeError) as error:
+        return Finding(WARN, f"{where} cannot be asked for {host}: {error}", "let --sems.upstream-dns name a server that this machine reaches")
+    if found is None:
+        return Finding(WARN, f"{where} does not answer for {host}", "a firewall may keep UDP port 53 closed; name another in --sems.upstream-dns")
+    if not found:
+        return Finding(WARN, f"{where} says that {host} does not exist", "look at --sems.upstream")
+    if not any(map(is_global, found)):
+        return Finding(FAIL, f"{where} says {host} is {', '.join(found)}: overridden too", "the router redirects all DNS; except this machine, or give --sems.upstream as an address")
+    return Finding(OK, f"{where} says {host} is {', '.join(found)}")
+
+
+def portal_finding(settings: Settings) -> Finding:
+    """Whether the portal can be reached."""
+    try:
+        host, port = settings.upstream
+        found = resolve(host, port, settings.upstream_dns)
+    except Unresolved as error:
+        return Finding(FAIL, str(error), "look at this machine's network and at --sems.upstream-dns; until then devices are decoded, and in mode forward not answered")
+    for candidate in found:
+        try:
+            with socket.create_connection(candidate.sockaddr[:2], timeout=5):
+                return Finding(OK, f"the portal answers at {endpoint_text(candidate.sockaddr)}")
+        except OSError as error:
+            why = error
+    text = f"the portal at {endpoint_text(found[-1].sockaddr)} cannot be reached: {why}"
+    return Finding(FAIL, text, "look at this machine's network and firewall; --sems.mode spool keeps what devices send until then")
+
+
 # ---------------------------------------------------------------------------------------------------- command line
 
 Settings = argparse.Namespace  # of serve: a value for each row of FLAGS, by its last column
@@ -3091,7 +3793,15 @@ def version(arguments: list[str]) -> int:
     return 0
 
 
-COMMANDS = {"serve": serve, "version": version}
+COMMANDS: dict[str, Callable[[list[str]], int]] = {
+    "serve": serve,
+    "demo": demo,
+    "simulate": simulate,
+    "decode": decode_command,
+    "backfill": backfill,
+    "doctor": doctor,
+    "version": version,
+}
 COMMANDS_TEXT = "\n".join(f"  {name:9} {(command.__doc__ or '').splitlines()[0]}" for name, command in COMMANDS.items())
 
 
