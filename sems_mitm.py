@@ -397,12 +397,16 @@ FIXED = (
     ("sems_mitm_file_errors_total", "file", ("capture", "backfill")),
 )
 
-Value = collections.namedtuple("Value", "register kind multiply divide series counter when")
+# A row as it is read: later are its registers behind the first, missing is the raw number that means "not available".
+Value = collections.namedtuple("Value", "register later missing number multiply divide series counter when")
 
 
-def _value(register, kind, scale, metric, labels, help_text, evidence, when=None) -> Value:
+def _value(family, register, kind, scale, metric, labels, help_text, evidence, when=None) -> Value:
+    count, signed, number = KINDS[kind]
     multiply, divide = (scale, 1) if scale >= 1 else (1, round(1 / scale))  # 66 / 10 is 6.6 to the last digit, 66 * 0.1 is not
-    return Value(register, KINDS[kind], multiply, divide, (metric, labels), metric.endswith("_total"), when)
+    missing = (1 << 16 * count) - 1 if family == "GRID" or not signed else None  # elsewhere -1 is a value
+    later = range(register + 1, register + count)
+    return Value(register, later, missing, number, multiply, divide, (metric, labels), metric.endswith("_total"), when)
 
 
 def _families() -> dict[str, tuple[str, str]]:
@@ -420,11 +424,11 @@ def _families() -> dict[str, tuple[str, str]]:
 
 
 METRICS = _families()
-VALUES = {family: tuple(_value(*row) for row in rows) for family, rows in FAMILIES.items()}
+VALUES = {family: tuple(_value(family, *row) for row in rows) for family, rows in FAMILIES.items()}
 KNOWN = {
     family: frozenset(
         register
-        for first, last in [(v.register, v.register + v.kind.words - 1) for v in rows] + list(SILENT) + [r for ranges in INFO.values() for r in ranges]
+        for first, last in [(value.register, value.register + len(value.later)) for value in rows] + list(SILENT) + [r for ranges in INFO.values() for r in ranges]
         for register in range(first, last + 1)
     )
     for family, rows in VALUES.items()
@@ -870,7 +874,10 @@ def payload(ranges: list[tuple[int, tuple[int, ...]]]) -> bytes:
 
 def registers(clear: bytes) -> dict[int, int]:
     """Register to word of a data payload; of a register given twice the later word. Raises ProtocolError."""
-    return {first + i: word for first, words in blocks(clear) for i, word in enumerate(words)}
+    found: dict[int, int] = {}
+    for first, words in blocks(clear):
+        found.update(zip(range(first, first + len(words)), words))
+    return found
 
 
 # -------------------------------------------------------------------------------------------------------- readings
@@ -886,29 +893,20 @@ def family(cls: int, serial: str) -> str:
 
 def reading(name: str, words: dict[int, int]) -> Reading:
     """What the registers of a device of the family `name` mean."""
-    values, not_finite = {}, 0
-    for value in VALUES[name]:
-        number = _number(value, words, name == "GRID")
+    values, not_finite, known = {}, 0, KNOWN[name]
+    for register, later, missing, read, multiply, divide, series, counter, when in VALUES[name]:
+        raw = words.get(register)
+        for low in later:
+            raw = raw << 16 | words[low] if raw is not None and low in words else None
+        number = None if raw is None or raw == missing or when and words.get(when[0]) != when[1] else read(raw)
         if number is None:
             continue
-        if number < 0 and value.counter or not math.isfinite(number):
+        if number < 0 and counter or not math.isfinite(number):
             not_finite += 1
         else:
-            values[value.series] = number * value.multiply if value.divide == 1 else number / value.divide
-    unknown = {r: word for r, word in sorted(words.items()) if word not in (0, 0xFFFF) and r not in KNOWN[name]}
-    return Reading(values, not_finite, unknown, info(words))
-
-
-def _number(value: Value, words: dict[int, int], grid: bool) -> float | None:
-    """A value in the device's unit; None if it is not there or not available."""
-    raw = 0
-    for register in range(value.register, value.register + value.kind.words):
-        if register not in words:
-            return None
-        raw = raw << 16 | words[register]
-    missing = raw == (1 << 16 * value.kind.words) - 1 and (grid or not value.kind.signed)
-    unmet = value.when and words.get(value.when[0]) != value.when[1]
-    return None if missing or unmet else value.kind.number(raw)
+            values[series] = number * multiply if divide == 1 else number / divide
+    unknown = [(register, word) for register, word in words.items() if register not in known and word not in (0, 0xFFFF)]
+    return Reading(values, not_finite, dict(sorted(unknown)), info(words))
 
 
 def info(words: dict[int, int]) -> dict[str, str]:
@@ -1424,17 +1422,19 @@ class Outbox:
 
     def took(self, count: int) -> list[Entry]:
         """The peer took so many bytes; the entries that are sent by that."""
-        self.offset += count
-        sent = []
-        while self.unsent and self.offset >= len(self.unsent[0].data):
-            entry = self.unsent.popleft()
-            self.offset -= len(entry.data)
-            self._resize(-len(entry.data), len(entry.data) if entry.key else 0)
+        unsent, offset, sent, flying = self.unsent, self.offset + count, [], 0
+        before = offset
+        while unsent and offset >= len(unsent[0].data):
+            entry = unsent.popleft()
+            offset -= len(entry.data)
+            sent.append(entry)
             if entry.key:
+                flying += len(entry.data)
                 self._number += 1
                 self.flying[self._number] = entry
                 self._keys.setdefault(entry.key, collections.deque()).append(self._number)
-            sent.append(entry)
+        self.offset = offset
+        self._resize(offset - before, flying)
         return sent
 
     def answered(self, key: tuple[str, str]) -> bool:
@@ -1550,8 +1550,7 @@ class Session:
         self.device_gone = False  # and its socket is closed: only a spool goes on
         self.refused = False  # this connection is our own, come back
         self.echoes: collections.deque[tuple[float, int]] = collections.deque(maxlen=ECHOES)
-        self._live: dict[Device, collections.deque[bytes]] = {}
-        self._settings: collections.deque[tuple[Device, bytes]] = collections.deque(maxlen=16)
+        self._waiting: dict[tuple[Device, int], collections.deque[bytes]] = {}  # frames to be decoded, by function
         exporter.sessions.add(self)
 
     # Outward: device -> portal
@@ -1597,16 +1596,16 @@ class Session:
             return
         device.good = now
         device.version += 1
-        counter = DEVICE_COUNTERS.get(where.function)
+        counter = DEVICE_COUNTERS.get((device.kind, where.function))
         if counter:
-            device.counts[counter.format(device.kind)] += piece.count
-        if where.function == LIVE:
-            frames = self._live.setdefault(device, collections.deque(maxlen=DECODED))
-            frames.extend(piece.data[at : at + size] for at in range(max(len(piece.data) - DECODED * size, 0), len(piece.data), size))
-        elif where.function == SETTINGS:
-            self._settings.extend((device, piece.data[at : at + size]) for at in range(0, len(piece.data), size))
-        elif where.function == BUFFERED:
+            device.counts[counter] += piece.count
+        if where.function == BUFFERED:
             device.counts["sems_mitm_buffered_packets_total"] += piece.count
+        elif where.function in (LIVE, SETTINGS):
+            waiting = self._waiting.get((device, where.function))
+            if waiting is None:
+                waiting = self._waiting[device, where.function] = collections.deque(maxlen=DECODED)
+            waiting.extend([piece.data[at : at + size] for at in range(len(piece.data) - min(piece.count, DECODED) * size, len(piece.data), size)])
 
     def _fate(self, where: Address | None, data: bytes, size: int, now: float, wall: float) -> str:
         """Answer and queue frames of one address, or bytes of none; the verdict."""
@@ -1628,9 +1627,11 @@ class Session:
             drawn = [with_bat(frame) or frame for frame in frames]
             verdict = "rewritten" if drawn != frames and verdict == "forwarded" else verdict
             data = b"".join(drawn)
-        step = size if key else len(data)  # each frame of a spool has an answer of its own
-        for at in range(0, len(data), step):
-            self._echo(self.to_portal.put(data[at : at + step], size, key), now)
+        if key:  # each frame of a spool has an answer of its own
+            for at in range(0, len(data), size):
+                self.to_portal.put(data[at : at + size], size, key)
+        else:
+            self._echo(self.to_portal.put(data, size), now)
         if mode == SPOOL or not self.portal_up:
             self._dropped(self.to_portal.shed(QUEUE))
         return verdict
@@ -1658,25 +1659,26 @@ class Session:
         self._echo(self.to_portal.took(count), now)
 
     def _echo(self, sent: list[Entry], now: float) -> None:
-        for entry in sent:
+        for entry in sent[-ECHOES:]:
             self.echoes.append((now, hash(entry.data[: entry.size])))
             if len(entry.data) > entry.size:
                 self.echoes.append((now, hash(entry.data[-entry.size :])))
 
     def digest(self, now: float, wall: float) -> None:
         """Decode what came: metrics follow, and a trouble at the most."""
-        while self._settings:
-            device, frame = self._settings.popleft()
-            with contextlib.suppress(ProtocolError):
-                self.store.learn(device, info(registers(decode(frame, OUTBOUND).clear)), now)
-        for device, frames in self._live.items():
+        for (device, function), frames in self._waiting.items():
             for frame in frames:
                 try:
                     packet = decode(frame, OUTBOUND)
-                    self.store.live(device, packet, registers(packet.clear), now, wall)
+                    words = registers(packet.clear)
                 except ProtocolError as error:
                     self.store.troubles.say("payload", f"a packet of {device.serial} cannot be read: {error}", now)
-        self._live.clear()
+                    continue
+                if function == LIVE:
+                    self.store.live(device, packet, words, now, wall)
+                else:
+                    self.store.learn(device, info(words), now)
+        self._waiting.clear()
 
     # Inward: portal -> device
 
@@ -1779,11 +1781,15 @@ def size_of(piece: Piece) -> int:
     return len(piece.data) // piece.count if piece.kind in ("frame", "keepalive") else len(piece.data)
 
 
-DEVICE_COUNTERS = {  # function to its counter by device
-    SETTINGS: "{}_time_sync_packets_total",
-    LIVE: "{}_metrics_packets_total",
-    BUFFERED: "{}_metrics_packets_total",
-    CONFIRMATION: "meter_time_sync_ack_packets_total",
+DEVICE_COUNTERS = {  # kind of device and function to the counter
+    ("meter", SETTINGS): "meter_time_sync_packets_total",
+    ("meter", LIVE): "meter_metrics_packets_total",
+    ("meter", BUFFERED): "meter_metrics_packets_total",
+    ("meter", CONFIRMATION): "meter_time_sync_ack_packets_total",
+    ("inverter", SETTINGS): "inverter_time_sync_packets_total",
+    ("inverter", LIVE): "inverter_metrics_packets_total",
+    ("inverter", BUFFERED): "inverter_metrics_packets_total",
+    ("inverter", CONFIRMATION): "meter_time_sync_ack_packets_total",
 }
 
 
