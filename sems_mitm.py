@@ -27,6 +27,7 @@ The file reads as a packet travels:
     HTTP                         /metrics, the page, /api/devices
     simulator, demo, decode, backfill, doctor, command line
 """
+
 from __future__ import annotations
 
 import argparse
@@ -115,6 +116,7 @@ SEEN = "capture"  # in real traffic
 MAP = "map"  # from public register maps
 GUESS = "inferred"
 
+# fmt: off
 HK1000 = (
     (2048, "u48",  10, "meter_channel_energy_export_watthours_total", 'channel="1"', "Cumulative energy exported or generated on a meter channel.", SEEN),
     (2048, "u48",   1, "meter_energy_export_decawatt_hours_total", "", "Cumulative energy exported to the grid.", SEEN),
@@ -315,6 +317,7 @@ HYBRID = (
     (39006, "u16",0.01, "battery_state_of_health_ratio", 'battery="2"', "Battery state of health, 0 to 1.", MAP),
     (39007, "u16",   1, "battery_modules", 'battery="2"', "Number of battery modules.", MAP),
 )
+# fmt: on
 FAMILIES = {"HK1000": HK1000, "HK3000": HK3000, "GRID": GRID, "HYBRID": HYBRID}
 
 Kind = collections.namedtuple("Kind", "words signed number")  # number: of the raw bits, None if they mean "not available"
@@ -341,6 +344,7 @@ SILENT = ((30034, 30039), (30100, 30102), (35000, 35032), (35100, 35102))
 
 # Every metric that is not a register's: name, type, labels, help.
 DEVICE_LABELS = "device, model, serial"
+# fmt: off
 INTERNALS = (
     ("meter_unknown_register", "gauge", DEVICE_LABELS + ", register", "Register of a meter whose meaning is unknown, as an unsigned word."),
     ("inverter_unknown_register", "gauge", DEVICE_LABELS + ", register", "Register of an inverter whose meaning is unknown, as an unsigned word."),
@@ -382,6 +386,7 @@ INTERNALS = (
     ("batsignal_top", "untyped", "", "Upper edge of the bat at this machine's local time."),
     ("batsignal_bottom", "untyped", "", "Lower edge of the bat at this machine's local time."),
 )
+# fmt: on
 # Counters with fixed labels start at 0: name, label, its values.
 FIXED = (
     ("outbound_unknown_packets_total", "", ("",)),
@@ -428,7 +433,9 @@ VALUES = {family: tuple(_value(family, *row) for row in rows) for family, rows i
 KNOWN = {
     family: frozenset(
         register
-        for first, last in [(value.register, value.register + len(value.later)) for value in rows] + list(SILENT) + [r for ranges in INFO.values() for r in ranges]
+        for first, last in [(value.register, value.register + len(value.later)) for value in rows]
+        + list(SILENT)
+        + [r for ranges in INFO.values() for r in ranges]
         for register in range(first, last + 1)
     )
     for family, rows in VALUES.items()
@@ -1515,7 +1522,9 @@ class Exporter:
         """Whether this machine's clock is good enough to set a device's by it."""
         if wall >= RELEASED and self.zone_ok:
             return True
-        text = "no device's clock is set: " + ("TZ is no time zone that this system knows" if wall >= RELEASED else "this machine's is wrong")
+        text = "no device's clock is set: " + (
+            "TZ is no time zone that this system knows" if wall >= RELEASED else "this machine's is wrong"
+        )
         self.store.troubles.say("clock", text, now, 3600)
         return False
 
@@ -1605,7 +1614,9 @@ class Session:
             waiting = self._waiting.get((device, where.function))
             if waiting is None:
                 waiting = self._waiting[device, where.function] = collections.deque(maxlen=DECODED)
-            waiting.extend([piece.data[at : at + size] for at in range(len(piece.data) - min(piece.count, DECODED) * size, len(piece.data), size)])
+            waiting.extend(
+                [piece.data[at : at + size] for at in range(len(piece.data) - min(piece.count, DECODED) * size, len(piece.data), size)]
+            )
 
     def _fate(self, where: Address | None, data: bytes, size: int, now: float, wall: float) -> str:
         """Answer and queue frames of one address, or bytes of none; the verdict."""
@@ -1959,9 +1970,7 @@ def ask_dns(server: tuple[str, int], name: str, timeout: float = 2) -> list[str]
                 return dns_answer(sock.recv(4096), query)
             except ProtocolError:
                 continue  # the true answer may still come
-            except TimeoutError:
-                break
-            except socket.timeout:  # noqa: UP041 - its name before Python 3.10
+            except socket.timeout:  # TimeoutError since Python 3.10
                 break
     return None
 
@@ -2007,7 +2016,9 @@ def resolve(host: str, port: int, servers: list[tuple[str, int]]) -> list[Endpoi
             return routable
         unroutable = unroutable or bool(found)
     if unroutable:
-        raise Unresolved("loop", f"{host} is overridden for the name servers of --sems.upstream-dns too; give it one that tells its real address")
+        raise Unresolved(
+            "loop", f"{host} is overridden for the name servers of --sems.upstream-dns too; give it one that tells its real address"
+        )
     raise Unresolved("dns", f"{host} has no address that can be used" if system else f"{host} has no address")
 
 
@@ -2392,9 +2403,15 @@ class Link:
             return self.device_lost(now, wall)
         if self.connecting and now >= self.since + CONNECT_TIMEOUT:
             self.failed("timeout", "no answer to the connection", now)
-        elif self.portal and self.portal.progress and now >= self.portal.progress + STALL:
-            self.portal_lost(now, wall)
-        elif self.portal and not self.connecting and not self.device and now >= self.answered + ANSWER_TIMEOUT:
+        elif (
+            self.portal
+            and self.portal.progress
+            and now >= self.portal.progress + STALL
+            or self.portal
+            and not self.connecting
+            and not self.device
+            and now >= self.answered + ANSWER_TIMEOUT
+        ):
             self.portal_lost(now, wall)
         elif now >= self.retry:
             self.reach(now)
@@ -2631,7 +2648,9 @@ def household(values: dict[str, list[float]], today: dict[str, float]) -> dict[s
         "export_watts": export,
         "battery_watts": total("battery_power_watts"),
         "battery_charge_percent": round(100 * sum(charge) / len(charge), 1) if charge else None,
-        "generated_today_kilowatt_hours": scaled(today.get("meter_energy_generation_decawatt_hours_total"), 100) if generated is None else generated,
+        "generated_today_kilowatt_hours": scaled(today.get("meter_energy_generation_decawatt_hours_total"), 100)
+        if generated is None
+        else generated,
         "imported_today_kilowatt_hours": scaled(today.get("meter_energy_import_decawatt_hours_total"), 100),
         "exported_today_kilowatt_hours": scaled(today.get("meter_energy_export_decawatt_hours_total"), 100),
     }
@@ -2651,7 +2670,11 @@ def overview(store: Store, settings: Settings, now: float, wall: float) -> dict:
                 values.setdefault(metric, []).append(number)
             since, first = device.day or (local, {})
             counters = device.counters if since.date() == local.date() else {}
-            today = {metric: number - first[metric, labels] for (metric, labels), number in counters.items() if not labels and (metric, labels) in first}
+            today = {
+                metric: number - first[metric, labels]
+                for (metric, labels), number in counters.items()
+                if not labels and (metric, labels) in first
+            }
             kind, model_name, serial = device.name
             told = {
                 "device": kind,
@@ -2662,13 +2685,21 @@ def overview(store: Store, settings: Settings, now: float, wall: float) -> dict:
                 "up": not store.is_stale(device.good, now),
                 "age_seconds": round(now - device.good, 1),
                 "today_since": since.isoformat(timespec="seconds") if today else None,
-                **{name: number if number is None else max(number, 0) if "_today_" in name else number for name, number in household(values, today).items()},
+                **{
+                    name: number if number is None else max(number, 0) if "_today_" in name else number
+                    for name, number in household(values, today).items()
+                },
                 "values": {flat(*key): number for key, number in series.items()},
             }
             devices.append({name: value for name, value in told.items() if value is not None})
         up, queued = (store.gauges.get(f"sems_mitm_{name}", lambda: None)() for name in ("upstream_up", "queue_bytes"))
         blocked = store.totals["inbound_unknown_packets_total", ""]
-    upstream = {"mode": settings.mode, "address": "" if settings.mode == LOCAL else settings.upstream_text, "up": None if up is None else bool(up), "queue_bytes": queued or 0}
+    upstream = {
+        "mode": settings.mode,
+        "address": "" if settings.mode == LOCAL else settings.upstream_text,
+        "up": None if up is None else bool(up),
+        "queue_bytes": queued or 0,
+    }
     return {"devices": devices, "upstream": upstream, "blocked": blocked}
 
 
@@ -2757,7 +2788,7 @@ def html_page(told: dict, settings: Settings) -> str:
         '<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1">'
         '<meta http-equiv="refresh" content="30"><link rel="icon" href="data:,"><title>sems_mitm</title>'
         f"<style>{STYLE}</style></head><body><header><h1>sems_mitm</h1><p>{portal_state(told['upstream'])}</p></header><main>{devices}</main>"
-        f'<footer><p>{blocked} packet{"" if blocked == 1 else "s"} from the portal blocked</p>'
+        f"<footer><p>{blocked} packet{'' if blocked == 1 else 's'} from the portal blocked</p>"
         f'<p><a href="{html.escape(settings.telemetry_path)}">Metrics</a> · <a href="/api/devices">JSON</a> · version {VERSION}</p></footer></body></html>'
     )
 
@@ -2904,7 +2935,14 @@ class House:
         self.clock: datetime | None = None
         self.generation = self.load = 0.0
         self.day, self.uptime, self.total = 0.0, 1667.0, 2_064_200.0  # of the inverter: Wh today, h, Wh
-        self.energy = {"export": 270_780.0, "generation": 579_410.0, "import": 801_550.0, "standby": 70.0, "up": 783_400.0, "down": 734_840.0}
+        self.energy = {
+            "export": 270_780.0,
+            "generation": 579_410.0,
+            "import": 801_550.0,
+            "standby": 70.0,
+            "up": 783_400.0,
+            "down": 734_840.0,
+        }
         self._cloud = 0.2
 
     @property
@@ -2927,7 +2965,11 @@ class House:
         if self.clock and clock.date() != self.clock.date():
             self.day = 0.0
         if self.daylight:
-            self.day, self.total, self.uptime = self.day + self.generation * hours, self.total + self.generation * hours, self.uptime + hours
+            self.day, self.total, self.uptime = (
+                self.day + self.generation * hours,
+                self.total + self.generation * hours,
+                self.uptime + hours,
+            )
         self.clock = clock
         self._weather(clock.hour + clock.minute / 60 + clock.second / 3600)
 
@@ -3009,8 +3051,6 @@ class SimulatedInverter(Simulated):
             *(250 + int(power / 12), *none * 2, int(house.day / 100), *words(house.total / 100, 2), *words(house.uptime, 2), 85),
         )  # fmt: skip
         return [(30100, (*stamp, *values)), (30163, (3800,)), (30172, (59,))]
-
-
 
 
 def simulated_frame(device: Simulated, function: int, when: datetime) -> bytes:
@@ -3101,7 +3141,13 @@ def simulate(arguments: list[str]) -> int:
     parser.add_argument("--capture", metavar="FILE", help="instead of connecting, write a capture of --days days until now to FILE")
     parser.add_argument("--days", type=float, default=3, help="length of that capture [3]")
     given = parser.parse_args(arguments)
-    if bool(given.target) == bool(given.capture) or given.interval <= 0 or given.speed <= 0 or not 0 < given.houses <= 1000 or given.days <= 0:
+    if (
+        bool(given.target) == bool(given.capture)
+        or given.interval <= 0
+        or given.speed <= 0
+        or not 0 < given.houses <= 1000
+        or given.days <= 0
+    ):
         raise UsageError("simulate wants HOST:PORT or --capture FILE, and numbers above 0")
     if given.capture:
         return simulate_capture(given.capture, given.days, given.interval)
@@ -3109,7 +3155,9 @@ def simulate(arguments: list[str]) -> int:
         target = portal_endpoint(given.target)
     except ValueError as error:
         raise UsageError(f"{given.target!a}: {error}") from None
-    connections = [SimulatedConnection(target, simulated_house(i), given.interval, given.speed, datetime.now()) for i in range(given.houses)]
+    connections = [
+        SimulatedConnection(target, simulated_house(i), given.interval, given.speed, datetime.now()) for i in range(given.houses)
+    ]
     for connection in connections:
         connection.start()
     print(f"{2 * given.houses} simulated devices towards {endpoint_text(target)}; Ctrl-C stops them", flush=True)
@@ -3349,7 +3397,9 @@ def replaced(data: bytes, aliases: dict[bytes, bytes]) -> bytes:
 def decode_command(arguments: list[str]) -> int:
     """Captured bytes, hex or capture files, as one JSON object a frame."""
     parser = Parser(prog="sems_mitm.py decode", description=decode_command.__doc__, allow_abbrev=False)
-    parser.add_argument("source", metavar="FILE|-|HEX", nargs="+", help="capture files, files with hex, - for standard input, or hex in any spacing")
+    parser.add_argument(
+        "source", metavar="FILE|-|HEX", nargs="+", help="capture files, files with hex, - for standard input, or hex in any spacing"
+    )
     parser.add_argument("--redact", action="store_true", help="with other serial numbers, everywhere, so that it can go into a bug report")
     given = parser.parse_args(arguments)
     found = [entry for direction, data in stretches(given.source) for entry in pieces_of(direction, data)]
@@ -3404,7 +3454,12 @@ class Calendar:
 
 def history(sources: Iterable[tuple[str, bytes]], extra: str) -> dict[str, dict[str, Sample]]:
     """Metric to series (labels) to samples, of the readings in captures."""
-    frames = [piece.data for direction, data in sources for wire, piece in pieces_of(direction, data) if wire is OUTBOUND and piece.kind == "frame"]
+    frames = [
+        piece.data
+        for direction, data in sources
+        for wire, piece in pieces_of(direction, data)
+        if wire is OUTBOUND and piece.kind == "frame"
+    ]
     told, calendars, found = {}, collections.defaultdict(Calendar), {name: {} for name in sorted(METRICS)}  # type: ignore[var-annotated]
     packets = []
     for frame in frames:
@@ -3489,7 +3544,9 @@ def port_findings(settings: Settings) -> Iterator[Finding]:
             if running and error.errno == errno.EADDRINUSE:
                 yield Finding(OK, f"port {where} is in use, and an exporter runs")
             else:
-                yield Finding(FAIL, f"port {where} cannot be had: {error.strerror or error}", f"end what uses it, or choose another with --{name}")
+                yield Finding(
+                    FAIL, f"port {where} cannot be had: {error.strerror or error}", f"end what uses it, or choose another with --{name}"
+                )
 
 
 def clock_findings(wall: float, zone: str | None) -> Iterator[Finding]:
@@ -3498,7 +3555,11 @@ def clock_findings(wall: float, zone: str | None) -> Iterator[Finding]:
     if wall < RELEASED:
         yield Finding(FAIL, f"this machine's clock is wrong: {local}", "let it get the time from the network, and start again")
     elif not zone_is_known(zone, os.path.exists):
-        yield Finding(FAIL, f"TZ={zone} is no time zone that this system knows", "install its time zones, or use a rule such as CET-1CEST,M3.5.0,M10.5.0/3")
+        yield Finding(
+            FAIL,
+            f"TZ={zone} is no time zone that this system knows",
+            "install its time zones, or use a rule such as CET-1CEST,M3.5.0,M10.5.0/3",
+        )
     else:
         yield Finding(OK, f"local time is {local}")
     if zone is None and time.timezone == 0 and not time.daylight:
@@ -3514,7 +3575,11 @@ def device_findings(settings: Settings) -> Iterator[Finding]:
     devices = json.loads(body)["devices"]
     for device in devices:
         text = f"{device['model']} {device['full_serial']}: last packet {span(device['age_seconds'])} ago"
-        yield Finding(OK, text) if device["up"] else Finding(WARN, text, "an inverter is silent at night; otherwise look at its Wi-Fi, and power-cycle its module")
+        yield (
+            Finding(OK, text)
+            if device["up"]
+            else Finding(WARN, text, "an inverter is silent at night; otherwise look at its Wi-Fi, and power-cycle its module")
+        )
     if not devices:
         yield Finding(WARN, "no device has connected yet", "let the portal's name lead here, then power-cycle the device's module")
 
@@ -3545,12 +3610,20 @@ def name_findings(settings: Settings) -> Iterator[Finding]:
     if here:
         yield Finding(OK, f"this machine's name service says {host} is {', '.join(here)}: an override that leads here")
     elif not system:
-        yield Finding(WARN, f"this machine's name service has no address for {host}", "if it is the one that your devices ask, add the override there")
+        yield Finding(
+            WARN, f"this machine's name service has no address for {host}", "if it is the one that your devices ask, add the override there"
+        )
     elif any(map(is_global, system)):
         text = f"this machine's name service says {host} is {', '.join(system)}: no override"
-        yield Finding(WARN, text, "fine if the devices ask another one, or are sent here by a DNAT rule or their own web page; else add the override")
+        yield Finding(
+            WARN, text, "fine if the devices ask another one, or are sent here by a DNAT rule or their own web page; else add the override"
+        )
     else:
-        yield Finding(WARN, f"this machine's name service says {host} is {', '.join(system)}: not this machine", "if that is the override, it leads to the wrong address")
+        yield Finding(
+            WARN,
+            f"this machine's name service says {host} is {', '.join(system)}: not this machine",
+            "if that is the override, it leads to the wrong address",
+        )
     for server in settings.upstream_dns:
         yield server_finding(server, host)
 
@@ -3561,13 +3634,21 @@ def server_finding(server: tuple[str, int], host: str) -> Finding:
     try:
         found = ask_dns(server, host)
     except (OSError, UnicodeError) as error:
-        return Finding(WARN, f"{where} cannot be asked for {host}: {error}", "let --sems.upstream-dns name a server that this machine reaches")
+        return Finding(
+            WARN, f"{where} cannot be asked for {host}: {error}", "let --sems.upstream-dns name a server that this machine reaches"
+        )
     if found is None:
-        return Finding(WARN, f"{where} does not answer for {host}", "a firewall may keep UDP port 53 closed; name another in --sems.upstream-dns")
+        return Finding(
+            WARN, f"{where} does not answer for {host}", "a firewall may keep UDP port 53 closed; name another in --sems.upstream-dns"
+        )
     if not found:
         return Finding(WARN, f"{where} says that {host} does not exist", "look at --sems.upstream")
     if not any(map(is_global, found)):
-        return Finding(FAIL, f"{where} says {host} is {', '.join(found)}: overridden too", "the router redirects all DNS; except this machine, or give --sems.upstream as an address")
+        return Finding(
+            FAIL,
+            f"{where} says {host} is {', '.join(found)}: overridden too",
+            "the router redirects all DNS; except this machine, or give --sems.upstream as an address",
+        )
     return Finding(OK, f"{where} says {host} is {', '.join(found)}")
 
 
@@ -3577,7 +3658,11 @@ def portal_finding(settings: Settings) -> Finding:
         host, port = settings.upstream
         found = resolve(host, port, settings.upstream_dns)
     except Unresolved as error:
-        return Finding(FAIL, str(error), "look at this machine's network and at --sems.upstream-dns; until then devices are decoded, and in mode forward not answered")
+        return Finding(
+            FAIL,
+            str(error),
+            "look at this machine's network and at --sems.upstream-dns; until then devices are decoded, and in mode forward not answered",
+        )
     for candidate in found:
         try:
             with socket.create_connection(candidate.sockaddr[:2], timeout=5):
@@ -3674,6 +3759,7 @@ def url_path(text: str) -> str:
 
 
 # Every flag of serve: name, default, reader, name in Settings, help. Its environment variable follows from its name.
+# fmt: off
 FLAGS = (
     ("sems.listen-address", ":20001", listen_endpoint, "listen_address", "where devices connect; HOST:PORT, [v6]:PORT or :PORT"),
     ("sems.upstream", "tcp.goodwe-power.com:20001", portal_endpoint, "upstream", "the portal"),
@@ -3691,7 +3777,8 @@ FLAGS = (
     ("batsignal", "false", boolean, "batsignal", "Batman on the portal's graph"),
     ("debug", "false", boolean, "debug", "the same as --log.level debug"),
     ("log.level", "info", one_of("debug", "info", "warning", "error"), "log_level", "what is logged"),
-)  # fmt: skip
+)
+# fmt: on
 BOOLEANS = [name for name, _, reader, _, _ in FLAGS if reader is boolean]
 
 
@@ -3715,10 +3802,14 @@ def spelled_out(arguments: list[str]) -> list[str]:
 
 def serve_settings(arguments: list[str], environment: Mapping[str, str]) -> Settings:
     """The settings of serve: the command line beats the environment, which beats the defaults. Raises UsageError."""
-    parser = Parser(prog="sems_mitm.py serve", description="Prometheus exporter between GoodWe devices and the SEMS portal.", allow_abbrev=False)
+    parser = Parser(
+        prog="sems_mitm.py serve", description="Prometheus exporter between GoodWe devices and the SEMS portal.", allow_abbrev=False
+    )
     for name, default, reader, key, text in FLAGS:
         metavar = "true|false" if reader is boolean else key.upper()
-        parser.add_argument(f"--{name}", dest=key, metavar=metavar, help=f"{text} [{default or 'off'}; {variable(name)}]".replace("%", "%%"))
+        parser.add_argument(
+            f"--{name}", dest=key, metavar=metavar, help=f"{text} [{default or 'off'}; {variable(name)}]".replace("%", "%%")
+        )
     given = vars(parser.parse_args(spelled_out(arguments)))
     settings, levels = Settings(), {}
     for name, default, reader, key, _ in FLAGS:
@@ -3734,7 +3825,13 @@ def serve_settings(arguments: list[str], environment: Mapping[str, str]) -> Sett
                 log.warning("ignored: DEBUG=%s is neither true nor false", ascii(text))
                 value, level = False, 0
             else:
-                why = str(error) if str(error).startswith("expected") else "expected comma-separated addresses" if reader in (networks, name_servers) else str(error)
+                why = (
+                    str(error)
+                    if str(error).startswith("expected")
+                    else "expected comma-separated addresses"
+                    if reader in (networks, name_servers)
+                    else str(error)
+                )
                 raise UsageError(f"{source}={ascii(text)[1:-1]}: {why}") from None
         setattr(settings, key, value)
         levels[key] = level
@@ -3762,7 +3859,14 @@ def serve(arguments: list[str]) -> int:
     _, network, web = started(settings)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: network.stop())
-    log.info("sems_mitm %s, mode %s: devices connect to port %d, metrics on port %d%s", VERSION, settings.mode, network.port, web.port, settings.telemetry_path)
+    log.info(
+        "sems_mitm %s, mode %s: devices connect to port %d, metrics on port %d%s",
+        VERSION,
+        settings.mode,
+        network.port,
+        web.port,
+        settings.telemetry_path,
+    )
     network.run()
     web.close()
     return 0
@@ -3795,7 +3899,11 @@ def version(arguments: list[str]) -> int:
     """Version, Python and platform as JSON."""
     Parser(prog="sems_mitm.py version", description=version.__doc__).parse_args(arguments)
     system = os.uname()
-    print(json.dumps({"version": VERSION, "python": sys.version.split()[0], "platform": f"{system.sysname} {system.release} {system.machine}"}))
+    print(
+        json.dumps(
+            {"version": VERSION, "python": sys.version.split()[0], "platform": f"{system.sysname} {system.release} {system.machine}"}
+        )
+    )
     return 0
 
 

@@ -1,0 +1,30 @@
+# sems_mitm in a container. It is one file and needs nothing installed, so no step runs at build time:
+# the image is built for any platform without an emulator.
+#
+#   docker run -d --name sems_mitm --restart unless-stopped -p 20001:20001 -p 14028:14028 -e TZ=Europe/Berlin \
+#     --read-only --cap-drop ALL --security-opt no-new-privileges --memory 64m sems_mitm
+#
+# TZ       local time (the bat signal, the clocks that `--sems.mode local` sets); without it a container runs on UTC.
+#          The base image has the zones. Where it has not: mount /usr/share/zoneinfo read-only, or give the rule
+#          itself, which always works: TZ=CET-1CEST,M3.5.0,M10.5.0/3
+# Settings by environment variable, as in the README. A folder for --sems.capture has to be writable for user 10001.
+FROM python:3.13-alpine
+
+COPY --chmod=0444 sems_mitm.py /
+
+USER 10001:10001
+EXPOSE 20001 14028
+
+# Asks where WEB_LISTEN_ADDRESS says. By socket, not urllib: the base image has no compiled library modules,
+# and urllib would take three times as long at every check.
+HEALTHCHECK --interval=30s --timeout=10s --start-period=15s --retries=3 CMD ["python3", "-ISc", "\
+import os, socket; \
+host, _, port = (os.environ.get('WEB_LISTEN_ADDRESS') or ':14028').rpartition(':'); \
+web = socket.create_connection((host.strip('[]') or 'localhost', port), timeout=5); \
+web.sendall(b'GET /-/healthy HTTP/1.0\\r\\n\\r\\n'); \
+raise SystemExit(web.recv(99).split()[1] != b'200')"]
+
+# Exec form: Python is process 1 and gets the SIGTERM of `docker stop`; the program ends within 2 s.
+STOPSIGNAL SIGTERM
+ENTRYPOINT ["python3", "/sems_mitm.py"]
+CMD ["serve"]
