@@ -611,15 +611,24 @@ decrypt_block = functools.lru_cache(maxsize=64)(decrypt)
 
 # ---------------------------------------------------------------------------------------------------------- frames
 
-# One direction on the wire. head: bytes that name a frame's type and serial; cap: of the length field;
-# patience: s for a frame to become whole; beat: bytes that may stand between frames.
-Wire = collections.namedtuple("Wire", "name prefix head cap order patience beat")
+
+class Wire:
+    """One direction on the wire. head: bytes that name a frame's type and serial; cap: of the length field; order: of the
+    CRC's bytes; patience: s for a frame to become whole; beat: bytes that may stand between frames.
+    """
+
+    def __init__(self, name: str, prefix: bytes, head: int, cap: int, order: str, patience: float, beat: bytes) -> None:
+        self.name, self.prefix, self.head, self.cap = name, prefix, head, cap
+        self.order, self.patience, self.beat = order, patience, beat
+
+
 OUTBOUND = Wire("outbound", b"POSTGW", 30, 64 << 10, "big", 30, b"")
 INBOUND = Wire("inbound", b"GW", 24, 4 << 10, "little", 5, b"\x01\x02")
 
 # What a stream is made of. kind: "frame" (good CRC; frames of one size and head), "malformed" (bad CRC, or given up),
-# "junk" or "keepalive"; count: how many packets it is, 0 if it goes on with the piece before it.
-Piece = collections.namedtuple("Piece", "kind data count")
+# "junk" or "keepalive"; count: how many packets it is, 0 if it goes on with the piece before it; size: of each part of
+# data that can stand for itself.
+Piece = collections.namedtuple("Piece", "kind data count size")
 
 
 class Framer:
@@ -634,7 +643,7 @@ class Framer:
         self.rest = bytearray()
         self.since = 0.0
         self._need = 0  # length of rest at which looking again can tell anything new
-        self._ahead = 1  # frames to check at once: doubled by good ones, so that little is checked in vain
+        self._ahead = 64  # frames to check at once: doubled by good ones, so that little is checked in vain
         self._budget = 0  # bytes of CRC that may still be spent on bad frames
         self._claimed = 0  # of the buffer: end of the bad frames found in it
         self._bad = 0  # bad frames that no piece has counted yet
@@ -677,7 +686,7 @@ class Framer:
                 runs, bad = self._good(buf, pos)
                 if runs:
                     self._skip(buf, start, pos, pieces)
-                    pieces += [Piece("frame", buf[at : at + size * count], count) for at, size, count in runs]
+                    pieces += [Piece("frame", buf[at : at + size * count], count, size) for at, size, count in runs]
                     at, size, count = runs[-1]
                     start = pos = at + size * count
                     self._boundary, self._junk, self._claimed = True, False, 0
@@ -769,7 +778,7 @@ class Framer:
         while buf.startswith(beat, pos):
             pos += len(beat)
         if pos > start:
-            pieces.append(Piece("keepalive", buf[start:pos], (pos - start) // len(beat)))
+            pieces.append(Piece("keepalive", buf[start:pos], (pos - start) // len(beat), len(beat)))
             self._junk = False
         return pos
 
@@ -777,29 +786,30 @@ class Framer:
         """Take the bytes from start to end as malformed where bad frames claimed them, and as junk behind that."""
         edge = min(max(self._claimed, start), end)
         if edge > start:
-            pieces.append(Piece("malformed", buf[start:edge], self._bad))
+            pieces.append(Piece("malformed", buf[start:edge], self._bad, edge - start))
             self._bad, self._junk, self._boundary = 0, False, False
         if end > edge:
-            pieces.append(Piece("junk", buf[edge:end], 0 if self._junk else 1))
+            pieces.append(Piece("junk", buf[edge:end], 0 if self._junk else 1, end - edge))
             self._junk, self._boundary = True, False
 
 
 # --------------------------------------------------------------------------------------------------------- packets
 
 SETTINGS, LIVE, BUFFERED, CONFIRMATION = 0x03, 0x04, 0x45, 0x10  # functions
+FUNCTIONS = frozenset((SETTINGS, LIVE, BUFFERED, CONFIRMATION))
 DATA = (SETTINGS, LIVE, BUFFERED)  # self-describing registers in a long envelope; the portal answers them
 GRID_TIED, HYBRID_CLASS, METER = 1, 2, 3  # classes
 CLOCK = {METER: 0x1216, GRID_TIED: 0x9D79, HYBRID_CLASS: 0xB090}  # first of the clock's three registers
 CLOCK_TYPE = "0116"
-TYPES = {f"{cls:02x}{function:02x}" for cls in (1, 2, 3) for function in (*DATA, CONFIRMATION)} | {CLOCK_TYPE}
+TYPES = {f"{cls:02x}{function:02x}" for cls in (1, 2, 3) for function in FUNCTIONS} | {CLOCK_TYPE}
 FAMILY = {METER: "HK1000", HYBRID_CLASS: "HYBRID"}  # any other class: GRID
 
 # Where the parts of an envelope begin; a time stands in the long one alone.
 Form = collections.namedtuple("Form", "serial iv time cipher")
 LONG, SHORT, ANSWER = Form(14, 30, 46, 52), Form(12, 28, None, 44), Form(8, 24, None, 40)
 
-# What a frame is and whose: type is four hex digits, cls and function are its two bytes.
-Address = collections.namedtuple("Address", "type cls function serial form")
+# What a frame is and whose: type is four hex digits, cls and function are its two bytes, owner is (kind of device, serial).
+Address = collections.namedtuple("Address", "type cls function serial form owner")
 
 
 def _form(function: int, size: int) -> Form | None:
@@ -822,7 +832,13 @@ def address(head: bytes, size: int, wire: Wire) -> Address:
     serial = head[form.serial : form.serial + 16]
     if not all(0x20 <= byte < 0x7F for byte in serial):
         raise ProtocolError("a serial number that is not printable ASCII", head)
-    return Address(f"{cls:02x}{function:02x}", cls, function, serial.decode("ascii"), form)
+    text = serial.decode("ascii")
+    return Address(f"{cls:02x}{function:02x}", cls, function, text, form, (kind_of(cls), text))
+
+
+def kind_of(cls: int) -> str:
+    """The label `device` of a class."""
+    return "meter" if cls == METER else "inverter"
 
 
 # A packet is a frame in clear; mark is what stands between function and serial number of a long envelope.
@@ -1195,10 +1211,9 @@ class Store:
 
     def device(self, where: Address, now: float) -> Device | None:
         """The device of an address, met anew or again; None if it gets no series."""
-        key = ("meter" if where.cls == METER else "inverter", where.serial)
-        device = self.devices.get(key)
+        device = self.devices.get(where.owner)
         if device is None:
-            device = self._meet(Device(*key, now), now)
+            device = self._meet(Device(where.owner[0], where.owner[1], now), now)
         elif device.hidden:
             self._name(device, now)
         return None if device is None or device.hidden else device
@@ -1410,11 +1425,14 @@ class Outbox:
         self._resize(-self.backlog, self.backlog - self.size)
         self.pool.outboxes.discard(self)
 
-    def put(self, data: bytes, size: int, key: tuple[str, str] | None = None) -> list[Entry]:
-        """Add frames of this size. Returns them if all of it was sent already, while it was unfinished."""
+    def put(self, data: bytes, size: int, key: tuple[str, str] | None = None) -> bool:
+        """Add frames of this size; whether all of it was sent already, while it was unfinished."""
+        if not key and not self.unsent and self.offset >= len(data):
+            self.offset -= len(data)
+            return True
         self._resize(len(data))
         self.unsent.append(Entry(data, size, key))
-        return self.took(0) if self.offset and len(self.unsent) == 1 else []
+        return False
 
     def ready(self, most: int = BACKLOG) -> bytes:
         """The next unsent bytes, `most` of them or an entry more."""
@@ -1571,28 +1589,38 @@ class Session:
             self._outward(piece, now, wall)
 
     def _outward(self, piece: Piece, now: float, wall: float) -> None:
+        """Decide what becomes of a piece from the device."""
+        kind, data, count, size = piece
+        where = None
+        if kind == "frame":
+            self.refused = self.refused or not self.serial and self.exporter.is_echo(data[:size], self, now)
+            where = self._recognised(data, count, size)
+            kind = where.type if where else "malformed"
         if self.refused:
             return
-        size, kind, where = size_of(piece), piece.kind, None
-        if kind == "frame":
-            if not self.serial and self.exporter.is_echo(piece.data[:size], self, now):
-                self.refused = True
-                return
-            try:
-                where = address(piece.data[: min(OUTBOUND.head, size)], size, OUTBOUND)
-                kind = where.type
-            except ProtocolError:
-                kind = "malformed"
-            if piece.data[11] not in (*DATA, CONFIRMATION):
-                self.store.add("outbound_unknown_packets_total", piece.count)
         if where:
-            self._meet(where, piece, size, now)
-        verdict = self._fate(where, piece.data, size, now, wall)
-        self.store.count(OUTBOUND, kind, verdict, piece.count)
+            self._meet(where, piece, now)
+        mode = self.exporter.mode
+        answered = mode != FORWARD and where is not None and self._answer(where, count, now, wall)
+        verdict = "answered" if answered else "dropped" if mode == LOCAL else "forwarded"
+        if mode != LOCAL:
+            passed = self._drawn(data, size) if where and self.store.batsignal and draws_bat(where) else data
+            verdict = "rewritten" if passed != data and not answered else verdict
+            self._queue(passed, size, (where.type, where.serial) if where and answered else None, now)
+        self.store.count(OUTBOUND, kind, verdict, count)
         if self.exporter.record:
-            self._record(OUTBOUND, kind, verdict, piece.data, size, wall)
+            self._record(OUTBOUND, kind, verdict, data, size, wall)
 
-    def _meet(self, where: Address, piece: Piece, size: int, now: float) -> None:
+    def _recognised(self, data: bytes, count: int, size: int) -> Address | None:
+        """The address of frames with a good CRC, None if they are malformed."""
+        if size > 13 and data[11] not in FUNCTIONS:
+            self.store.add("outbound_unknown_packets_total", count)
+        try:
+            return address(data[: OUTBOUND.head] if size > OUTBOUND.head else data[:size], size, OUTBOUND)
+        except ProtocolError:
+            return None
+
+    def _meet(self, where: Address, piece: Piece, now: float) -> None:
         """Count the device's good frames, and keep those that are to be decoded."""
         self.classes.add(where.cls)
         if not self.serial:
@@ -1603,52 +1631,50 @@ class Session:
         if device is None:
             self.store.add("sems_mitm_unlisted_device_packets_total", piece.count)
             return
+        function = where.function
         device.good = now
         device.version += 1
-        counter = DEVICE_COUNTERS.get((device.kind, where.function))
-        if counter:
-            device.counts[counter] += piece.count
-        if where.function == BUFFERED:
+        if function in FUNCTIONS:
+            device.counts[DEVICE_COUNTERS[device.kind, function]] += piece.count
+        if function == BUFFERED:
             device.counts["sems_mitm_buffered_packets_total"] += piece.count
-        elif where.function in (LIVE, SETTINGS):
-            waiting = self._waiting.get((device, where.function))
+        elif function in (LIVE, SETTINGS):
+            waiting = self._waiting.get((device, function))
             if waiting is None:
-                waiting = self._waiting[device, where.function] = collections.deque(maxlen=DECODED)
-            waiting.extend(
-                [piece.data[at : at + size] for at in range(len(piece.data) - min(piece.count, DECODED) * size, len(piece.data), size)]
-            )
+                waiting = self._waiting[device, function] = collections.deque(maxlen=DECODED)
+            end = len(piece.data)
+            for at in range(end - min(piece.count, DECODED) * piece.size, end, piece.size):
+                waiting.append(piece.data[at : at + piece.size])
 
-    def _fate(self, where: Address | None, data: bytes, size: int, now: float, wall: float) -> str:
-        """Answer and queue frames of one address, or bytes of none; the verdict."""
-        mode, key, verdict = self.exporter.mode, None, "forwarded"
-        if mode != FORWARD:
-            reply = answer(where, datetime.fromtimestamp(wall), self._sets_clock(where, now, wall)) if where else b""
-            verdict = "answered" if reply else "dropped" if mode == LOCAL else verdict
-            key = (where.type, where.serial) if where and reply else None
-            count = len(data) // size if reply else 0
-            self.to_device.put(reply * count, len(reply)) if reply else None
-            device = self.store.device(where, now) if where and reply else None
-            if device:
-                device.counts["sems_mitm_acks_total"] += count
-            if mode == LOCAL:
-                return verdict
-        begun = self.to_portal.offset and not self.to_portal.unsent
-        if where and self.store.batsignal and not begun and draws_bat(where):
-            frames = [data[at : at + size] for at in range(0, len(data), size)]
-            drawn = [with_bat(frame) or frame for frame in frames]
-            verdict = "rewritten" if drawn != frames and verdict == "forwarded" else verdict
-            data = b"".join(drawn)
-        if key:  # each frame of a spool has an answer of its own
+    def _answer(self, where: Address, count: int, now: float, wall: float) -> bool:
+        """Answer packets in the portal's place; whether they have an answer."""
+        clock = where.function == SETTINGS and self.exporter.clock_ok(now, wall)
+        reply = answer(where, datetime.fromtimestamp(wall), clock)
+        if not reply:
+            return False
+        self.to_device.put(reply * count, len(reply))
+        device = self.store.devices.get(where.owner)
+        if device:
+            device.counts["sems_mitm_acks_total"] += count
+        return True
+
+    def _drawn(self, data: bytes, size: int) -> bytes:
+        """A HomeKit 1000's frames with the bat, but for what has begun to be sent as it is."""
+        if self.to_portal.offset and not self.to_portal.unsent:
+            return data
+        frames = (data[at : at + size] for at in range(0, len(data), size))
+        return b"".join([with_bat(frame) or frame for frame in frames])
+
+    def _queue(self, data: bytes, size: int, key: tuple[str, str] | None, now: float) -> None:
+        """Queue what goes to the portal; each frame of a spool by itself, as it has an answer of its own."""
+        if key is None:
+            if self.to_portal.put(data, size):
+                self._echo(data, size, now)
+        else:
             for at in range(0, len(data), size):
                 self.to_portal.put(data[at : at + size], size, key)
-        else:
-            self._echo(self.to_portal.put(data, size), now)
-        if mode == SPOOL or not self.portal_up:
+        if key or not self.portal_up:
             self._dropped(self.to_portal.shed(QUEUE))
-        return verdict
-
-    def _sets_clock(self, where: Address, now: float, wall: float) -> bool:
-        return where.function == SETTINGS and self.exporter.clock_ok(now, wall)
 
     def _dropped(self, count: int) -> None:
         self.store.add("sems_mitm_queue_dropped_packets_total", count)
@@ -1661,19 +1687,25 @@ class Session:
         held = self.store.batsignal and not self.to_portal.offset and now - self.outward.since < HOLD and may_draw_bat(rest)
         return b"" if held else bytes(rest[self.to_portal.offset :])
 
+    def streams(self) -> bool:
+        """Whether what the device sends may go to the portal before it is looked at: nothing older waits, nothing is rewritten."""
+        up_to_date = self.portal_up and not self.to_portal.unsent and self.to_portal.offset == len(self.outward.rest)
+        return up_to_date and self.exporter.mode == FORWARD and not self.store.batsignal
+
     def outgoing(self, now: float) -> bytes:
         """The next bytes for the portal."""
         return self.to_portal.ready() or self.unfinished(now)
 
     def portal_took(self, count: int, now: float) -> None:
         """The portal's socket took so many bytes of `outgoing`."""
-        self._echo(self.to_portal.took(count), now)
+        for entry in self.to_portal.took(count)[-ECHOES:]:
+            self._echo(entry.data, entry.size, now)
 
-    def _echo(self, sent: list[Entry], now: float) -> None:
-        for entry in sent[-ECHOES:]:
-            self.echoes.append((now, hash(entry.data[: entry.size])))
-            if len(entry.data) > entry.size:
-                self.echoes.append((now, hash(entry.data[-entry.size :])))
+    def _echo(self, sent: bytes, size: int, now: float) -> None:
+        """Remember frames that the portal was sent: the first of them and the last."""
+        self.echoes.append((now, hash(sent[:size])))
+        if len(sent) > size:
+            self.echoes.append((now, hash(sent[-size:])))
 
     def digest(self, now: float, wall: float) -> None:
         """Decode what came: metrics follow, and a trouble at the most."""
@@ -1700,25 +1732,25 @@ class Session:
             self._inward(piece, now, wall)
 
     def _inward(self, piece: Piece, now: float, wall: float) -> None:
-        size, kind, where = size_of(piece), piece.kind, None
+        """Decide what becomes of a piece from the portal, of each of its frames by itself."""
+        kind, data, _, size = piece
+        where = None
         if kind == "frame":
-            try:
-                where = address(piece.data[: min(INBOUND.head, size)], size, INBOUND)
-                kind = where.type
-            except ProtocolError:
-                kind = "malformed"
-        for at in range(0, len(piece.data), size):
-            frame = piece.data[at : at + size]
-            meaning = allowed(where, decode(frame, INBOUND).clear, self.classes) if where else kind if kind == "keepalive" else ""
-            verdict = self._pass(where, meaning, frame, now)
-            self.store.count(INBOUND, kind, verdict, piece.count * size // len(piece.data))
+            with contextlib.suppress(ProtocolError):
+                where = address(data[: min(INBOUND.head, size)], size, INBOUND)
+            kind = where.type if where else "malformed"
+        for at in range(0, len(data), size):
+            part = data[at : at + size]
+            meaning = allowed(where, decode(part, INBOUND).clear, self.classes) if where else "keepalive" if kind == "keepalive" else ""
+            verdict = self._pass(where, meaning, part, now)
+            self.store.count(INBOUND, kind, verdict, piece.count * size // len(data))
             if not meaning:
                 if piece.kind == "frame":
                     self.store.add("inbound_unknown_packets_total")
-                text = f"dropped from the portal for {self.serial or self.peer}: {kind} {frame[:LOG_HEX].hex()}"
+                text = f"dropped from the portal for {self.serial or self.peer}: {kind} {part[:LOG_HEX].hex()}"
                 self.store.troubles.say("blocked", text, now)
             if self.exporter.record:
-                self._record(INBOUND, kind, verdict, frame, size, wall)
+                self._record(INBOUND, kind, verdict, part, size, wall)
 
     def _pass(self, where: Address | None, meaning: str, frame: bytes, now: float) -> str:
         """Do with a frame from the portal what its meaning asks for; the verdict."""
@@ -1729,7 +1761,7 @@ class Session:
                 self.to_portal.answered((where.type, where.serial))
             if meaning == "nack":
                 self.store.troubles.say("nack", f"the portal did not accept a {where.type} of {where.serial}", now)
-            device = self.store.devices.get(("meter" if where.cls == METER else "inverter", where.serial))
+            device = self.store.devices.get(where.owner)
             if device and (meaning == "nack" or not spooling):  # a spooled packet was acknowledged when it came
                 device.counts[f"sems_mitm_{meaning}s_total"] += 1
                 device.version += 1
@@ -1785,11 +1817,6 @@ class Session:
         assert self.exporter.record
         for at in range(0, len(data), size):
             self.exporter.record(wall, self.peer, wire.name, kind, verdict, data[at : at + size])
-
-
-def size_of(piece: Piece) -> int:
-    """The size of each part of a piece that can stand for itself."""
-    return len(piece.data) // piece.count if piece.kind in ("frame", "keepalive") else len(piece.data)
 
 
 DEVICE_COUNTERS = {  # kind of device and function to the counter
@@ -2130,8 +2157,9 @@ class Leg:
 
     def read(self) -> bytes | None:
         """What the peer sent: nothing at the end, None if there is nothing yet. Raises OSError if it is gone."""
+        buffer = self.network.buffer  # one for all: to allocate it for each packet costs more than to copy the packet
         try:
-            return self.sock.recv(RECV_SIZE)
+            return bytes(buffer[: self.sock.recv_into(buffer)])
         except (BlockingIOError, InterruptedError):
             return None
 
@@ -2182,6 +2210,8 @@ class Link:
                 self.device_closed(now, wall)
             elif data:
                 self.heard = now
+                if self.session.streams():
+                    self.stream(data, now, wall)
                 with self.network.exporter.store.lock:
                     self.session.from_device(data, now, wall)
                 if self.session.refused:
@@ -2329,6 +2359,15 @@ class Link:
 
     # Both
 
+    def stream(self, data: bytes, now: float, wall: float) -> None:
+        """Pass on what came from the device at once, as much as the portal's socket takes."""
+        assert self.portal
+        try:
+            self.session.portal_took(self.portal.send(data, now), now)
+            self.sent = True
+        except OSError:
+            self.portal_lost(now, wall)
+
     def flush(self, now: float, wall: float) -> None:
         """Send what the sockets take."""
         session = self.session
@@ -2444,6 +2483,7 @@ class Network:
         self.exporter, self.settings = exporter, settings
         self.selector = selectors.DefaultSelector()
         self.links: set[Link] = set()
+        self.buffer = memoryview(bytearray(RECV_SIZE))
         self.own_ends: set[str] = set()  # our ends of the portal's connections
         self.upstream_up: int | None = None
         self.listening = listeners(*settings.listen_address)
@@ -3125,7 +3165,7 @@ class LocalPortalConnection(socketserver.BaseRequestHandler):
             while data := self.request.recv(RECV_SIZE):
                 for piece in framer.feed(data, time.monotonic()):
                     if piece.kind == "frame":
-                        size = size_of(piece)
+                        size = piece.size
                         with contextlib.suppress(ProtocolError):
                             reply = answer(address(piece.data[: min(OUTBOUND.head, size)], size, OUTBOUND), datetime.now(), True)
                             self.request.sendall(reply * piece.count)
@@ -3320,9 +3360,9 @@ def cut(wire: Wire, data: bytes) -> list[Piece]:
     """The pieces of a whole stream, each frame by itself."""
     framer = Framer(wire)
     return [
-        Piece(piece.kind, piece.data[at : at + size_of(piece)], 1)
+        Piece(piece.kind, piece.data[at : at + piece.size], 1, piece.size)
         for piece in framer.feed(data, 0) + framer.close(0)
-        for at in range(0, len(piece.data), size_of(piece))
+        for at in range(0, len(piece.data), piece.size)
     ]
 
 
@@ -3365,7 +3405,7 @@ def contents(where: Address, packet: Packet) -> dict:
     ranges = blocks(packet.clear)
     all_words = {first + i: word for first, block in ranges for i, word in enumerate(block)}
     taken = reading(family(where.cls, where.serial), all_words)
-    kind = "meter" if where.cls == METER else "inverter"
+    kind = kind_of(where.cls)
     values: dict = {f"{metric}{{{labels}}}" if labels else metric: number for (metric, labels), number in taken.values.items()}
     values.update({f'{kind}_unknown_register{{register="{register}"}}': word for register, word in taken.unknown.items()})
     shown = [{"first": first, "last": first + len(block) - 1, "words": list(block)} for first, block in ranges]
@@ -3467,12 +3507,13 @@ def history(sources: Iterable[tuple[str, bytes]], extra: str) -> dict[str, dict[
             packet = decode(frame, OUTBOUND)
             all_words = registers(packet.clear)
             packets.append((frame, packet, all_words))
-            told.update({packet.serial: text for name, text in info(all_words).items() if name == "model"})
+            if name := info(all_words).get("model"):
+                told[packet.serial] = name
     for frame, packet, all_words in packets:
         cls, function, when = int(packet.type[:2], 16), int(packet.type[2:], 16), device_time(packet.time)
         if function not in (LIVE, BUFFERED) or when is None:
             continue
-        device = Device("meter" if cls == METER else "inverter", packet.serial, 0)
+        device = Device(kind_of(cls), packet.serial, 0)
         device.told = told.get(packet.serial, "")
         seconds = calendars[packet.serial, function].utc(when, frame)
         for (metric, labels), number in reading(family(cls, packet.serial), all_words).values.items():
