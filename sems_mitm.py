@@ -31,6 +31,7 @@ The file reads as a packet travels:
 from __future__ import annotations
 
 import argparse
+import bisect
 import collections
 import contextlib
 import errno
@@ -40,6 +41,7 @@ import html
 import http.client
 import http.server
 import ipaddress
+import itertools
 import json
 import logging
 import math
@@ -57,7 +59,7 @@ import sys
 import threading
 import time
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import datetime, timedelta, timezone
 
 VERSION = "1.0.0"
@@ -642,6 +644,7 @@ class Framer:
         self.wire = wire
         self.rest = bytearray()
         self.since = 0.0
+        self._marks: list[tuple[int, float]] = []  # places in rest and when their bytes came, a second apart or more
         self._need = 0  # length of rest at which looking again can tell anything new
         self._ahead = 64  # frames to check at once: doubled by good ones, so that little is checked in vain
         self._budget = 0  # bytes of CRC that may still be spent on bad frames
@@ -656,6 +659,8 @@ class Framer:
         if not self.rest:
             self.since = now
             return self._scan(data, now)
+        if not self._marks or now - self._marks[-1][1] >= 1:
+            self._marks.append((len(self.rest), now))
         self.rest += data
         return self._scan(bytes(self.rest), now) if len(self.rest) >= self._need else []
 
@@ -682,6 +687,9 @@ class Framer:
             if pos == len(buf):
                 break
             bad = whole = bool(size) and pos + size <= len(buf)
+            if whole and pos < self._claimed and self._budget < size:
+                pos = min(self._claimed, len(buf))
+                continue
             if whole:
                 runs, bad = self._good(buf, pos)
                 if runs:
@@ -702,17 +710,15 @@ class Framer:
                 if size:
                     self._bad += 1
                     self._claimed = max(self._claimed, pos + size)
-                self._budget -= size if whole else 0
-                pos += len(self.wire.prefix) if self._budget >= 0 else max(size, 1)
-                pos = min(pos, len(buf))
+                pos = min(pos + len(self.wire.prefix), len(buf))
         self._skip(buf, start, pos, pieces)
         self._keep(buf, pos, now)
         return pieces
 
     def _keep(self, buf: bytes, pos: int, now: float) -> None:
         """Keep the bytes from pos for later."""
-        if pos or not self.rest:
-            self.since = now
+        self.since = next((when for place, when in reversed(self._marks) if place <= pos), self.since if self.rest else now)
+        self._marks = [(place - pos, when) for place, when in self._marks if place > pos]
         self._claimed = max(self._claimed - pos, 0)
         size = self._size(buf, pos)
         self.rest = bytearray(buf[pos:])
@@ -753,6 +759,7 @@ class Framer:
             left -= count
         end = self._first_bad(buf, runs)
         self._ahead = 1 if end < pos else min(2 * self._ahead, 4096)
+        self._budget -= pos - end
         if end == pos:
             return runs, False
         return [(at, size, min(count, (end - at) // size)) for at, size, count in runs if at < end], True
@@ -982,6 +989,7 @@ def model(serial: str, told: str = "") -> str:
     return label_text(f"GoodWe {kind} {size} {'kW' if kilo else 'W'}" if size else f"GoodWe {kind}")
 
 
+@functools.lru_cache(maxsize=1024)
 def device_time(stamp: bytes) -> datetime | None:
     """The calendar date of six bytes YY MM DD hh mm ss, in the device's local time; None if it is none."""
     try:
@@ -1085,13 +1093,13 @@ class Device:
         self.unknown: dict[int, int] = {}
         self.good = now  # when the last good frame came
         self.fresh = -math.inf  # when the last live packet came that counted as new
-        self.newest: datetime | None = None  # its time
+        self.newest = b""  # its time, six bytes
         self.offset: float | None = None
         self.day: tuple[datetime, dict[tuple[str, str], float]] | None = None  # today's first reading
         self.hidden = False  # another device has its labels
         self.version = 0  # rises with every change, so that an unchanged device is not rendered again
         self.page: tuple[tuple[int, bool], dict[str, str]] = ((-1, False), {})
-        self._older: tuple[datetime | None, int] = (None, 0)  # the row of packets older than newest: its last, its length
+        self._older = (b"", 0)  # the row of packets older than newest: the time of its last, its length
         self._below: dict[tuple[str, str], tuple[float, int]] = {}  # the row of a counter's values below the held one
 
     @property
@@ -1107,19 +1115,24 @@ class Device:
     def labels(self) -> str:
         return ",".join(map(label, ("device", "model", "serial"), self.name))
 
-    def is_new(self, when: datetime | None) -> bool:
-        """Whether a live packet of this time counts as new: not older, or the third older one in a row, rising."""
-        if when is None or self.newest is None or when >= self.newest:
-            pass
-        else:
-            last, row = self._older
-            row = row + 1 if last and when > last else 1
-            self._older = (when, row)
-            if row < DECODED:
-                return False
-        if when is not None:
-            self.newest, self._older = when, (None, 0)
-        return True
+    def new_ones(self, stamps: list[bytes]) -> list[int]:
+        """Which of live packets, by their times in the order of arrival, count as new.
+
+        One is that is not older than the newest, or the third older one in a row, rising. As the bytes of times compare, so
+        do the times. What is no calendar date is new and takes no part.
+        """
+        found, newest, last, row = [], self.newest, *self._older
+        for i, stamp in enumerate(stamps):
+            if device_time(stamp):
+                if stamp < newest:
+                    row = row + 1 if stamp > last and row else 1
+                    last = stamp
+                    if row < DECODED:
+                        continue
+                newest, row = stamp, 0
+            found.append(i)
+        self.newest, self._older = newest, (last, row)
+        return found
 
     def take(self, found: Reading, when: datetime | None, now: float, local: datetime) -> dict[str, int]:
         """Take a new live reading; how many of its values were rejected, by reason. `local` is this machine's time."""
@@ -1260,10 +1273,8 @@ class Store:
         device.version += 1
 
     def live(self, device: Device, packet: Packet, words: dict[int, int], now: float, wall: float) -> None:
-        """Take a live packet, unless it is an old one."""
+        """Take a live packet that counts as new."""
         when = device_time(packet.time)
-        if not device.is_new(when):
-            return
         found = reading(family(int(packet.type[:2], 16), packet.serial), words)
         for reason, count in device.take(found, when, now, datetime.fromtimestamp(wall)).items():
             self.add("sems_mitm_rejected_values_total", count, label("reason", reason))
@@ -1374,10 +1385,10 @@ def zone_is_known(zone: str | None, exists: Callable[[str], bool]) -> bool:
 class Entry:
     """What waits in an outbox: frames of one size, and what answers each."""
 
-    __slots__ = ("data", "size", "key")
+    __slots__ = ("data", "size", "key", "whole")
 
-    def __init__(self, data: bytes, size: int, key: tuple[str, str] | None = None) -> None:
-        self.data, self.size, self.key = data, size, key
+    def __init__(self, data: bytes, size: int, key: tuple[str, str] | None = None, whole: bool = True) -> None:
+        self.data, self.size, self.key, self.whole = data, size, key, whole
 
 
 class Pool:
@@ -1391,11 +1402,13 @@ class Pool:
         """Drop the oldest frames of the longest outbox until all fit; how many."""
         dropped = 0
         while self.size > self.limit:
-            longest = max(self.outboxes, key=lambda outbox: outbox.size)
-            count = longest.shed(max(longest.size - min(self.size - self.limit, 64 << 10), 0))
-            dropped += count
-            if not count:
-                break
+            for outbox in sorted(self.outboxes, key=lambda outbox: -outbox.size):
+                count = outbox.shed(max(outbox.size - min(self.size - self.limit, 64 << 10), 0))
+                dropped += count
+                if count:
+                    break
+            else:
+                break  # what is left is half sent
         return dropped
 
 
@@ -1425,13 +1438,13 @@ class Outbox:
         self._resize(-self.backlog, self.backlog - self.size)
         self.pool.outboxes.discard(self)
 
-    def put(self, data: bytes, size: int, key: tuple[str, str] | None = None) -> bool:
-        """Add frames of this size; whether all of it was sent already, while it was unfinished."""
+    def put(self, data: bytes, size: int, key: tuple[str, str] | None = None, whole: bool = True) -> bool:
+        """Add frames of this size, or what is no whole frame; whether all of it was sent already, while it was unfinished."""
         if not key and not self.unsent and self.offset >= len(data):
             self.offset -= len(data)
             return True
         self._resize(len(data))
-        self.unsent.append(Entry(data, size, key))
+        self.unsent.append(Entry(data, size, key, whole))
         return False
 
     def ready(self, most: int = BACKLOG) -> bytes:
@@ -1496,6 +1509,11 @@ class Outbox:
         self._keys.clear()
         self.misplaced.clear()
 
+    def start_whole(self) -> None:
+        """Let what waits begin with a whole frame: what a new connection gets first."""
+        while self.unsent and not self.unsent[0].whole:
+            self._resize(-len(self.unsent.popleft().data))
+
     def shed(self, limit: int) -> int:
         """Drop the oldest whole frames until `limit` bytes are left, but none that is half sent; how many."""
         dropped = 0
@@ -1557,7 +1575,7 @@ class Exporter:
         """Whether another session sent this frame to the portal just now: the portal's name leads back here."""
         mark = hash(frame)
         others = (session for session in self.sessions if session is not asking and session.portal_up)
-        return any(mark == sent and now - when <= LOOP_WINDOW for session in others for when, sent in session.echoes)
+        return any(mark == sent and now - when <= LOOP_WINDOW for session in others for when, sent in session.remembered())
 
 
 class Session:
@@ -1574,10 +1592,12 @@ class Session:
         self.serial = ""  # of the first good frame
         self.classes: set[int] = set()  # that the device has sent
         self.portal_up = False
+        self.away = False  # the last attempt to reach the portal failed, or its connection is gone
         self.device_gone = False  # and its socket is closed: only a spool goes on
         self.refused = False  # this connection is our own, come back
+        self.opening: tuple[float, int] | None = None  # when the portal was sent its connection's first frame, and its hash
         self.echoes: collections.deque[tuple[float, int]] = collections.deque(maxlen=ECHOES)
-        self._waiting: dict[tuple[Device, int], collections.deque[bytes]] = {}  # frames to be decoded, by function
+        self._waiting: dict[tuple[Device, int], list[Piece]] = {}  # frames to be decoded, by function
         exporter.sessions.add(self)
 
     # Outward: device -> portal
@@ -1606,7 +1626,7 @@ class Session:
         if mode != LOCAL:
             passed = self._drawn(data, size) if where and self.store.batsignal and draws_bat(where) else data
             verdict = "rewritten" if passed != data and not answered else verdict
-            self._queue(passed, size, (where.type, where.serial) if where and answered else None, now)
+            self._queue(piece._replace(data=passed), (where.type, where.serial) if where and answered else None, now)
         self.store.count(OUTBOUND, kind, verdict, count)
         if self.exporter.record:
             self._record(OUTBOUND, kind, verdict, data, size, wall)
@@ -1641,10 +1661,9 @@ class Session:
         elif function in (LIVE, SETTINGS):
             waiting = self._waiting.get((device, function))
             if waiting is None:
-                waiting = self._waiting[device, function] = collections.deque(maxlen=DECODED)
-            end = len(piece.data)
-            for at in range(end - min(piece.count, DECODED) * piece.size, end, piece.size):
-                waiting.append(piece.data[at : at + piece.size])
+                self._waiting[device, function] = [piece]
+            else:
+                waiting.append(piece)
 
     def _answer(self, where: Address, count: int, now: float, wall: float) -> bool:
         """Answer packets in the portal's place; whether they have an answer."""
@@ -1660,15 +1679,15 @@ class Session:
 
     def _drawn(self, data: bytes, size: int) -> bytes:
         """A HomeKit 1000's frames with the bat, but for what has begun to be sent as it is."""
-        if self.to_portal.offset and not self.to_portal.unsent:
-            return data
-        frames = (data[at : at + size] for at in range(0, len(data), size))
-        return b"".join([with_bat(frame) or frame for frame in frames])
+        begun = 0 if self.to_portal.unsent else -(-self.to_portal.offset // size) * size
+        frames = (data[at : at + size] for at in range(begun, len(data), size))
+        return data[:begun] + b"".join([with_bat(frame) or frame for frame in frames])
 
-    def _queue(self, data: bytes, size: int, key: tuple[str, str] | None, now: float) -> None:
+    def _queue(self, piece: Piece, key: tuple[str, str] | None, now: float) -> None:
         """Queue what goes to the portal; each frame of a spool by itself, as it has an answer of its own."""
+        kind, data, _, size = piece
         if key is None:
-            if self.to_portal.put(data, size):
+            if self.to_portal.put(data, size, None, kind == "frame"):
                 self._echo(data, size, now)
         else:
             for at in range(0, len(data), size):
@@ -1698,30 +1717,56 @@ class Session:
 
     def portal_took(self, count: int, now: float) -> None:
         """The portal's socket took so many bytes of `outgoing`."""
+        if self.opening is None and self.to_portal.unsent:
+            first = self.to_portal.unsent[0]
+            self.opening = (now, hash(first.data[: first.size]))
         for entry in self.to_portal.took(count)[-ECHOES:]:
             self._echo(entry.data, entry.size, now)
+
+    def remembered(self) -> list[tuple[float, int]]:
+        """When frames were sent to the portal, and their hashes: the connection's first one and the latest."""
+        return [*self.echoes, self.opening] if self.opening else []
 
     def _echo(self, sent: bytes, size: int, now: float) -> None:
         """Remember frames that the portal was sent: the first of them and the last."""
         self.echoes.append((now, hash(sent[:size])))
+        self.opening = self.opening or self.echoes[-1]
         if len(sent) > size:
             self.echoes.append((now, hash(sent[-size:])))
 
     def digest(self, now: float, wall: float) -> None:
-        """Decode what came: metrics follow, and a trouble at the most."""
-        for (device, function), frames in self._waiting.items():
-            for frame in frames:
-                try:
-                    packet = decode(frame, OUTBOUND)
-                    words = registers(packet.clear)
-                except ProtocolError as error:
-                    self.store.troubles.say("payload", f"a packet of {device.serial} cannot be read: {error}", now)
-                    continue
+        """Decode what came: metrics follow, and a trouble at the most.
+
+        Of the packets of a device that count, the last three that can be read are enough: the rules look no further back.
+        """
+        for (device, function), pieces in self._waiting.items():
+            counted: Sequence[int] = range(sum(piece.count for piece in pieces))
+            if function == LIVE:
+                stamps = [data[at : at + 6] for _, data, _, size in pieces for at in range(LONG.time, len(data), size)]
+                counted = device.new_ones(stamps)
+            for packet, words in self._read(pieces, counted, now):
                 if function == LIVE:
                     self.store.live(device, packet, words, now, wall)
                 else:
                     self.store.learn(device, info(words), now)
         self._waiting.clear()
+
+    def _read(self, pieces: list[Piece], indices: Sequence[int], now: float) -> list[tuple[Packet, dict[int, int]]]:
+        """The last three readable packets of those that the indices name in the pieces, in order, with their registers."""
+        starts = list(itertools.accumulate((piece.count for piece in pieces), initial=0))
+        found: list[tuple[Packet, dict[int, int]]] = []
+        for index in reversed(indices):
+            place = bisect.bisect(starts, index) - 1
+            _, data, _, size = pieces[place]
+            at = (index - starts[place]) * size
+            try:
+                packet = decode(data[at : at + size], OUTBOUND)
+                found.append((packet, registers(packet.clear)))
+            except ProtocolError as error:
+                self.store.troubles.say("payload", f"a packet of {self.serial} cannot be read: {error}", now)
+            if len(found) == DECODED:
+                break
+        return found[::-1]
 
     # Inward: portal -> device
 
@@ -1791,9 +1836,19 @@ class Session:
         for piece in self.outward.close(now):
             self._outward(piece, now, wall)
 
+    def portal_came(self) -> None:
+        """The portal's connection stands. After one that failed, what waited begins with a whole frame."""
+        if self.away:
+            self.to_portal.start_whole()
+        self.portal_up, self.away, self.opening = True, False, None
+
+    def portal_failed(self) -> None:
+        """An attempt failed, or the connection is gone."""
+        self.portal_up, self.away = False, True
+
     def portal_lost(self, now: float, wall: float) -> None:
         """The portal's connection is gone; what it has not answered or taken goes again on the next."""
-        self.portal_up = False
+        self.portal_failed()
         self.to_portal.lost()
         for piece in self.inward.close(now):
             self._inward(piece, now, wall)
@@ -1838,8 +1893,9 @@ def draws_bat(where: Address) -> bool:
 
 def may_draw_bat(rest: bytes) -> bool:
     """Whether an unfinished frame may turn out to be one that gets the bat."""
-    start = OUTBOUND.prefix
-    return rest[: len(start)] == start[: len(rest)] and (len(rest) < 12 or rest[10] == METER and rest[11] in (LIVE, BUFFERED))
+    known = (rest[:6] == OUTBOUND.prefix[: len(rest)], rest[10:11] in (b"", bytes([METER])), rest[11:12] in (b"", b"\x04", b"\x45"))
+    serial = rest[LONG.serial : LONG.iv].decode("latin-1")
+    return all(known) and (len(serial) < 16 or family(METER, serial) == "HK1000")
 
 
 # ----------------------------------------------------------------------------------------------------------- files
@@ -1986,9 +2042,9 @@ def _dns_name(data: bytes, pos: int) -> tuple[bytes, int]:
 def ask_dns(server: tuple[str, int], name: str, timeout: float = 2) -> list[str] | None:
     """What a name server says of a name, as `dns_answer`; None too if it does not answer in time. Raises OSError."""
     query = dns_query(name, int.from_bytes(os.urandom(2), "big"))
-    family = socket.AF_INET6 if ":" in server[0] else socket.AF_INET
-    with socket.socket(family, socket.SOCK_DGRAM) as sock:
-        sock.connect(server)  # the kernel drops what others send
+    family, kind, _, _, sockaddr = socket.getaddrinfo(*server, type=socket.SOCK_DGRAM)[0]
+    with socket.socket(family, kind) as sock:
+        sock.connect(sockaddr)  # the kernel drops what others send
         sock.send(query)
         end = time.monotonic() + timeout
         while (left := end - time.monotonic()) > 0:
@@ -2212,12 +2268,11 @@ class Link:
                 self.heard = now
                 if self.session.streams():
                     self.stream(data, now, wall)
-                with self.network.exporter.store.lock:
+                with self.network.exporter.store.lock:  # a scrape sees a packet's count and its values, or neither
                     self.session.from_device(data, now, wall)
-                if self.session.refused:
-                    return self.refuse()
-                self.flush(now, wall)
-                with self.network.exporter.store.lock:
+                    if self.session.refused:
+                        return self.refuse()
+                    self.flush(now, wall)
                     self.session.digest(now, wall)
                 self.reach(now)
         self.settle(now)
@@ -2293,6 +2348,7 @@ class Link:
         self.drop_portal()
         if self.endpoints:
             return self.connect(now)
+        self.session.portal_failed()
         store = self.network.exporter.store
         with store.lock:
             store.add("sems_mitm_upstream_connect_failures_total", 1, label("reason", reason))
@@ -2335,7 +2391,8 @@ class Link:
         if code:
             self.failed(reason_of(code), os.strerror(code), now)
             return False
-        self.connecting, self.session.portal_up, self.since, self.answered = False, True, now, now
+        self.connecting, self.since, self.answered = False, now, now
+        self.session.portal_came()
         self.endpoints.clear()
         self.network.upstream_up = 1
         return True
@@ -2394,6 +2451,8 @@ class Link:
         if self not in self.network.links:
             return
         session, mode = self.session, self.network.exporter.mode
+        if self.portal and len(session.to_portal.misplaced) > MISPLACED:
+            return self.portal_lost(now, time.time())
         up = self.portal is not None and not self.connecting
         to_portal, to_device = session.to_portal.backlog, session.to_device.backlog
         outgoing = up and bool(to_portal or session.unfinished(now))
@@ -2948,7 +3007,7 @@ class Page(http.server.BaseHTTPRequestHandler):
             self.wfile.write(body)
 
     def wants_gzip(self) -> bool:
-        accepted = self.headers.get("Accept-Encoding", "") if getattr(self, "headers", None) else ""
+        accepted = self.headers.get("Accept-Encoding", "").lower() if getattr(self, "headers", None) else ""
         return any(re.fullmatch(r"\s*(gzip|\*)\s*(;\s*q=(1(\.0*)?|0?\.0*[1-9]\d*))?\s*", part) for part in accepted.split(","))
 
     def log_message(self, format: str, *args: object) -> None:
@@ -3207,6 +3266,11 @@ def simulate(arguments: list[str]) -> int:
     return 0
 
 
+def morning() -> datetime:
+    """When a simulated day begins: the inverter is awake."""
+    return datetime.now().replace(hour=8, minute=0, second=0, microsecond=0)
+
+
 def simulated_house(number: int) -> list[Simulated]:
     """The devices of a house; each house has serial numbers of its own."""
     house = House(number)
@@ -3250,8 +3314,7 @@ def demo(arguments: list[str]) -> int:
     _, network, web = started(settings)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: network.stop())
-    morning = datetime.now().replace(hour=8, minute=0, second=0, microsecond=0)
-    devices = SimulatedConnection(("127.0.0.1", network.port), simulated_house(0), 1, 360, morning)
+    devices = SimulatedConnection(("127.0.0.1", network.port), simulated_house(0), 1, 360, morning())
     devices.start()
     print(DEMO_TEXT.format(web=web.port, devices=network.port, portal=port), flush=True)
     network.run()
@@ -3595,7 +3658,7 @@ def clock_findings(wall: float, zone: str | None) -> Iterator[Finding]:
     local = time.strftime("%Y-%m-%d %H:%M:%S %Z", time.localtime(wall))
     if wall < RELEASED:
         yield Finding(FAIL, f"this machine's clock is wrong: {local}", "let it get the time from the network, and start again")
-    elif not zone_is_known(zone, os.path.exists):
+    elif not zone_is_known(zone, os.path.isfile):
         yield Finding(
             FAIL,
             f"TZ={zone} is no time zone that this system knows",
@@ -3721,7 +3784,7 @@ Settings = argparse.Namespace  # of serve: a value for each row of FLAGS, by its
 
 def endpoint(text: str, port_from: int = 1) -> tuple[str, int]:
     """HOST:PORT, [v6]:PORT or :PORT as (host, port); no host is "". Raises ValueError."""
-    match = re.fullmatch(r"(\[([0-9A-Fa-f:.%\w]*:[0-9A-Fa-f:.%\w]*)\]|[^\[\]:\s/@]*):(\d{1,5})", text)
+    match = re.fullmatch(r"(\[([0-9A-Fa-f:.%\w]*:[0-9A-Fa-f:.%\w]*)\]|[^\[\]:\s/@]*):([0-9]{1,5})", text)
     if not match or not port_from <= int(match[3]) <= 65535:
         raise ValueError("expected HOST:PORT, [v6]:PORT or :PORT")
     return match[2] or match[1], int(match[3])
@@ -3740,18 +3803,14 @@ def portal_endpoint(text: str) -> tuple[str, int]:
 
 
 def name_servers(text: str) -> list[tuple[str, int]]:
-    """HOST[:PORT] of name servers, comma-separated; addresses, since asking for their names would need one. Or none."""
+    """HOST[:PORT] of name servers, comma-separated, or none."""
     if text == "none":
         return []
     found = []
     for part in text.split(","):
         part = part.strip()
-        with contextlib.suppress(ValueError):
-            ipaddress.ip_address(part)
-            part = f"[{part}]:53" if ":" in part else f"{part}:53"
-        host, port = endpoint(part)
-        ipaddress.ip_address(host)
-        found.append((host, port))
+        bare = part.count(":") > 1 and not part.startswith("[")
+        found.append(portal_endpoint(f"[{part}]:53" if bare else part if re.search(r":[0-9]+$", part) else f"{part}:53"))
     return found
 
 
@@ -3762,7 +3821,7 @@ def networks(text: str) -> list:
 
 def duration(text: str) -> float:
     """Seconds of 90s, 5m, 1h30m or 0."""
-    match = re.fullmatch(r"(?=.)(?:(\d{1,6})d)?(?:(\d{1,6})h)?(?:(\d{1,6})m)?(?:(\d{1,6})s)?", text)
+    match = re.fullmatch(r"(?=.)(?:(\d{1,6})d)?(?:(\d{1,6})h)?(?:(\d{1,6})m)?(?:(\d{1,6})s)?", text, re.ASCII)
     if text == "0":
         return 0
     if not match:
@@ -3779,7 +3838,7 @@ def boolean(text: str) -> bool:
 
 def count(text: str) -> int:
     """A positive whole number."""
-    if not re.fullmatch(r"[1-9]\d{0,5}", text):
+    if not re.fullmatch(r"[1-9][0-9]{0,5}", text):
         raise ValueError("expected a positive whole number")
     return int(text)
 
@@ -3836,9 +3895,15 @@ class Parser(argparse.ArgumentParser):
 
 
 def spelled_out(arguments: list[str]) -> list[str]:
-    """Arguments with --flag and --no-flag as --flag=true and --flag=false."""
-    spelled = {f"--{name}": f"--{name}=true" for name in BOOLEANS} | {f"--no-{name}": f"--{name}=false" for name in BOOLEANS}
-    return [spelled.get(argument, argument) for argument in arguments]
+    """Arguments with --flag and --no-flag as --flag=true and --flag=false, and --flag VALUE as --flag=VALUE."""
+    spelled = {f"--{name}": f"--{name}=true" for name in BOOLEANS}
+    spelled.update({f"--no-{name}": f"--{name}=false" for name in BOOLEANS})
+    valued, left, found = {f"--{name}" for name, *_ in FLAGS} - set(spelled), list(arguments), []
+    while left:
+        argument = left.pop(0)
+        value = f"={left.pop(0)}" if argument in valued and left else ""  # it may begin with a -
+        found.append(spelled.get(argument, argument) + value)
+    return found
 
 
 def serve_settings(arguments: list[str], environment: Mapping[str, str]) -> Settings:
@@ -3888,7 +3953,7 @@ def reconciled(settings: Settings, levels: dict[str, int]) -> Settings:
     if levels["passthrough"] > levels["mode"]:
         settings.mode = FORWARD if settings.passthrough and local else LOCAL if not settings.passthrough else settings.mode
     settings.upstream_text = endpoint_text(settings.upstream)
-    settings.log_level = "debug" if settings.debug else settings.log_level
+    settings.log_level = "debug" if settings.debug and levels["debug"] >= levels["log_level"] else settings.log_level
     return settings
 
 
@@ -3917,7 +3982,7 @@ def started(settings: Settings) -> tuple[Store, Network, Web]:
     """An exporter whose ports are bound and whose HTTP is served; `network.run` is left to do. Raises UsageError."""
     sys.setswitchinterval(0.0005)  # a scrape must not keep packets waiting for the interpreter
     store = Store(settings.stale_after, settings.max_devices, settings.batsignal)
-    zone_ok = zone_is_known(os.environ.get("TZ"), os.path.exists)
+    zone_ok = zone_is_known(os.environ.get("TZ"), os.path.isfile)
     files = Files(store, settings.capture, settings.backfill)
     exporter = Exporter(store, settings.mode, zone_ok, files.record if files.capture or files.backfill else None)
     try:
@@ -3972,12 +4037,9 @@ def main(argv: list[str] | None = None) -> int:
         if command not in COMMANDS:
             raise UsageError(f"{command!a}: no such command; there are {', '.join(COMMANDS)}")
         return COMMANDS[command](rest)
-    except UsageError as error:
-        print(f"sems_mitm.py: {error}", file=sys.stderr)
-        return 2
-    except BindError as error:
-        print(f"sems_mitm.py: {error}", file=sys.stderr)
-        return 1
+    except (UsageError, BindError) as error:
+        print("sems_mitm.py:", " ".join(str(error).split()), file=sys.stderr)
+        return 2 if isinstance(error, UsageError) else 1
 
 
 if __name__ == "__main__":
