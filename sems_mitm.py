@@ -3255,7 +3255,7 @@ def simulate(arguments: list[str]) -> int:
     except ValueError as error:
         raise UsageError(f"{given.target!a}: {error}") from None
     connections = [
-        SimulatedConnection(target, simulated_house(i), given.interval, given.speed, datetime.now()) for i in range(given.houses)
+        SimulatedConnection(target, simulated_house(i), given.interval, given.speed, morning()) for i in range(given.houses)
     ]
     for connection in connections:
         connection.start()
