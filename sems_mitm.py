@@ -36,6 +36,7 @@ import collections
 import contextlib
 import errno
 import functools
+import gc
 import heapq
 import html
 import http.client
@@ -1078,13 +1079,13 @@ class Device:
     """What is known of one device. Times are monotonic but for `newest` and `offset`, which are of its own clock."""
 
     __slots__ = (
-        "kind", "serial", "told", "info", "counts", "gauges", "counters", "unknown", "good", "fresh", "newest", "offset",
+        "kind", "serial", "told", "name", "labels", "info", "counts", "gauges", "counters", "unknown", "good", "fresh", "newest", "offset",
         "day", "hidden", "version", "page", "_older", "_below",
     )  # fmt: skip
 
     def __init__(self, kind: str, serial: str, now: float) -> None:
         self.kind, self.serial = kind, serial
-        self.told = ""  # the model name that the device sent
+        self.is_told("")
         self.info = {"firmware": "", "module_firmware": "", "portal": ""}
         names = [f"{kind}_time_sync_packets_total", f"{kind}_metrics_packets_total", "meter_time_sync_ack_packets_total"]
         self.counts = dict.fromkeys([*names, "sems_mitm_acks_total", "sems_mitm_nacks_total", "sems_mitm_buffered_packets_total"], 0)
@@ -1102,18 +1103,11 @@ class Device:
         self._older = (b"", 0)  # the row of packets older than newest: the time of its last, its length
         self._below: dict[tuple[str, str], tuple[float, int]] = {}  # the row of a counter's values below the held one
 
-    @property
-    def model(self) -> str:
-        return model(self.serial, self.told)
-
-    @property
-    def name(self) -> tuple[str, str, str]:
-        """What tells its series from those of others."""
-        return self.kind, self.model, label_text(self.serial[-8:])
-
-    @property
-    def labels(self) -> str:
-        return ",".join(map(label, ("device", "model", "serial"), self.name))
+    def is_told(self, model_name: str) -> None:
+        """The device gave its model name; name tells its series from those of others, labels is that as text."""
+        self.told = model_name
+        self.name = (self.kind, model(self.serial, model_name), label_text(self.serial[-8:]))
+        self.labels = ",".join(map(label, ("device", "model", "serial"), self.name))
 
     def new_ones(self, stamps: list[bytes]) -> list[int]:
         """Which of live packets, by their times in the order of arrival, count as new.
@@ -1137,7 +1131,7 @@ class Device:
     def take(self, found: Reading, when: datetime | None, now: float, local: datetime) -> dict[str, int]:
         """Take a new live reading; how many of its values were rejected, by reason. `local` is this machine's time."""
         rejected = {"not_finite": found.not_finite, "dip": 0}
-        self.fresh, self.unknown = now, dict(list(found.unknown.items())[:UNKNOWN_REGISTERS])
+        self.fresh, self.unknown = now, dict(itertools.islice(found.unknown.items(), UNKNOWN_REGISTERS))
         self.gauges = {series: number for series, number in found.values.items() if not series[0].endswith("_total")}
         below: dict[tuple[str, str], tuple[float, int]] = {}
         for series, number in found.values.items():
@@ -1147,7 +1141,7 @@ class Device:
         if when is not None:
             self.offset = (when - local).total_seconds()
         if self.day is None or self.day[0].date() != local.date():
-            self.day = (local, dict(self.counters))
+            self.day = (local, {series: number for series, number in self.counters.items() if not series[1]})
         return rejected
 
     def _rises(self, series: tuple[str, str], number: float, below: dict[tuple[str, str], tuple[float, int]]) -> bool:
@@ -1184,14 +1178,12 @@ def page(labels: str, samples: list[tuple[str, str, float]]) -> dict[str, str]:
     return lines
 
 
-def exposition(pages: list[dict[str, str]]) -> str:
-    """Text format 0.0.4 of pages: families together, sorted, each with its HELP and TYPE once."""
-    parts = []
+def exposition(pages: list[dict[str, str]]) -> Iterator[str]:
+    """Text format 0.0.4 of pages, a family at a time, sorted, each with its HELP and TYPE once."""
     for name in sorted(set().union(*pages)):
         kind, help_text = METRICS[name]
-        parts.append(f"# HELP {name} {help_text}\n# TYPE {name} {kind}\n")
-        parts += [lines[name] for lines in pages if name in lines]
-    return "".join(parts)
+        yield f"# HELP {name} {help_text}\n# TYPE {name} {kind}\n"
+        yield "".join([lines[name] for lines in pages if name in lines])
 
 
 class Store:
@@ -1245,7 +1237,7 @@ class Store:
             self._unname(silent)
         self.devices[device.kind, device.serial] = device
         self.names[device.name] = device
-        log.info("new device: %s %s", device.model, device.serial)
+        log.info("new device: %s %s", device.name[1], device.serial)
         return device
 
     def _name(self, device: Device, now: float) -> None:
@@ -1268,7 +1260,7 @@ class Store:
         told = found.get("model", device.told)
         if told != device.told:
             self._unname(device)
-            device.told = told
+            device.is_told(told)
             self._name(device, now)
         device.version += 1
 
@@ -1288,6 +1280,8 @@ class Store:
                 if device.hidden:
                     continue
                 key = (device.version, self.is_stale(device.fresh, now))
+                if key[1]:
+                    device.gauges, device.unknown = {}, {}
                 if device.page[0] != key:
                     changed.append((device, key, device.labels, device.samples(key[1])))
                 pages.append(device)
@@ -2991,12 +2985,14 @@ class Page(http.server.BaseHTTPRequestHandler):
         self.close_connection = True  # its body, if there is one, is not read
         self.reply(code, "text/plain; charset=utf-8", f"{http.HTTPStatus(code).phrase}\n", {"Allow": "GET, HEAD"} if code == 405 else {})
 
-    def reply(self, code: int, kind: str, text: str, more: dict[str, str] = {}) -> None:  # noqa: B006 - read only
-        body = text.encode()
-        headers = {"Content-Type": kind, **SAFE_HEADERS, **more}
+    def reply(self, code: int, kind: str, text: Iterable[str], more: dict[str, str] = {}) -> None:  # noqa: B006 - read only
+        """Send an answer; text may come in parts, so that a large one is not in memory twice."""
+        body, headers = bytearray(), {"Content-Type": kind, **SAFE_HEADERS, **more}
+        for part in [text] if isinstance(text, str) else text:
+            body += part.encode()
         if len(body) > 512 and self.wants_gzip():
             packer = zlib.compressobj(1, wbits=31)
-            body, headers["Content-Encoding"] = packer.compress(body) + packer.flush(), "gzip"
+            body, headers["Content-Encoding"] = bytearray(packer.compress(body) + packer.flush()), "gzip"
         if self.close_connection:
             headers["Connection"] = "close"
         self.send_response_only(code)
@@ -3254,9 +3250,7 @@ def simulate(arguments: list[str]) -> int:
         target = portal_endpoint(given.target)
     except ValueError as error:
         raise UsageError(f"{given.target!a}: {error}") from None
-    connections = [
-        SimulatedConnection(target, simulated_house(i), given.interval, given.speed, morning()) for i in range(given.houses)
-    ]
+    connections = [SimulatedConnection(target, simulated_house(i), given.interval, given.speed, morning()) for i in range(given.houses)]
     for connection in connections:
         connection.start()
     print(f"{2 * given.houses} simulated devices towards {endpoint_text(target)}; Ctrl-C stops them", flush=True)
@@ -3577,7 +3571,7 @@ def history(sources: Iterable[tuple[str, bytes]], extra: str) -> dict[str, dict[
         if function not in (LIVE, BUFFERED) or when is None:
             continue
         device = Device(kind_of(cls), packet.serial, 0)
-        device.told = told.get(packet.serial, "")
+        device.is_told(told.get(packet.serial, ""))
         seconds = calendars[packet.serial, function].utc(when, frame)
         for (metric, labels), number in reading(family(cls, packet.serial), all_words).values.items():
             series = ",".join(part for part in (device.labels, labels, extra) if part)
@@ -3994,6 +3988,7 @@ def started(settings: Settings) -> tuple[Store, Network, Web]:
         raise BindError(f"--{what[0]}={endpoint_text(what[1])}: {error.strerror or error}") from None
     network.http_ports.add(web.port)
     web.start()
+    gc.freeze()  # what is there now stays: the collector need not look at it again
     return store, network, web
 
 
