@@ -656,7 +656,7 @@ class Framer:
 
     def feed(self, data: bytes, now: float) -> list[Piece]:
         """The pieces that data completes, in order."""
-        self._budget += CRC_BUDGET * len(data)
+        self._budget += (CRC_BUDGET - 1) * len(data)  # one is for the check that each byte has once without any claim in a claim
         if not self.rest:
             self.since = now
             return self._scan(data, now)
@@ -2982,6 +2982,7 @@ class Page(http.server.BaseHTTPRequestHandler):
     def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
         """Answer what the base class cannot read, or what is no GET or HEAD."""
         code = 405 if code == 501 else code
+        self.request_version = self.protocol_version  # the base class left it at 0.9, which has no headers
         self.close_connection = True  # its body, if there is one, is not read
         self.reply(code, "text/plain; charset=utf-8", f"{http.HTTPStatus(code).phrase}\n", {"Allow": "GET, HEAD"} if code == 405 else {})
 
@@ -3485,6 +3486,14 @@ def redacted(wire: Wire, piece: Piece, aliases: dict[bytes, bytes]) -> Piece:
     return piece._replace(data=frame)
 
 
+def serials_in(data: bytes) -> list[bytes]:
+    """What stands where frames of either direction have their serial number, whole or cut, good frame or not."""
+    # 8 bytes behind a GW, that of POSTGW too if the envelope is short; 10 if it is long
+    places = [match.start() + behind for match in re.finditer(b"GW", data) for behind in (8, 10)]
+    found = [re.match(rb"[ -~]{9,16}", data[place : place + 16]) for place in places]
+    return [match[0] for match, place in zip(found, places) if match and match.end() in (16, len(data) - place)]
+
+
 def replaced(data: bytes, aliases: dict[bytes, bytes]) -> bytes:
     for serial, alias in aliases.items():
         data = data.replace(serial, alias)
@@ -3504,12 +3513,12 @@ def decode_command(arguments: list[str]) -> int:
     aliases: dict[bytes, bytes] = {}
     for wire, piece in found:
         with contextlib.suppress(ProtocolError):
-            packet = decode(piece.data, wire)
-            serial = packet.serial.encode()
-            aliases.setdefault(serial, serial[:8] + f"{len(aliases) + 1:08d}".encode())
+            for serial in serials_in(piece.data):
+                aliases.setdefault(serial, (serial[:8] + f"{len(aliases) + 1:08d}".encode())[: len(serial)])
             if wire is OUTBOUND and piece.kind == "frame":
+                packet = decode(piece.data, wire)
                 name = info(registers(packet.clear)).get("model")
-                alias = aliases[serial].decode()
+                alias = aliases[packet.serial.encode()].decode()
                 told.update({packet.serial: name, alias: name} if name else {})
     for wire, piece in found:
         print(json.dumps(described(wire, redacted(wire, piece, aliases) if given.redact else piece, told)))
