@@ -2269,6 +2269,8 @@ class Link:
                     self.flush(now, wall)
                     self.session.digest(now, wall)
                 self.reach(now)
+        if events & selectors.EVENT_WRITE:
+            self.flush(now, wall)
         self.settle(now)
 
     def device_closed(self, now: float, wall: float) -> None:
@@ -2811,7 +2813,7 @@ header,footer{display:flex;flex-wrap:wrap;gap:.25rem 1rem;align-items:baseline;j
 main{display:grid;gap:1rem;margin:1rem 0;grid-template-columns:repeat(auto-fit,minmax(min(100%,20rem),1fr))}
 section{background:var(--card);border:1px solid var(--line);border-radius:.5rem;padding:1rem}
 p{margin:.25rem 0}.dim,dt,footer{color:var(--dim);font-size:.875rem}.good{color:var(--good)}.bad{color:var(--bad)}
-dl{display:grid;grid-template-columns:repeat(auto-fill,minmax(8rem,1fr));gap:.75rem 1rem;margin:1rem 0 0}
+dl{display:grid;grid-template-columns:repeat(auto-fill,minmax(8rem,1fr));gap:.75rem 1rem;margin:1rem 0;align-items:end}
 dd{margin:0;font-size:1.35rem;font-variant-numeric:tabular-nums}.sun{color:var(--sun)}
 a{color:inherit}code{font-size:.95em}li{margin:.25rem 0}ol{padding-left:1.25rem}
 """
