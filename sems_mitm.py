@@ -2121,6 +2121,8 @@ class Resolver:
                 self.done(who, resolve(*self.upstream, self.servers))
             except Unresolved as error:
                 self.done(who, error)
+            except (OSError, ValueError) as error:  # the system's resolver has its own ideas of what a name is
+                self.done(who, Unresolved("dns", str(error)))
 
 
 def tuned(sock: socket.socket) -> socket.socket:
@@ -2226,6 +2228,7 @@ class Link:
         self.device: Leg | None = Leg(network, sock, self.on_device)
         self.portal: Leg | None = None
         self.connecting = False  # the portal's socket is
+        self.own_end = ""  # our end of the portal's connection
         self.asking = False  # the resolver is
         self.endpoints: list[Endpoint] = []  # of the portal, not tried in this attempt
         self.backoff: float = BACKOFF[0]
@@ -2331,13 +2334,16 @@ class Link:
         try:
             sock = tuned(socket.socket(endpoint.family, socket.SOCK_STREAM))
         except OSError as error:
-            return self.failed("other", f"no socket for the portal: {error.strerror}", now)
-        code = sock.connect_ex(endpoint.sockaddr)
-        if code not in (0, errno.EINPROGRESS, errno.EWOULDBLOCK):
-            sock.close()
-            return self.failed(reason_of(code), f"the portal: {os.strerror(code)}", now)
+            return self.failed("other", f"no socket: {error.strerror}", now)
         self.portal, self.connecting = Leg(self.network, sock, self.on_portal), True
-        self.network.own_ends.add(endpoint_text(sock.getsockname()))
+        try:
+            sock.connect(endpoint.sockaddr)
+        except BlockingIOError:
+            pass
+        except OSError as error:
+            return self.failed(reason_of(error.errno), error.strerror or str(error), now)
+        self.own_end = endpoint_text(sock.getsockname())
+        self.network.own_ends.add(self.own_end)
 
     def failed(self, reason: str, text: str, now: float) -> None:
         """An address of the portal could not be reached."""
@@ -2404,9 +2410,8 @@ class Link:
         self.later(now)
 
     def drop_portal(self) -> None:
+        self.network.own_ends.discard(self.own_end)
         if self.portal:
-            with contextlib.suppress(OSError):
-                self.network.own_ends.discard(endpoint_text(self.portal.sock.getsockname()))
             self.portal.close()
         self.portal, self.connecting = None, False
 
@@ -2462,7 +2467,7 @@ class Link:
             room = (not up or to_portal < BACKLOG) and (mode == FORWARD or to_device < BACKLOG)
             self.device.watch(room and not self.closing, to_device > 0)
             times += [self.device.waits(to_device > 0, now), self.heard + SILENCE]
-        elif up and session.to_portal.size:
+        elif up and self.spools:
             times.append(self.answered + ANSWER_TIMEOUT)
         self.network.wake(self, min(times))
 
@@ -2497,15 +2502,9 @@ class Link:
             return self.device_lost(now, wall)
         if self.connecting and now >= self.since + CONNECT_TIMEOUT:
             self.failed("timeout", "no answer to the connection", now)
-        elif (
-            self.portal
-            and self.portal.progress
-            and now >= self.portal.progress + STALL
-            or self.portal
-            and not self.connecting
-            and not self.device
-            and now >= self.answered + ANSWER_TIMEOUT
-        ):
+        elif self.portal and self.portal.progress and now >= self.portal.progress + STALL:
+            self.portal_lost(now, wall)
+        elif self.spools and self.session.portal_up and not self.device and now >= self.answered + ANSWER_TIMEOUT:
             self.portal_lost(now, wall)
         elif now >= self.retry:
             self.reach(now)
@@ -2526,9 +2525,9 @@ class Link:
         self.network.links.discard(self)
 
 
-def reason_of(code: int) -> str:
+def reason_of(code: int | None) -> str:
     """The label of a failure for an errno of connect."""
-    return {errno.ECONNREFUSED: "refused", errno.ETIMEDOUT: "timeout"}.get(code, "other")
+    return "refused" if code == errno.ECONNREFUSED else "timeout" if code == errno.ETIMEDOUT else "other"
 
 
 class Network:
@@ -2557,7 +2556,7 @@ class Network:
         gauges = exporter.store.gauges
         gauges["sems_mitm_queue_bytes"] = lambda: exporter.pool.outward
         gauges["sems_mitm_device_connections"] = lambda: len(self.links)
-        gauges["sems_mitm_upstream_connections"] = lambda: sum(session.portal_up for session in exporter.sessions)
+        gauges["sems_mitm_upstream_connections"] = lambda: sum(session.portal_up for session in list(exporter.sessions))
         gauges["sems_mitm_upstream_up"] = lambda: self.upstream_up
 
     @property
