@@ -2500,11 +2500,11 @@ class Link:
             return self.end()
         if self.device and (now >= self.heard + SILENCE or self.device.progress and now >= self.device.progress + STALL):
             return self.device_lost(now, wall)
+        stalled = self.portal and self.portal.progress and now >= self.portal.progress + STALL
+        unanswered = self.spools and self.session.portal_up and not self.device and now >= self.answered + ANSWER_TIMEOUT
         if self.connecting and now >= self.since + CONNECT_TIMEOUT:
             self.failed("timeout", "no answer to the connection", now)
-        elif self.portal and self.portal.progress and now >= self.portal.progress + STALL:
-            self.portal_lost(now, wall)
-        elif self.spools and self.session.portal_up and not self.device and now >= self.answered + ANSWER_TIMEOUT:
+        elif stalled or unanswered:
             self.portal_lost(now, wall)
         elif now >= self.retry:
             self.reach(now)
