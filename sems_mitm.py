@@ -2523,6 +2523,7 @@ class Link:
         with self.network.exporter.store.lock:
             self.session.close()
         self.network.links.discard(self)
+        self.alarm = math.inf  # the network may forget it
 
 
 def reason_of(code: int | None) -> str:
