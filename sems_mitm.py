@@ -2096,7 +2096,8 @@ def resolve(host: str, port: int, servers: list[tuple[str, int]]) -> list[Endpoi
         raise Unresolved(
             "loop", f"{host} is overridden for the name servers of --sems.upstream-dns too; give it one that tells its real address"
         )
-    raise Unresolved("dns", f"{host} has no address that can be used" if system else f"{host} has no address")
+    why = f" that can be used: here it is {system[0].sockaddr[0]}, and --sems.upstream-dns does not help" if system else ""
+    raise Unresolved("dns", f"{host} has no address{why}")
 
 
 class Resolver:
