@@ -82,7 +82,9 @@ ANSWER_TIMEOUT = 30  # s for the portal to answer the spool of a device that has
 HOLD = 1  # s that an unfinished frame waits for the bat
 SHUTDOWN = 2  # s to send what is queued at the end
 CRC_BUDGET = 8  # bytes of checksum on bad frames for each byte received: nested claims burn no core
-DECODED = 3  # of a long run of live packets: what the dip rule and the order rule need to see
+CRC_CREDIT = 512 << 10  # of that at once, 20 ms on a fast machine: the other devices wait so long
+EXACT = 8  # live packets of a device waiting at once that are all decoded
+DECODED = 3  # of a longer run of live packets: what the dip rule and the order rule need to see
 OTHER_TYPES = 32  # packet types beyond the known with a label of their own
 UNKNOWN_REGISTERS = 128  # series of unknown registers a device
 LOOP_WINDOW = 1  # s in which our own first frame coming back is a loop
@@ -656,7 +658,9 @@ class Framer:
 
     def feed(self, data: bytes, now: float) -> list[Piece]:
         """The pieces that data completes, in order."""
-        self._budget += (CRC_BUDGET - 1) * len(data)  # one is for the check that each byte has once without any claim in a claim
+        self._budget = min(
+            self._budget + (CRC_BUDGET - 1) * len(data), CRC_CREDIT
+        )  # one is for the check that each byte has once without any claim in a claim
         if not self.rest:
             self.since = now
             return self._scan(data, now)
@@ -1364,7 +1368,9 @@ def answer(where: Address, local: datetime, clock: bool) -> bytes:
     return ack(where.type, where.serial, stamp) + (clock_write(where.cls, where.serial, stamp) if sets else b"")
 
 
-ZONE_RULE = re.compile(r"(<[+\-\w]{3,}>|[A-Za-z]{3,})[+-]?\d{1,3}(:\d{2}){0,2}((<[+\-\w]{3,}>|[A-Za-z]{3,}).*)?")
+_NAME, _OFFSET = r"(?:[A-Za-z]{3,}|<[A-Za-z0-9+-]{3,}>)", r"[+-]?(?:[01]?[0-9]|2[0-4])(?::[0-5][0-9]){0,2}"
+_DATE = r",(?:M(?:[1-9]|1[0-2])\.[1-5]\.[0-6]|J?[0-9]{1,3})(?:/[+-]?[0-9]{1,3}(?::[0-5][0-9]){0,2})?"
+ZONE_RULE = re.compile(f"{_NAME}{_OFFSET}(?:{_NAME}(?:{_OFFSET})?(?:{_DATE}{_DATE})?)?")  # POSIX, 8.3
 ZONE_DIRECTORIES = ("/usr/share/zoneinfo", "/usr/lib/zoneinfo", "/usr/share/lib/zoneinfo", "/etc/zoneinfo", "/var/db/timezone/zoneinfo")
 
 
@@ -1731,22 +1737,26 @@ class Session:
     def digest(self, now: float, wall: float) -> None:
         """Decode what came: metrics follow, and a trouble at the most.
 
-        Of the packets of a device that count, the last three that can be read are enough: the rules look no further back.
+        Of a long run of packets that count, the last three that can be read are enough: the rules look no further back.
         """
         for (device, function), pieces in self._waiting.items():
-            counted: Sequence[int] = range(sum(piece.count for piece in pieces))
-            if function == LIVE:
-                stamps = [data[at : at + 6] for _, data, _, size in pieces for at in range(LONG.time, len(data), size)]
-                counted = device.new_ones(stamps)
-            for packet, words in self._read(pieces, counted, now):
-                if function == LIVE:
-                    self.store.live(device, packet, words, now, wall)
-                else:
+            count = sum(piece.count for piece in pieces)
+            if function == SETTINGS:
+                for _, words in self._read(pieces, range(count), DECODED, now):
                     self.store.learn(device, info(words), now)
+                continue
+            if count <= EXACT:  # what cannot be read takes no part in the order
+                read = self._read(pieces, range(count), EXACT, now)
+                new = [read[i] for i in device.new_ones([packet.time for packet, _ in read])]
+            else:
+                stamps = [data[at : at + 6] for _, data, _, size in pieces for at in range(LONG.time, len(data), size)]
+                new = self._read(pieces, device.new_ones(stamps), DECODED, now)
+            for packet, words in new:
+                self.store.live(device, packet, words, now, wall)
         self._waiting.clear()
 
-    def _read(self, pieces: list[Piece], indices: Sequence[int], now: float) -> list[tuple[Packet, dict[int, int]]]:
-        """The last three readable packets of those that the indices name in the pieces, in order, with their registers."""
+    def _read(self, pieces: list[Piece], indices: Sequence[int], most: int, now: float) -> list[tuple[Packet, dict[int, int]]]:
+        """The last `most` readable packets of those that the indices name in the pieces, in order, with their registers."""
         starts = list(itertools.accumulate((piece.count for piece in pieces), initial=0))
         found: list[tuple[Packet, dict[int, int]]] = []
         for index in reversed(indices):
@@ -1758,7 +1768,7 @@ class Session:
                 found.append((packet, registers(packet.clear)))
             except ProtocolError as error:
                 self.store.troubles.say("payload", f"a packet of {self.serial} cannot be read: {error}", now)
-            if len(found) == DECODED:
+            if len(found) == most:
                 break
         return found[::-1]
 
@@ -2308,7 +2318,7 @@ class Link:
 
     def reach(self, now: float) -> None:
         """Begin an attempt to reach the portal, unless there is one or its time has not come."""
-        if self.local or self.portal or self.asking or self.endpoints or now < self.retry < math.inf:
+        if self.local or self.portal or self.asking or now < self.retry < math.inf or self.network.stopping:
             return
         self.retry, self.since = math.inf, now
         self.asking = True
@@ -2543,6 +2553,8 @@ class Network:
         self.own_ends: set[str] = set()  # our ends of the portal's connections
         self.upstream_up: int | None = None
         self.listening = listeners(*settings.listen_address)
+        self.port: int = self.listening[0].getsockname()[1]  # where devices connect
+        self.own_hosts = {plain(sock.getsockname()[0]) for sock in self.listening}
         self.http_ports: set[int] = set()
         self.resolver = Resolver(settings.upstream, settings.upstream_dns, self._found)
         self._alarms: list[tuple[float, int, Link]] = []
@@ -2560,11 +2572,6 @@ class Network:
         gauges["sems_mitm_device_connections"] = lambda: len(self.links)
         gauges["sems_mitm_upstream_connections"] = lambda: sum(session.portal_up for session in list(exporter.sessions))
         gauges["sems_mitm_upstream_up"] = lambda: self.upstream_up
-
-    @property
-    def port(self) -> int:
-        """Where devices connect."""
-        return self.listening[0].getsockname()[1]
 
     def wake(self, link: Link, when: float) -> None:
         """Call the link's on_alarm at that time, or earlier if it is to be woken earlier anyway."""
@@ -2605,12 +2612,9 @@ class Network:
 
     def is_own(self, endpoint: Endpoint) -> bool:
         """Whether an address is one where this exporter listens."""
-        if endpoint.sockaddr[1] not in {sock.getsockname()[1] for sock in self.listening} | self.http_ports:
-            return False
-        if not is_this_machine(endpoint.sockaddr[0]):
-            return False
-        hosts = {plain(sock.getsockname()[0]) for sock in self.listening}
-        return bool(hosts & {"0.0.0.0", "::", plain(endpoint.sockaddr[0])})
+        host, port = endpoint.sockaddr[:2]
+        listens = port in {self.port, *self.http_ports} and bool(self.own_hosts & {"0.0.0.0", "::", plain(host)})
+        return listens and is_this_machine(host)
 
     def refuse(self, reason: str, peer: str) -> None:
         """Count and log a device connection that is refused."""
@@ -3517,7 +3521,7 @@ def decode_command(arguments: list[str]) -> int:
     for wire, piece in found:
         with contextlib.suppress(ProtocolError):
             for serial in serials_in(piece.data):
-                aliases.setdefault(serial, (serial[:8] + f"{len(aliases) + 1:08d}".encode())[: len(serial)])
+                aliases.setdefault(serial, (serial[:8] + f"XXXX{len(aliases) + 1:04d}".encode())[: len(serial)])
             if wire is OUTBOUND and piece.kind == "frame":
                 packet = decode(piece.data, wire)
                 name = info(registers(packet.clear)).get("model")
