@@ -1574,7 +1574,7 @@ class Exporter:
     def is_echo(self, frame: bytes, asking: Session, now: float) -> bool:
         """Whether another session sent this frame to the portal just now: the portal's name leads back here."""
         mark = hash(frame)
-        others = (session for session in self.sessions if session is not asking and session.portal_up)
+        others = (session for session in self.sessions if session is not asking and session.portal_up and not session.device_ended)
         return any(mark == sent and now - when <= LOOP_WINDOW for session in others for when, sent in session.remembered())
 
 
@@ -1593,6 +1593,7 @@ class Session:
         self.classes: set[int] = set()  # that the device has sent
         self.portal_up = False
         self.away = False  # the last attempt to reach the portal failed, or its connection is gone
+        self.device_ended = False  # the device sends no more
         self.device_gone = False  # and its socket is closed: only a spool goes on
         self.refused = False  # this connection is our own, come back
         self.opening: tuple[float, int] | None = None  # when the portal was sent its connection's first frame, and its hash
@@ -1837,6 +1838,7 @@ class Session:
 
     def device_closed(self, now: float, wall: float) -> None:
         """The device sends no more: its unfinished frame is what it is."""
+        self.device_ended = True
         for piece in self.outward.close(now):
             self._outward(piece, now, wall)
 
@@ -2968,7 +2970,7 @@ class Page(http.server.BaseHTTPRequestHandler):
     server: Web  # type: ignore[assignment]
 
     def do_GET(self) -> None:
-        web, path = self.server, self.path.partition("?")[0]
+        web, path = self.server, self.requestline.split()[1].partition("?")[0]  # self.path lost all leading slashes but one
         now, wall = time.monotonic(), time.time()
         if path == web.settings.telemetry_path:
             self.reply(200, "text/plain; version=0.0.4; charset=utf-8", exposition(web.store.collect(now, wall)))
@@ -3323,6 +3325,7 @@ def demo(arguments: list[str]) -> int:
     devices.stop()
     web.close()
     portal.shutdown()
+    portal.server_close()
     print("stopped")
     return 0
 
@@ -4051,6 +4054,9 @@ def main(argv: list[str] | None = None) -> int:
     except (UsageError, BindError) as error:
         print("sems_mitm.py:", " ".join(str(error).split()), file=sys.stderr)
         return 2 if isinstance(error, UsageError) else 1
+    except BrokenPipeError:  # `| head` has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
 
 
 if __name__ == "__main__":
