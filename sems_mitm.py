@@ -71,6 +71,8 @@ RELEASED = 1795305600  # 2026-11-22: a machine whose clock is before this is wro
 RECV_SIZE = 256 << 10  # one read: enough of a burst to check its CRCs together, small beside the memory of a Pi Zero
 BACKLOG = 256 << 10  # waiting for a connected peer: above it the other side is not read
 QUEUE = 1 << 20  # waiting for an absent portal, a device: two days of a meter's packets
+ENTRY = 4 << 10  # what comes in small pieces is kept in entries of about this size
+ENTRY_COST = 400  # bytes of memory that an entry takes beside its data
 QUEUES = 16 << 20  # all that waits, of all peers together: MemoryMax=64M leaves room for it
 STALL = 60  # s without progress of a backlog before a peer counts as lost
 CONNECT_TIMEOUT = 10  # s
@@ -1383,16 +1385,25 @@ def zone_is_known(zone: str | None, exists: Callable[[str], bool]) -> bool:
 
 
 class Entry:
-    """What waits in an outbox: frames of one size, and what answers each."""
+    """What waits in an outbox: frames of one size (whole), or bytes that are none; key: what answers each of them."""
 
     __slots__ = ("data", "size", "key", "whole")
 
     def __init__(self, data: bytes, size: int, key: tuple[str, str] | None = None, whole: bool = True) -> None:
         self.data, self.size, self.key, self.whole = data, size, key, whole
 
+    def takes(self, other: Entry) -> bool:
+        """Take another entry in if it is of the same kind and both are small: an entry costs more memory than a frame."""
+        alike = self.key == other.key and self.whole == other.whole and (self.size == other.size or not self.whole)
+        if not alike or len(self.data) + len(other.data) > ENTRY:
+            return False
+        self.data += other.data
+        self.size = self.size if self.whole else len(self.data)
+        return True
+
 
 class Pool:
-    """The bytes that wait in all outboxes together, and those towards the portal."""
+    """The memory of what waits in all outboxes together; outward: the bytes of it that wait for the portal."""
 
     def __init__(self, limit: int = QUEUES) -> None:
         self.limit, self.size, self.outward = limit, 0, 0
@@ -1416,7 +1427,7 @@ class Outbox:
     """Bytes that wait for a peer, in order and by whole frames.
 
     `offset` is how much of the first unsent entry has been sent already; with none, how much of the unfinished frame
-    that the framer still holds. An entry with a key stays, once sent, until it is answered: answers match by order.
+    that the framer still holds. Frames with a key stay, once sent, until they are answered: answers match by order.
     """
 
     def __init__(self, pool: Pool, to_portal: bool) -> None:
@@ -1426,16 +1437,16 @@ class Outbox:
         self.size = 0  # bytes in unsent and flying
         self.backlog = 0  # bytes in unsent
         self.flying: collections.OrderedDict[int, Entry] = collections.OrderedDict()  # sent, not answered, by number
-        self.misplaced: dict[tuple[str, str], int] = {}  # answers owed to entries that were dropped after they were sent
+        self.misplaced: dict[tuple[str, str], int] = {}  # answers owed to frames that were dropped after they were sent
         self._keys: dict[tuple[str, str], collections.deque[int]] = {}  # key to its numbers in flying
         self._number = 0
         pool.outboxes.add(self)
 
     def close(self) -> None:
         """Forget everything."""
+        self._resize(-self.backlog, self.backlog - self.size, -len(self.unsent) - len(self.flying))
         self.unsent.clear()
         self.flying.clear()
-        self._resize(-self.backlog, self.backlog - self.size)
         self.pool.outboxes.discard(self)
 
     def put(self, data: bytes, size: int, key: tuple[str, str] | None = None, whole: bool = True) -> bool:
@@ -1443,8 +1454,11 @@ class Outbox:
         if not key and not self.unsent and self.offset >= len(data):
             self.offset -= len(data)
             return True
-        self._resize(len(data))
-        self.unsent.append(Entry(data, size, key, whole))
+        entry = Entry(data, size, key, whole)
+        merged = bool(self.unsent) and self.unsent[-1].takes(entry)
+        if not merged:
+            self.unsent.append(entry)
+        self._resize(len(data), 0, 0 if merged else 1)
         return False
 
     def ready(self, most: int = BACKLOG) -> bytes:
@@ -1460,39 +1474,58 @@ class Outbox:
 
     def took(self, count: int) -> list[Entry]:
         """The peer took so many bytes; the entries that are sent by that."""
-        unsent, offset, sent, flying = self.unsent, self.offset + count, [], 0
+        unsent, offset, sent = self.unsent, self.offset + count, []
         before = offset
         while unsent and offset >= len(unsent[0].data):
-            entry = unsent.popleft()
-            offset -= len(entry.data)
-            sent.append(entry)
-            if entry.key:
-                flying += len(entry.data)
-                self._number += 1
-                self.flying[self._number] = entry
-                self._keys.setdefault(entry.key, collections.deque()).append(self._number)
+            sent.append(unsent.popleft())
+            offset -= len(sent[-1].data)
+        if unsent and offset >= unsent[0].size:  # what is sent of it goes, and may be answered
+            first = unsent[0]
+            whole = offset // first.size * first.size
+            sent.append(Entry(first.data[:whole], first.size, first.key))
+            first.data, offset = first.data[whole:], offset - whole
+            self._resize(0, 0, 1)
         self.offset = offset
-        self._resize(offset - before, flying)
+        self._resize(offset - before, 0, -len(sent))
+        for entry in sent:
+            if entry.key:
+                self._fly(entry)
         return sent
 
+    def _fly(self, entry: Entry) -> None:
+        """Keep sent frames until they are answered."""
+        assert entry.key
+        merged = bool(self.flying) and next(reversed(self.flying.values())).takes(entry)
+        if not merged:
+            self._number += 1
+            self.flying[self._number] = entry
+            self._keys.setdefault(entry.key, collections.deque()).append(self._number)
+        self._resize(0, len(entry.data), 0 if merged else 1)
+
     def answered(self, key: tuple[str, str]) -> bool:
-        """An answer came: the oldest unanswered entry of this key is done. Whether there was one."""
+        """An answer came: the oldest unanswered frame of this key is done. Whether there was one."""
         if key in self.misplaced:
             self.misplaced[key] -= 1
             if not self.misplaced[key]:
                 del self.misplaced[key]
             return False
-        return key in self._keys and bool(self._land(self._keys[key][0]))
+        if key not in self._keys:
+            return False
+        self._land(self._keys[key][0])
+        return True
 
-    def _land(self, number: int) -> Entry:
-        """Take an entry, the oldest of its key, out of those in flight."""
-        entry = self.flying.pop(number)
+    def _land(self, number: int) -> tuple[str, str]:
+        """Take the first frame of an entry, the oldest of its key, out of those in flight; the key."""
+        entry = self.flying[number]
         assert entry.key
-        self._keys[entry.key].popleft()
-        if not self._keys[entry.key]:
-            del self._keys[entry.key]
-        self._resize(0, -len(entry.data))
-        return entry
+        entry.data = entry.data[entry.size :]
+        if not entry.data:
+            del self.flying[number]
+            self._keys[entry.key].popleft()
+            if not self._keys[entry.key]:
+                del self._keys[entry.key]
+        self._resize(0, -entry.size, 0 if entry.data else -1)
+        return entry.key
 
     def lost(self) -> None:
         """The connection is gone: everything unanswered goes again, from a frame's first byte."""
@@ -1512,14 +1545,13 @@ class Outbox:
     def start_whole(self) -> None:
         """Let what waits begin with a whole frame: what a new connection gets first."""
         while self.unsent and not self.unsent[0].whole:
-            self._resize(-len(self.unsent.popleft().data))
+            self._resize(-len(self.unsent.popleft().data), 0, -1)
 
     def shed(self, limit: int) -> int:
         """Drop the oldest whole frames until `limit` bytes are left, but none that is half sent; how many."""
         dropped = 0
         while self.size > limit and self.flying:
-            key = self._land(next(iter(self.flying))).key
-            assert key
+            key = self._land(next(iter(self.flying)))
             self.misplaced[key] = self.misplaced.get(key, 0) + 1
             dropped += 1
         kept: list[Entry] = []
@@ -1528,17 +1560,17 @@ class Outbox:
             start = 0 if kept else -(-self.offset // entry.size) * entry.size  # behind a frame that is half sent
             count = min((len(entry.data) - start) // entry.size, -((limit - self.size) // entry.size))
             entry.data = entry.data[:start] + entry.data[start + count * entry.size :]
-            self._resize(-count * entry.size)
+            self._resize(-count * entry.size, 0, 0 if entry.data else -1)
             dropped += count
             if entry.data:
                 kept.append(entry)
         self.unsent.extendleft(reversed(kept))
         return dropped
 
-    def _resize(self, unsent: int, flying: int = 0) -> None:
+    def _resize(self, unsent: int, flying: int = 0, entries: int = 0) -> None:
         self.backlog += unsent
         self.size += unsent + flying
-        self.pool.size += unsent + flying
+        self.pool.size += unsent + flying + ENTRY_COST * entries
         self.pool.outward += unsent + flying if self.to_portal else 0
 
 
@@ -1685,14 +1717,15 @@ class Session:
         return data[:begun] + b"".join([with_bat(frame) or frame for frame in frames])
 
     def _queue(self, piece: Piece, key: tuple[str, str] | None, now: float) -> None:
-        """Queue what goes to the portal; each frame of a spool by itself, as it has an answer of its own."""
+        """Queue what goes to the portal; what waits for answers in small entries, which shrink with each."""
         kind, data, _, size = piece
         if key is None:
             if self.to_portal.put(data, size, None, kind == "frame"):
                 self._echo(data, size, now)
         else:
-            for at in range(0, len(data), size):
-                self.to_portal.put(data[at : at + size], size, key)
+            step = max(ENTRY // size, 1) * size
+            for at in range(0, len(data), step):
+                self.to_portal.put(data[at : at + step], size, key)
         if key or not self.portal_up:
             self._dropped(self.to_portal.shed(QUEUE))
 
@@ -2083,17 +2116,16 @@ def is_literal(host: str) -> bool:
 def resolve(host: str, port: int, servers: list[tuple[str, int]]) -> list[Endpoint]:
     """The portal's addresses. Raises Unresolved.
 
-    The system's answer, if it is routable: the override that brings the devices here must not lead the exporter to
+    The system's answer, if all of it is routable: the override that brings the devices here must not lead the exporter to
     itself. Otherwise what the servers say; if they say that there is no such name, the system's answer after all.
     """
     system = system_addresses(host, port)
-    routable = [address for address in system if is_global(address.sockaddr[0])]
-    if is_literal(host) or not servers:
-        routable = system
-    if routable:
-        return routable
+    good = [address for address in system if is_global(address.sockaddr[0])]
+    asked = [] if is_literal(host) or good and len(good) == len(system) else servers
+    if system and not asked:
+        return system
     unroutable = False
-    for server in servers:
+    for server in asked:
         try:
             found = ask_dns(server, host)
         except (OSError, UnicodeError):
@@ -2102,8 +2134,10 @@ def resolve(host: str, port: int, servers: list[tuple[str, int]]) -> list[Endpoi
             return system
         routable = [Endpoint(socket.AF_INET, (address, port)) for address in found or () if is_global(address)]
         if routable:
-            return routable
+            return routable + good
         unroutable = unroutable or bool(found)
+    if good:  # beside the override: an IPv6 address, say
+        return good
     if unroutable:
         raise Unresolved(
             "loop", f"{host} is overridden for the name servers of --sems.upstream-dns too; give it one that tells its real address"
@@ -3014,7 +3048,8 @@ class Page(http.server.BaseHTTPRequestHandler):
 
     def wants_gzip(self) -> bool:
         accepted = self.headers.get("Accept-Encoding", "").lower() if getattr(self, "headers", None) else ""
-        return any(re.fullmatch(r"\s*(gzip|\*)\s*(;\s*q=(1(\.0*)?|0?\.0*[1-9]\d*))?\s*", part) for part in accepted.split(","))
+        codings = (part.partition(";") for part in accepted.split(","))
+        return any(name.strip() in ("gzip", "*") and not re.fullmatch(r"q=0(\.0*)?", weight.strip()) for name, _, weight in codings)
 
     def log_message(self, format: str, *args: object) -> None:
         log.debug("http %s %r", self.address_string(), format % args)
@@ -3172,7 +3207,7 @@ class SimulatedConnection(threading.Thread):
     def __init__(self, target: tuple[str, int], devices: list[Simulated], interval: float, speed: float, start: datetime) -> None:
         super().__init__(name="simulator", daemon=True)
         self.target, self.devices, self.interval, self.speed, self.start_time = target, devices, interval, speed, start
-        self.stopped = threading.Event()
+        self.stopped, self.troubles = threading.Event(), Troubles()
         self._sockets: dict[str, socket.socket] = {}
 
     def run(self) -> None:
@@ -3184,7 +3219,8 @@ class SimulatedConnection(threading.Thread):
                 try:
                     self._report(device)
                 except OSError as error:
-                    log.debug("simulated %s: %s", device.serial, error)
+                    text = f"simulated devices cannot reach {endpoint_text(self.target)}: {error.strerror or error}"
+                    self.troubles.say("simulator", text, time.monotonic())
                     self._forget(device.serial)
             self.stopped.wait(self.interval)
         for serial in list(self._sockets):
@@ -3240,26 +3276,23 @@ def simulate(arguments: list[str]) -> int:
     """Simulated devices towards an exporter or a portal."""
     parser = Parser(prog="sems_mitm.py simulate", description=simulate.__doc__, allow_abbrev=False)
     parser.add_argument("target", metavar="HOST:PORT", nargs="?", help="where the devices connect")
-    parser.add_argument("--interval", type=float, default=60, help="seconds between packets [60]")
-    parser.add_argument("--speed", type=float, default=1, help="how fast the simulated day goes [1]")
-    parser.add_argument("--houses", type=int, default=1, help="households, each with a HomeKit 1000 and a DNS G3 [1]")
+    parser.add_argument("--interval", metavar="S", type=amount, default=60, help="seconds between packets [60]")
+    parser.add_argument("--speed", metavar="N", type=amount, default=1, help="how fast the simulated day goes [1]")
+    parser.add_argument("--houses", metavar="N", type=count, default=1, help="households, each with a HomeKit 1000 and a DNS G3 [1]")
     parser.add_argument("--capture", metavar="FILE", help="instead of connecting, write a capture of --days days until now to FILE")
-    parser.add_argument("--days", type=float, default=3, help="length of that capture [3]")
+    parser.add_argument("--days", metavar="N", type=amount, default=3, help="length of that capture [3]")
     given = parser.parse_args(arguments)
-    if (
-        bool(given.target) == bool(given.capture)
-        or given.interval <= 0
-        or given.speed <= 0
-        or not 0 < given.houses <= 1000
-        or given.days <= 0
-    ):
-        raise UsageError("simulate wants HOST:PORT or --capture FILE, and numbers above 0")
-    if given.capture:
-        return simulate_capture(given.capture, given.days, given.interval)
+    if bool(given.target) == bool(given.capture):
+        raise UsageError("simulate wants either HOST:PORT or --capture FILE")
+    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s")
     try:
+        if given.capture:
+            return simulate_capture(given.capture, given.days, given.interval)
         target = portal_endpoint(given.target)
     except ValueError as error:
         raise UsageError(f"{given.target!a}: {error}") from None
+    except OSError as error:
+        raise UsageError(f"--capture={given.capture}: {error.strerror}") from None
     connections = [SimulatedConnection(target, simulated_house(i), given.interval, given.speed, morning()) for i in range(given.houses)]
     for connection in connections:
         connection.start()
@@ -3268,6 +3301,14 @@ def simulate(arguments: list[str]) -> int:
     for connection in connections:
         connection.stop()
     return 0
+
+
+def amount(text: str) -> float:
+    """A number between 0.001 and 100000."""
+    number = float(text)
+    if not 0.001 <= number <= 100_000:
+        raise ValueError("out of range")
+    return number
 
 
 def morning() -> datetime:
@@ -3633,7 +3674,7 @@ Finding = collections.namedtuple("Finding", "state text step", defaults=("",))
 
 def doctor(arguments: list[str]) -> int:
     """Check the set-up and say what to do next; takes the flags of serve."""
-    settings = serve_settings(arguments, os.environ)
+    settings = serve_settings(arguments, os.environ, "doctor", "Check the set-up and say what to do next; exit code 0 if nothing fails.")
     findings = [*port_findings(settings), *clock_findings(time.time(), os.environ.get("TZ")), *device_findings(settings)]
     if settings.mode == LOCAL:
         findings.append(Finding(OK, "mode local: no portal is needed"))
@@ -3661,9 +3702,12 @@ def port_findings(settings: Settings) -> Iterator[Finding]:
             if running and error.errno == errno.EADDRINUSE:
                 yield Finding(OK, f"port {where} is in use, and an exporter runs")
             else:
-                yield Finding(
-                    FAIL, f"port {where} cannot be had: {error.strerror or error}", f"end what uses it, or choose another with --{name}"
+                step = (
+                    f"end what uses it, or choose another with --{name}"
+                    if error.errno == errno.EADDRINUSE
+                    else f"choose another with --{name}"
                 )
+                yield Finding(FAIL, f"port {where} cannot be had: {error.strerror or error}", step)
 
 
 def clock_findings(wall: float, zone: str | None) -> Iterator[Finding]:
@@ -3723,8 +3767,12 @@ def name_findings(settings: Settings) -> Iterator[Finding]:
         yield Finding(OK, f"the portal is given as {host}: no name service is asked")
         return
     system = sorted({plain(endpoint.sockaddr[0]) for endpoint in system_addresses(host, port)})
-    here = [address for address in system if is_this_machine(address)]
-    if here:
+    nowhere = [address for address in system if ipaddress.ip_address(address).is_loopback or ipaddress.ip_address(address).is_unspecified]
+    here = [address for address in system if is_this_machine(address) and address not in nowhere]
+    if nowhere:
+        text = f"this machine's name service says {host} is {', '.join(nowhere)}: that leads a device nowhere"
+        yield Finding(WARN, text, "let the name service that the devices ask answer with this machine's address in your network")
+    elif here:
         yield Finding(OK, f"this machine's name service says {host} is {', '.join(here)}: an override that leads here")
     elif not system:
         yield Finding(
@@ -3741,6 +3789,8 @@ def name_findings(settings: Settings) -> Iterator[Finding]:
             f"this machine's name service says {host} is {', '.join(system)}: not this machine",
             "if that is the override, it leads to the wrong address",
         )
+    if here and any(":" in address and is_global(address) for address in system):
+        yield Finding(WARN, f"it also gives an IPv6 address for {host}", "a device with IPv6 would go there: answer none for this name")
     for server in settings.upstream_dns:
         yield server_finding(server, host)
 
@@ -3764,7 +3814,7 @@ def server_finding(server: tuple[str, int], host: str) -> Finding:
         return Finding(
             FAIL,
             f"{where} says {host} is {', '.join(found)}: overridden too",
-            "the router redirects all DNS; except this machine, or give --sems.upstream as an address",
+            "the router redirects all DNS; exempt this machine, or give --sems.upstream as an address",
         )
     return Finding(OK, f"{where} says {host} is {', '.join(found)}")
 
@@ -3796,7 +3846,7 @@ Settings = argparse.Namespace  # of serve: a value for each row of FLAGS, by its
 
 
 def endpoint(text: str, port_from: int = 1) -> tuple[str, int]:
-    """HOST:PORT, [v6]:PORT or :PORT as (host, port); no host is "". Raises ValueError."""
+    """[HOST]:PORT as (host, port); no host is "". Raises ValueError that says what was expected, as all readers of flags."""
     match = re.fullmatch(r"(\[([0-9A-Fa-f:.%\w]*:[0-9A-Fa-f:.%\w]*)\]|[^\[\]:\s/@]*):([0-9]{1,5})", text)
     if not match or not port_from <= int(match[3]) <= 65535:
         raise ValueError("expected HOST:PORT, [v6]:PORT or :PORT")
@@ -3809,10 +3859,12 @@ def listen_endpoint(text: str) -> tuple[str, int]:
 
 
 def portal_endpoint(text: str) -> tuple[str, int]:
-    host, port = endpoint(text)
-    if not host:
-        raise ValueError("expected HOST:PORT")
-    return host, port
+    """Where to connect."""
+    with contextlib.suppress(ValueError):
+        host, port = endpoint(text)
+        if host:
+            return host, port
+    raise ValueError("expected HOST:PORT or [v6]:PORT")
 
 
 def name_servers(text: str) -> list[tuple[str, int]]:
@@ -3823,13 +3875,19 @@ def name_servers(text: str) -> list[tuple[str, int]]:
     for part in text.split(","):
         part = part.strip()
         bare = part.count(":") > 1 and not part.startswith("[")
-        found.append(portal_endpoint(f"[{part}]:53" if bare else part if re.search(r":[0-9]+$", part) else f"{part}:53"))
+        try:
+            found.append(portal_endpoint(f"[{part}]:53" if bare else part if re.search(r":[0-9]+$", part) else f"{part}:53"))
+        except ValueError:
+            raise ValueError("expected name servers such as 1.1.1.1,192.168.1.1:53, or none") from None
     return found
 
 
 def networks(text: str) -> list:
     """Networks in CIDR, comma-separated."""
-    return [ipaddress.ip_network(part.strip(), strict=False) for part in text.split(",")]
+    try:
+        return [ipaddress.ip_network(part.strip(), strict=False) for part in text.split(",")]
+    except ValueError:
+        raise ValueError("expected networks such as 192.168.1.0/24, comma-separated") from None
 
 
 def duration(text: str) -> float:
@@ -3892,6 +3950,17 @@ FLAGS = (
     ("log.level", "info", one_of("debug", "info", "warning", "error"), "log_level", "what is logged"),
 )
 # fmt: on
+METAVARS = {
+    listen_endpoint: "[HOST]:PORT",
+    portal_endpoint: "HOST:PORT",
+    name_servers: "HOST[:PORT],...",
+    networks: "CIDR,...",
+    count: "N",
+    duration: "DURATION",
+    boolean: "true|false",
+    url_path: "/PATH",
+    str: "FILE",
+}
 BOOLEANS = [name for name, _, reader, _, _ in FLAGS if reader is boolean]
 
 
@@ -3919,13 +3988,12 @@ def spelled_out(arguments: list[str]) -> list[str]:
     return found
 
 
-def serve_settings(arguments: list[str], environment: Mapping[str, str]) -> Settings:
+def serve_settings(arguments: list[str], environment: Mapping[str, str], command: str = "serve", text: str = "") -> Settings:
     """The settings of serve: the command line beats the environment, which beats the defaults. Raises UsageError."""
-    parser = Parser(
-        prog="sems_mitm.py serve", description="Prometheus exporter between GoodWe devices and the SEMS portal.", allow_abbrev=False
-    )
+    description = text or "Prometheus exporter between GoodWe devices and the SEMS portal."
+    parser = Parser(prog=f"sems_mitm.py {command}", description=description, allow_abbrev=False)
     for name, default, reader, key, text in FLAGS:
-        metavar = "true|false" if reader is boolean else key.upper()
+        metavar = METAVARS.get(reader, key.partition("_")[2].upper() or key.upper())
         parser.add_argument(
             f"--{name}", dest=key, metavar=metavar, help=f"{text} [{default or 'off'}; {variable(name)}]".replace("%", "%%")
         )
@@ -3944,14 +4012,7 @@ def serve_settings(arguments: list[str], environment: Mapping[str, str]) -> Sett
                 log.warning("ignored: DEBUG=%s is neither true nor false", ascii(text))
                 value, level = False, 0
             else:
-                why = (
-                    str(error)
-                    if str(error).startswith("expected")
-                    else "expected comma-separated addresses"
-                    if reader in (networks, name_servers)
-                    else str(error)
-                )
-                raise UsageError(f"{source}={ascii(text)[1:-1]}: {why}") from None
+                raise UsageError(f"{source}={ascii(text)[1:-1]}: {error}") from None
         setattr(settings, key, value)
         levels[key] = level
     return reconciled(settings, levels)
