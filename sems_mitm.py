@@ -72,7 +72,7 @@ RECV_SIZE = 256 << 10  # one read: enough of a burst to check its CRCs together,
 BACKLOG = 256 << 10  # waiting for a connected peer: above it the other side is not read
 QUEUE = 1 << 20  # waiting for an absent portal, a device: two days of a meter's packets
 ENTRY = 4 << 10  # what comes in small pieces is kept in entries of about this size
-ENTRY_COST = 400  # bytes of memory that an entry takes beside its data
+ENTRY_COST = 800  # bytes of memory that an entry takes beside its data, measured in the worst case
 QUEUES = 16 << 20  # all that waits, of all peers together: MemoryMax=64M leaves room for it
 STALL = 60  # s without progress of a backlog before a peer counts as lost
 CONNECT_TIMEOUT = 10  # s
@@ -3529,7 +3529,9 @@ def redacted(wire: Wire, piece: Piece, aliases: dict[bytes, bytes]) -> Piece:
     try:
         packet = decode(data, wire)
     except ProtocolError:
-        return piece._replace(data=replaced(data, aliases))
+        changed = replaced(data[:-2], aliases)
+        good = piece.kind == "frame"
+        return piece._replace(data=changed + (crc16(changed).to_bytes(2, wire.order) if good else data[-2:]))
     serial = aliases[packet.serial.encode()].decode()
     frame = encode(packet._replace(serial=serial, clear=replaced(packet.clear, aliases)))
     if piece.kind == "malformed":
@@ -3662,7 +3664,11 @@ def backfill(arguments: list[str]) -> int:
         if path != "-" and not os.path.isfile(path):
             raise UsageError(f"{path}: no such file")
     extra = ",".join(label(name, value) for name, value in (("job", given.job), ("instance", given.instance)) if value)
-    sys.stdout.writelines(openmetrics(history(stretches(given.file), extra)))
+    found = history(stretches(given.file), extra)
+    sys.stdout.writelines(openmetrics(found))
+    times = {seconds for series in found.values() for samples in series.values() for seconds in samples}
+    shown = [time.strftime("%Y-%m-%d %H:%M %Z", time.localtime(seconds)) for seconds in sorted(times)]
+    print(f"readings of {len(shown)} times" + (f", {shown[0]} to {shown[-1]}" if shown else ""), file=sys.stderr)
     return 0
 
 
@@ -4064,8 +4070,8 @@ def started(settings: Settings) -> tuple[Store, Network, Web]:
         network = Network(exporter, settings)
         what = ("web.listen-address", settings.web_address)
         web = Web(store, settings, lambda: not network.stopping)
-    except OSError as error:
-        raise BindError(f"--{what[0]}={endpoint_text(what[1])}: {error.strerror or error}") from None
+    except (OSError, UnicodeError) as error:  # the latter for what cannot be a host's name
+        raise BindError(f"--{what[0]}={endpoint_text(what[1])}: {getattr(error, 'strerror', None) or error}") from None
     network.http_ports.add(web.port)
     web.start()
     gc.freeze()  # what is there now stays: the collector need not look at it again

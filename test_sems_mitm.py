@@ -3435,7 +3435,9 @@ class NameTest(SocketCase):
                 self.named(portal, *servers, host=host)
                 self.assertEqual(portal.accept().read(6), b"POSTGW")
         self.system = ["127.0.0.3", "127.0.0.3"]
-        self.assertEqual(sems.resolve("portal.test", 5, sems.name_servers(server.text)), [sems.Endpoint(socket.AF_INET, ("127.0.0.3", 5))] * 2)
+        self.assertEqual(
+            sems.resolve("portal.test", 5, sems.name_servers(server.text)), [sems.Endpoint(socket.AF_INET, ("127.0.0.3", 5))] * 2
+        )
         self.assertEqual(server.asked, 0)
 
     def test_next_address(self) -> None:
