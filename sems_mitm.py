@@ -2402,7 +2402,7 @@ class Link:
         with store.lock:
             store.add("sems_mitm_upstream_connect_failures_total", 1, label("reason", reason))
             self.network.upstream_up = 0
-            store.troubles.say(f"portal {reason}", f"cannot reach the portal: {text}", now)
+            store.troubles.say(f"portal {reason}", f"cannot reach the portal {self.network.settings.upstream_text}: {text}", now)
         self.later(now)
 
     def later(self, now: float) -> None:
@@ -2443,6 +2443,8 @@ class Link:
         self.connecting, self.since, self.answered = False, now, now
         self.session.portal_came()
         self.endpoints.clear()
+        if not self.network.upstream_up:
+            log.info("the portal is there: %s", endpoint_text(self.portal.sock.getpeername()))
         self.network.upstream_up = 1
         return True
 
@@ -3531,7 +3533,7 @@ def redacted(wire: Wire, piece: Piece, aliases: dict[bytes, bytes]) -> Piece:
     except ProtocolError:
         changed = replaced(data[:-2], aliases)
         good = piece.kind == "frame"
-        return piece._replace(data=changed + (crc16(changed).to_bytes(2, wire.order) if good else data[-2:]))
+        return piece._replace(data=changed + (crc16(changed).to_bytes(2, wire.order) if good else data[-2:]))  # type: ignore[arg-type]
     serial = aliases[packet.serial.encode()].decode()
     frame = encode(packet._replace(serial=serial, clear=replaced(packet.clear, aliases)))
     if piece.kind == "malformed":
