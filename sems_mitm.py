@@ -5,11 +5,13 @@ Devices connect here instead of to the portal. What they send is decoded, shown 
 unchanged; what the portal should not send, firmware upgrades and remote control, is dropped. Pure standard library,
 one file, Python 3.9 or later:  python3 sems_mitm.py --help
 
-A frame from a device, here with live data; numbers are big endian:
+A frame from a device, here with live data, and one to it; numbers are big endian but for the second's CRC:
 
-    0       6       10     11        12     14       30   46     52            -2
+    0        6        10      11         12     14       30   46     52            -2
     | POSTGW | length | class | function | 0000 | serial | IV | time | AES-128-CBC | CRC |       total = length + 13
-    |   GW   | length | type (2)         | serial | IV | AES-128-CBC               | CRC |       total = length + 9, to it
+
+    0    2        6       7          8        24   40            -2
+    | GW | length | class | function | serial | IV | AES-128-CBC | CRC |                         total = length + 9
 
 The file reads as a packet travels:
 
@@ -22,9 +24,10 @@ The file reads as a packet travels:
     metrics                      the store; a snapshot of it to exposition text
     rules                        what may pass, who answers, what waits: no socket and no clock, time is an argument
     session                      one device and its portal, bytes in and bytes out
-    files                        the capture
-    network                      sockets, name look-up, the loop: the only place that knows them
+    files                        what is recorded: capture and backfill
+    network                      the devices' and the portal's sockets, name look-up, the loop: the only place that knows selectors
     HTTP                         /metrics, the page, /api/devices
+    settings, serve              the flags; how the parts above are put together
     simulator, demo, decode, backfill, doctor, command line
 """
 
@@ -70,7 +73,7 @@ RELEASED = 1795305600  # 2026-11-22: a machine whose clock is before this is wro
 
 RECV_SIZE = 256 << 10  # one read: enough of a burst to check its CRCs together, small beside the memory of a Pi Zero
 BACKLOG = 256 << 10  # waiting for a connected peer: above it the other side is not read
-QUEUE = 1 << 20  # waiting for an absent portal, a device: two days of a meter's packets
+QUEUE = 1 << 20  # waiting for an absent portal, a device: four days of a HomeKit 1000, one packet of 166 bytes a minute
 ENTRY = 4 << 10  # what comes in small pieces is kept in entries of about this size
 ENTRY_COST = 800  # bytes of memory that an entry takes beside its data, measured in the worst case
 QUEUES = 16 << 20  # all that waits, of all peers together: MemoryMax=64M leaves room for it
@@ -95,6 +98,8 @@ MISPLACED = 1024  # kinds of answer a portal may owe for dropped frames before i
 HTTP_CONNECTIONS = 64
 HTTP_TIMEOUT = 30  # s for a client's next bytes
 LOG_HEX = 256  # bytes of a packet in a log line
+PERIOD, CLOCK_PERIOD = 60, 3600  # s in which the same trouble is one line; a clock that is not good enough stays so
+PERIOD, CLOCK_PERIOD = 60, 3600  # s in which the same trouble is one line; a clock that is not good enough stays so
 
 # ---------------------------------------------------------------------------------------------------------- errors
 
@@ -405,7 +410,6 @@ FIXED = (
     ("sems_mitm_upstream_connect_failures_total", "reason", ("dns", "refused", "timeout", "loop", "other")),
     ("sems_mitm_bytes_total", "direction", ("outbound", "inbound")),
     ("sems_mitm_http_closed_connections_total", "", ("",)),
-    ("sems_mitm_suppressed_log_lines_total", "", ("",)),
     ("sems_mitm_file_errors_total", "file", ("capture", "backfill")),
 )
 
@@ -660,9 +664,8 @@ class Framer:
 
     def feed(self, data: bytes, now: float) -> list[Piece]:
         """The pieces that data completes, in order."""
-        self._budget = min(
-            self._budget + (CRC_BUDGET - 1) * len(data), CRC_CREDIT
-        )  # one is for the check that each byte has once without any claim in a claim
+        # a byte is checked once by the frame that holds it, unasked; the rest is for frames claimed inside bad ones
+        self._budget = min(self._budget + (CRC_BUDGET - 1) * len(data), CRC_CREDIT)
         if not self.rest:
             self.since = now
             return self._scan(data, now)
@@ -693,27 +696,27 @@ class Framer:
             pos, size = self._find(buf, pos)
             if pos == len(buf):
                 break
-            bad = whole = bool(size) and pos + size <= len(buf)
-            if whole and pos < self._claimed and self._budget < size:
+            runs: list[tuple[int, int, int]] = []
+            if not 0 < size <= len(buf) - pos:
+                if not give_up:
+                    break
+                bad, give_up = True, False  # one at a time: what it hid may be still on its way
+            elif pos < self._claimed and self._budget < size:
                 pos = min(self._claimed, len(buf))
                 continue
-            if whole:
+            else:
                 runs, bad = self._good(buf, pos)
-                if runs:
-                    self._skip(buf, start, pos, pieces)
-                    pieces += [Piece("frame", buf[at : at + size * count], count, size) for at, size, count in runs]
-                    at, size, count = runs[-1]
-                    start = pos = at + size * count
-                    self._boundary, self._junk, self._claimed = True, False, 0
-                    if bad:
-                        size = self._size(buf, pos)
-            elif not give_up:
-                break
-            if bad or not whole:
-                give_up = give_up and whole
+            if runs:
+                self._skip(buf, start, pos, pieces)
+                pieces += [Piece("frame", buf[at : at + size * count], count, size) for at, size, count in runs]
+                at, size, count = runs[-1]
+                start = pos = at + size * count
+                self._boundary, self._junk, self._claimed = True, False, 0
+            if bad:
                 if pos >= self._claimed:
                     self._skip(buf, start, pos, pieces)
                     start = pos
+                size = self._size(buf, pos)
                 if size:
                     self._bad += 1
                     self._claimed = max(self._claimed, pos + size)
@@ -816,7 +819,6 @@ GRID_TIED, HYBRID_CLASS, METER = 1, 2, 3  # classes
 CLOCK = {METER: 0x1216, GRID_TIED: 0x9D79, HYBRID_CLASS: 0xB090}  # first of the clock's three registers
 CLOCK_TYPE = "0116"
 TYPES = {f"{cls:02x}{function:02x}" for cls in (1, 2, 3) for function in FUNCTIONS} | {CLOCK_TYPE}
-FAMILY = {METER: "HK1000", HYBRID_CLASS: "HYBRID"}  # any other class: GRID
 
 # Where the parts of an envelope begin; a time stands in the long one alone.
 Form = collections.namedtuple("Form", "serial iv time cipher")
@@ -835,7 +837,10 @@ def _form(function: int, size: int) -> Form | None:
 
 @functools.lru_cache(maxsize=1024)
 def address(head: bytes, size: int, wire: Wire) -> Address:
-    """The address of a frame from its first wire.head bytes. Raises ProtocolError for a bad envelope or serial number."""
+    """The address of a frame from its first wire.head bytes (of a shorter frame more: it is refused by its size).
+
+    Raises ProtocolError for a bad envelope or serial number.
+    """
     at = 10 if wire is OUTBOUND else 6
     if size < at + 4:
         raise ProtocolError("too short for a type", head)
@@ -925,7 +930,9 @@ Reading = collections.namedtuple("Reading", "values not_finite unknown info")
 
 def family(cls: int, serial: str) -> str:
     """The register family of a device's class and serial number."""
-    return "HK3000" if cls == METER and serial[1:5] == "3000" else FAMILY.get(cls, "GRID")
+    if cls == METER:
+        return "HK3000" if serial[1:5] == "3000" else "HK1000"
+    return "HYBRID" if cls == HYBRID_CLASS else "GRID"  # so a class that nobody has seen too
 
 
 def reading(name: str, words: dict[int, int]) -> Reading:
@@ -950,8 +957,7 @@ def info(words: dict[int, int]) -> dict[str, str]:
     """The texts of INFO that the registers hold, without the empty ones."""
     found = {}
     for name, ranges in INFO.items():
-        texts = [_text(words, first, last) for first, last in ranges if first in words]
-        text = " ".join(text for text in texts if text)
+        text = " ".join(filter(None, (_text(words, first, last) for first, last in ranges)))
         port, comma, host = text.partition(",")  # HomeKit: port,host
         text = f"{host}:{port}" if name == "portal" and comma and port.isdigit() else text
         if text:
@@ -962,7 +968,7 @@ def info(words: dict[int, int]) -> dict[str, str]:
 def _text(words: dict[int, int], first: int, last: int) -> str:
     if any(register not in words for register in range(first, last + 1)):
         return ""
-    return label_text(struct.pack(f">{last - first + 1}H", *(words[r] for r in range(first, last + 1))).strip(b"\0\xff "))
+    return label_text(struct.pack(f">{last - first + 1}H", *(words[register] for register in range(first, last + 1))))
 
 
 # ---------------------------------------------------------------------------------------------- identity and time
@@ -1051,8 +1057,6 @@ def with_bat(frame: bytes) -> bytes | None:
         ranges = blocks(packet.clear)
     except ProtocolError:
         return None
-    if not any(first <= register < first + len(words) for first, words in ranges for register in drawn):
-        return None
     clear = payload([(first, tuple(drawn.get(first + i, word) for i, word in enumerate(words))) for first, words in ranges])
     return encode(packet._replace(clear=clear))
 
@@ -1060,7 +1064,6 @@ def with_bat(frame: bytes) -> bytes | None:
 # --------------------------------------------------------------------------------------------------------- metrics
 
 log = logging.getLogger("sems_mitm")
-PERIOD = 60  # s in which the same trouble is one line
 
 
 class Troubles:
@@ -1258,6 +1261,7 @@ class Store:
             del self.names[device.name]
 
     def is_stale(self, since: float, now: float) -> bool:
+        """Whether what was last heard at `since` (monotonic) is too old to be shown."""
         return bool(self.stale_after) and now - since > self.stale_after
 
     def learn(self, device: Device, found: dict[str, str], now: float) -> None:
@@ -1286,8 +1290,6 @@ class Store:
                 if device.hidden:
                     continue
                 key = (device.version, self.is_stale(device.fresh, now))
-                if key[1]:
-                    device.gauges, device.unknown = {}, {}
                 if device.page[0] != key:
                     changed.append((device, key, device.labels, device.samples(key[1])))
                 pages.append(device)
@@ -1413,13 +1415,12 @@ class Pool:
         """Drop the oldest frames of the longest outbox until all fit; how many."""
         dropped = 0
         while self.size > self.limit:
-            for outbox in sorted(self.outboxes, key=lambda outbox: -outbox.size):
-                count = outbox.shed(max(outbox.size - min(self.size - self.limit, 64 << 10), 0))
-                dropped += count
-                if count:
-                    break
-            else:
+            part = min(self.size - self.limit, 64 << 10)  # then another may be the longest
+            longest = sorted(self.outboxes, key=lambda outbox: -outbox.size)
+            count = next(filter(None, (outbox.shed(max(outbox.size - part, 0)) for outbox in longest)), 0)
+            if not count:
                 break  # what is left is half sent
+            dropped += count
         return dropped
 
 
@@ -1590,10 +1591,8 @@ class Exporter:
         """Whether this machine's clock is good enough to set a device's by it."""
         if wall >= RELEASED and self.zone_ok:
             return True
-        text = "no device's clock is set: " + (
-            "TZ is no time zone that this system knows" if wall >= RELEASED else "this machine's is wrong"
-        )
-        self.store.troubles.say("clock", text, now, 3600)
+        why = "TZ is no time zone that this system knows" if wall >= RELEASED else "this machine's own clock is wrong"
+        self.store.troubles.say("clock", f"the devices' clocks are not set: {why}", now, CLOCK_PERIOD)
         return False
 
     def adopt(self, heir: Session, serial: str) -> None:
@@ -1666,12 +1665,11 @@ class Session:
 
     def _recognised(self, data: bytes, count: int, size: int) -> Address | None:
         """The address of frames with a good CRC, None if they are malformed."""
-        if size > 13 and data[11] not in FUNCTIONS:
+        if size > 13 and data[11] not in FUNCTIONS:  # in 13 bytes the CRC stands there  # in 13 bytes the CRC stands there
             self.store.add("outbound_unknown_packets_total", count)
-        try:
-            return address(data[: OUTBOUND.head] if size > OUTBOUND.head else data[:size], size, OUTBOUND)
-        except ProtocolError:
-            return None
+        with contextlib.suppress(ProtocolError):
+            return address(data[: OUTBOUND.head], size, OUTBOUND)
+        return None
 
     def _meet(self, where: Address, piece: Piece, now: float) -> None:
         """Count the device's good frames, and keep those that are to be decoded."""
@@ -1820,17 +1818,19 @@ class Session:
         where = None
         if kind == "frame":
             with contextlib.suppress(ProtocolError):
-                where = address(data[: min(INBOUND.head, size)], size, INBOUND)
+                where = address(data[: INBOUND.head], size, INBOUND)
             kind = where.type if where else "malformed"
         for at in range(0, len(data), size):
             part = data[at : at + size]
             meaning = allowed(where, decode(part, INBOUND).clear, self.classes) if where else "keepalive" if kind == "keepalive" else ""
             verdict = self._pass(where, meaning, part, now)
-            self.store.count(INBOUND, kind, verdict, piece.count * size // len(data))
+            self.store.count(
+                INBOUND, kind, verdict, piece.count * size // len(data)
+            )  # 1, or all of a piece that is one part  # 1, or all of a piece that is one part
             if not meaning:
                 if piece.kind == "frame":
                     self.store.add("inbound_unknown_packets_total")
-                text = f"dropped from the portal for {self.serial or self.peer}: {kind} {part[:LOG_HEX].hex()}"
+                text = f"blocked what the portal sent to {self.serial or self.peer}, type {kind}: {part[:LOG_HEX].hex()}"
                 self.store.troubles.say("blocked", text, now)
             if self.exporter.record:
                 self._record(INBOUND, kind, verdict, part, size, wall)
@@ -1843,7 +1843,7 @@ class Session:
             if spooling:
                 self.to_portal.answered((where.type, where.serial))
             if meaning == "nack":
-                self.store.troubles.say("nack", f"the portal did not accept a {where.type} of {where.serial}", now)
+                self.store.troubles.say("nack", f"the portal refused a packet of {where.serial} (NACK), type {where.type}", now)
             device = self.store.devices.get(where.owner)
             if device and (meaning == "nack" or not spooling):  # a spooled packet was acknowledged when it came
                 device.counts[f"sems_mitm_{meaning}s_total"] += 1
@@ -1856,7 +1856,7 @@ class Session:
     # Life
 
     def due(self, now: float) -> float:
-        """When an unfinished frame had its time: in `tick`, or for the bat."""
+        """When `tick` gives an unfinished frame up, or `unfinished` lets it go without the bat; the earlier."""
         times = [framer.since + framer.wire.patience for framer in (self.outward, self.inward) if framer.rest]
         if self.store.batsignal and self.outward.rest and now < self.outward.since + HOLD:
             times.append(self.outward.since + HOLD)
@@ -1932,9 +1932,9 @@ def draws_bat(where: Address) -> bool:
 
 def may_draw_bat(rest: bytes) -> bool:
     """Whether an unfinished frame may turn out to be one that gets the bat."""
-    known = (rest[:6] == OUTBOUND.prefix[: len(rest)], rest[10:11] in (b"", bytes([METER])), rest[11:12] in (b"", b"\x04", b"\x45"))
-    serial = rest[LONG.serial : LONG.iv].decode("latin-1")
-    return all(known) and (len(serial) < 16 or family(METER, serial) == "HK1000")
+    cls, function, serial = rest[10:11] or bytes([METER]), rest[11:12] or bytes([LIVE]), rest[LONG.serial : LONG.iv].decode("latin-1")
+    fits = OUTBOUND.prefix.startswith(rest[: len(OUTBOUND.prefix)]) and cls[0] == METER and function[0] in (LIVE, BUFFERED)
+    return fits and (len(serial) < 16 or family(METER, serial) == "HK1000")
 
 
 # ----------------------------------------------------------------------------------------------------------- files
@@ -1976,6 +1976,7 @@ class Files:
         self.backfill = RecordFile(backfill, "backfill", store) if backfill else None
 
     def record(self, wall: float, peer: str, direction: str, kind: str, verdict: str, data: bytes) -> None:
+        """Write a frame, or what is none, to the capture, and to the backfill file if it is buffered data."""
         line = capture_line(wall, peer, direction, verdict, data)
         if self.capture:
             self.capture.write(line)
@@ -2140,7 +2141,8 @@ def resolve(host: str, port: int, servers: list[tuple[str, int]]) -> list[Endpoi
         return good
     if unroutable:
         raise Unresolved(
-            "loop", f"{host} is overridden for the name servers of --sems.upstream-dns too; give it one that tells its real address"
+            "loop",
+            f"{host} is overridden at --sems.upstream-dns too: name a server there that knows its real address, or give that as --sems.upstream",
         )
     why = f" that can be used: here it is {system[0].sockaddr[0]}, and --sems.upstream-dns does not help" if system else ""
     raise Unresolved("dns", f"{host} has no address{why}")
@@ -2263,6 +2265,7 @@ class Leg:
             return None
 
     def close(self) -> None:
+        """Close the socket, and wait for it no more."""
         self.watch(False, False)
         self.sock.close()
 
@@ -2290,10 +2293,12 @@ class Link:
 
     @property
     def local(self) -> bool:
+        """Whether there is no portal."""
         return self.network.exporter.mode == LOCAL
 
     @property
     def spools(self) -> bool:
+        """Whether what is sent is kept until the portal has answered it."""
         return self.network.exporter.mode == SPOOL
 
     # Device
@@ -2339,6 +2344,7 @@ class Link:
         self.settle(now)
 
     def drop_device(self) -> None:
+        """Close the device's socket; the portal may still have something to take."""
         if self.device:
             self.device.close()
             self.answered = time.monotonic()
@@ -2459,6 +2465,7 @@ class Link:
         self.later(now)
 
     def drop_portal(self) -> None:
+        """Close the portal's socket, connected or not."""
         self.network.own_ends.discard(self.own_end)
         if self.portal:
             self.portal.close()
@@ -2552,7 +2559,7 @@ class Link:
         stalled = self.portal and self.portal.progress and now >= self.portal.progress + STALL
         unanswered = self.spools and self.session.portal_up and not self.device and now >= self.answered + ANSWER_TIMEOUT
         if self.connecting and now >= self.since + CONNECT_TIMEOUT:
-            self.failed("timeout", "no answer to the connection", now)
+            self.failed("timeout", f"no answer for {CONNECT_TIMEOUT} s", now)
         elif stalled or unanswered:
             self.portal_lost(now, wall)
         elif now >= self.retry:
@@ -2592,8 +2599,7 @@ class Network:
         self.upstream_up: int | None = None
         self.listening = listeners(*settings.listen_address)
         self.port: int = self.listening[0].getsockname()[1]  # where devices connect
-        self.own_hosts = {plain(sock.getsockname()[0]) for sock in self.listening}
-        self.http_ports: set[int] = set()
+        self.listening_at = {sock.getsockname()[:2] for sock in self.listening}  # and where HTTP does
         self.resolver = Resolver(settings.upstream, settings.upstream_dns, self._found)
         self._alarms: list[tuple[float, int, Link]] = []
         self._order = 0
@@ -2651,8 +2657,7 @@ class Network:
     def is_own(self, endpoint: Endpoint) -> bool:
         """Whether an address is one where this exporter listens."""
         host, port = endpoint.sockaddr[:2]
-        listens = port in {self.port, *self.http_ports} and bool(self.own_hosts & {"0.0.0.0", "::", plain(host)})
-        return listens and is_this_machine(host)
+        return any((own, port) in self.listening_at for own in ("0.0.0.0", "::", plain(host))) and is_this_machine(host)
 
     def refuse(self, reason: str, peer: str) -> None:
         """Count and log a device connection that is refused."""
@@ -2883,11 +2888,9 @@ To try without a device: <code>python3 sems_mitm.py demo</code>.</p></section>""
 
 def span(seconds: float) -> str:
     """An age in words."""
-    for size, word in ((86400, "day"), (3600, "hour"), (60, "minute"), (1, "second")):
-        count = int(seconds // size)
-        if count or size == 1:
-            return f"{count} {word}{'' if count == 1 else 's'}"
-    return ""
+    units = ((86400, "day"), (3600, "hour"), (60, "minute"))
+    size, word = next((unit for unit in units if seconds >= unit[0]), (1, "second"))
+    return f"{seconds // size:.0f} {word}{'' if seconds // size == 1 else 's'}"
 
 
 def card(device: dict) -> str:
@@ -2942,6 +2945,7 @@ class Web:
 
     @property
     def port(self) -> int:
+        """Where HTTP is served."""
         return self.listening[0].getsockname()[1]
 
     def start(self) -> None:
@@ -2974,7 +2978,7 @@ class Web:
         with contextlib.suppress(OSError, ValueError):  # the client went, or its connection made room
             sock.settimeout(HTTP_TIMEOUT)
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            Page(sock, peer, self)  # type: ignore[arg-type]
+            Requests(sock, peer, self)  # type: ignore[arg-type]
         self._end(sock)
 
     def _close(self, sock: socket.socket) -> None:
@@ -2989,6 +2993,7 @@ class Web:
         sock.close()
 
     def close(self) -> None:
+        """Listen no more, and end the connections there are."""
         for sock in self.listening:
             with contextlib.suppress(OSError):
                 sock.shutdown(socket.SHUT_RDWR)
@@ -2998,7 +3003,10 @@ class Web:
                 self._close(sock)
 
 
-class Page(http.server.BaseHTTPRequestHandler):
+PLAIN = "text/plain; charset=utf-8"
+
+
+class Requests(http.server.BaseHTTPRequestHandler):
     """The requests of one HTTP connection."""
 
     protocol_version = "HTTP/1.1"
@@ -3015,12 +3023,12 @@ class Page(http.server.BaseHTTPRequestHandler):
         elif path == "/api/devices":
             self.reply(200, "application/json", json.dumps(overview(web.store, web.settings, now, wall), indent=1) + "\n")
         elif path == "/-/healthy":
-            self.reply(200, "text/plain; charset=utf-8", "healthy\n")
+            self.reply(200, PLAIN, "healthy\n")
         elif path == "/-/ready":
             ready = web.is_ready()
-            self.reply(200 if ready else 503, "text/plain; charset=utf-8", "ready\n" if ready else "not ready\n")
+            self.reply(200 if ready else 503, PLAIN, "ready\n" if ready else "not ready\n")
         else:
-            self.reply(404, "text/plain; charset=utf-8", "not found\n")
+            self.reply(404, PLAIN, "not found\n")
 
     do_HEAD = do_GET
 
@@ -3029,11 +3037,13 @@ class Page(http.server.BaseHTTPRequestHandler):
         code = 405 if code == 501 else code
         self.request_version = self.protocol_version  # the base class left it at 0.9, which has no headers
         self.close_connection = True  # its body, if there is one, is not read
-        self.reply(code, "text/plain; charset=utf-8", f"{http.HTTPStatus(code).phrase}\n", {"Allow": "GET, HEAD"} if code == 405 else {})
+        self.reply(code, PLAIN, f"{http.HTTPStatus(code).phrase}\n")
 
-    def reply(self, code: int, kind: str, text: Iterable[str], more: dict[str, str] = {}) -> None:  # noqa: B006 - read only
+    def reply(self, code: int, content_type: str, text: Iterable[str]) -> None:
         """Send an answer; text may come in parts, so that a large one is not in memory twice."""
-        body, headers = bytearray(), {"Content-Type": kind, **SAFE_HEADERS, **more}
+        body, headers = bytearray(), {"Content-Type": content_type, **SAFE_HEADERS}
+        if code == 405:
+            headers["Allow"] = "GET, HEAD"
         for part in [text] if isinstance(text, str) else text:
             body += part.encode()
         if len(body) > 512 and self.wants_gzip():
@@ -3049,6 +3059,7 @@ class Page(http.server.BaseHTTPRequestHandler):
             self.wfile.write(body)
 
     def wants_gzip(self) -> bool:
+        """Whether the client takes gzip: named in Accept-Encoding, or *, and not with q=0 (RFC 9110, 12.5.3)."""
         accepted = self.headers.get("Accept-Encoding", "").lower() if getattr(self, "headers", None) else ""
         codings = (part.partition(";") for part in accepted.split(","))
         return any(name.strip() in ("gzip", "*") and not re.fullmatch(r"q=0(\.0*)?", weight.strip()) for name, _, weight in codings)
@@ -3107,11 +3118,9 @@ class House:
         if self.clock and clock.date() != self.clock.date():
             self.day = 0.0
         if self.daylight:
-            self.day, self.total, self.uptime = (
-                self.day + self.generation * hours,
-                self.total + self.generation * hours,
-                self.uptime + hours,
-            )
+            self.day += self.generation * hours
+            self.total += self.generation * hours
+            self.uptime += hours
         self.clock = clock
         self._weather(clock.hour + clock.minute / 60 + clock.second / 3600)
 
@@ -3136,24 +3145,20 @@ def text_words(text: str, count: int) -> tuple[int, ...]:
 
 
 class Simulated:
-    """A simulated device of a house. live is empty while the device is off."""
+    """A simulated device of a house: `settings()` and `live()` are its register ranges, for `payload`; live is empty while it is off."""
 
-    cls, serial = 0, ""
+    cls, start = 0, ""  # class, and the first half of its serial number
+    settings: Callable[[], list[tuple[int, tuple[int, ...]]]]
+    live: Callable[[], list[tuple[int, tuple[int, ...]]]]
 
-    def __init__(self, house: House) -> None:
-        self.house = house
-
-    def settings(self) -> list[tuple[int, tuple[int, ...]]]:
-        raise NotImplementedError
-
-    def live(self) -> list[tuple[int, tuple[int, ...]]]:
-        raise NotImplementedError
+    def __init__(self, house: House, number: int = 1) -> None:
+        self.house, self.serial = house, f"{self.start}{number:08d}"
 
 
 class SimulatedMeter(Simulated):
     """A HomeKit 1000: channel 1 is the grid, channel 2 the inverter."""
 
-    cls, serial = METER, "91000HKU00000001"
+    cls, start = METER, "91000HKU"
 
     def settings(self) -> list[tuple[int, tuple[int, ...]]]:
         return [(4608, (12, *text_words("20001,tcp.goodwe-power.com", 15))), (4864, (*text_words("02053-05-000Me05", 8), 0, 4))]
@@ -3173,7 +3178,7 @@ class SimulatedMeter(Simulated):
 class SimulatedInverter(Simulated):
     """A DNS G3: one string, one phase, off at night."""
 
-    cls, serial = GRID_TIED, "53000DSC00000001"
+    cls, start = GRID_TIED, "53000DSC"
 
     def settings(self) -> list[tuple[int, tuple[int, ...]]]:
         return [(30221, text_words("410-02065-04", 6)), (40075, text_words("tcp.goodwe-power.com", 26))]
@@ -3229,6 +3234,7 @@ class SimulatedConnection(threading.Thread):
             self._forget(serial)
 
     def stop(self) -> None:
+        """Close the connections and end the thread."""
         self.stopped.set()
         self.join()
 
@@ -3262,16 +3268,17 @@ class LocalPortal(socketserver.ThreadingTCPServer):
 
 
 class LocalPortalConnection(socketserver.BaseRequestHandler):
+    """One device's connection to it."""
+
     def handle(self) -> None:
         framer = Framer(OUTBOUND)
         with contextlib.suppress(OSError):
             while data := self.request.recv(RECV_SIZE):
                 for piece in framer.feed(data, time.monotonic()):
                     if piece.kind == "frame":
-                        size = piece.size
                         with contextlib.suppress(ProtocolError):
-                            reply = answer(address(piece.data[: min(OUTBOUND.head, size)], size, OUTBOUND), datetime.now(), True)
-                            self.request.sendall(reply * piece.count)
+                            where = address(piece.data[: OUTBOUND.head], piece.size, OUTBOUND)
+                            self.request.sendall(answer(where, datetime.now(), True) * piece.count)
 
 
 def simulate(arguments: list[str]) -> int:
@@ -3321,10 +3328,7 @@ def morning() -> datetime:
 def simulated_house(number: int) -> list[Simulated]:
     """The devices of a house; each house has serial numbers of its own."""
     house = House(number)
-    devices: list[Simulated] = [SimulatedMeter(house), SimulatedInverter(house)]
-    for device in devices:
-        device.serial = device.serial[:8] + f"{number + 1:08d}"
-    return devices
+    return [SimulatedMeter(house, number + 1), SimulatedInverter(house, number + 1)]
 
 
 def simulate_capture(path: str, days: float, interval: float) -> int:
@@ -3413,6 +3417,7 @@ def stretches(sources: list[str]) -> Iterator[tuple[str, bytes]]:
 
 
 def read_file(path: str) -> bytes:
+    """A file, or standard input for -. Raises UsageError."""
     try:
         if path == "-":
             return sys.stdin.buffer.read()
@@ -3488,7 +3493,7 @@ def described(wire: Wire, piece: Piece, told: dict[str, str]) -> dict:
     if piece.kind == "malformed":
         found["error"] = "bad checksum, or cut"
     try:
-        where = address(piece.data[: min(wire.head, len(piece.data))], len(piece.data), wire)
+        where = address(piece.data[: wire.head], len(piece.data), wire)
         packet = decode(piece.data, wire)
         found.update(type=where.type, serial=where.serial, model=model(where.serial, told.get(where.serial, "")))
         found.update(envelope={LONG: "long", SHORT: "short", ANSWER: "answer"}[where.form])
@@ -3514,8 +3519,7 @@ def contents(where: Address, packet: Packet) -> dict:
     if where.function not in DATA:
         return {"values": {"clear": packet.clear.hex()}}
     ranges = blocks(packet.clear)
-    all_words = {first + i: word for first, block in ranges for i, word in enumerate(block)}
-    taken = reading(family(where.cls, where.serial), all_words)
+    taken = reading(family(where.cls, where.serial), registers(packet.clear))
     kind = kind_of(where.cls)
     values: dict = {f"{metric}{{{labels}}}" if labels else metric: number for (metric, labels), number in taken.values.items()}
     values.update({f'{kind}_unknown_register{{register="{register}"}}': word for register, word in taken.unknown.items()})
@@ -3550,6 +3554,7 @@ def serials_in(data: bytes) -> list[bytes]:
 
 
 def replaced(data: bytes, aliases: dict[bytes, bytes]) -> bytes:
+    """Data with each serial number's alias in its place."""
     for serial, alias in aliases.items():
         data = data.replace(serial, alias)
     return data
@@ -3909,6 +3914,7 @@ def duration(text: str) -> float:
 
 
 def boolean(text: str) -> bool:
+    """true, 1, yes or false, 0, no in any case."""
     values = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
     if text.lower() not in values:
         raise ValueError("expected true, false, 1, 0, yes or no")
@@ -3923,6 +3929,8 @@ def count(text: str) -> int:
 
 
 def one_of(*words: str) -> Callable[[str], str]:
+    """A reader that takes these words."""
+
     def word(text: str) -> str:
         if text not in words:
             raise ValueError(f"expected one of {', '.join(words)}")
@@ -3932,6 +3940,7 @@ def one_of(*words: str) -> Callable[[str], str]:
 
 
 def url_path(text: str) -> str:
+    """A path as it stands in a request, without a query."""
     if not re.fullmatch(r"/[!-~]*", text) or "?" in text:
         raise ValueError("expected a path that begins with /")
     return text
@@ -4074,7 +4083,7 @@ def started(settings: Settings) -> tuple[Store, Network, Web]:
         web = Web(store, settings, lambda: not network.stopping)
     except (OSError, UnicodeError) as error:  # the latter for what cannot be a host's name
         raise BindError(f"--{what[0]}={endpoint_text(what[1])}: {getattr(error, 'strerror', None) or error}") from None
-    network.http_ports.add(web.port)
+    network.listening_at.update(sock.getsockname()[:2] for sock in web.listening)
     web.start()
     gc.freeze()  # what is there now stays: the collector need not look at it again
     return store, network, web

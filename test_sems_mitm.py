@@ -2967,7 +2967,7 @@ class SpoolTest(SocketCase):
         leg.send(ack_of(data, 2))
         until(lambda: running.queued() == 0)
         self.assertEqual((running.value("sems_mitm_nacks_total"), running.value("sems_mitm_acks_total")), (1, 1))
-        self.assertTrue(any("accept" in line for line in self.lines), self.lines)
+        self.assertTrue(any("NACK" in line for line in self.lines), self.lines)
         self.assertTrue(device.silent())
 
     def test_device_goes(self) -> None:
