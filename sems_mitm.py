@@ -100,6 +100,7 @@ HTTP_TIMEOUT = 30  # s for a client's next bytes
 LOG_HEX = 256  # bytes of a packet in a log line
 PERIOD, CLOCK_PERIOD = 60, 3600  # s in which the same trouble is one line; a clock that is not good enough stays so
 PERIOD, CLOCK_PERIOD = 60, 3600  # s in which the same trouble is one line; a clock that is not good enough stays so
+PERIOD, CLOCK_PERIOD = 60, 3600  # s in which the same trouble is one line; a clock that is not good enough stays so
 
 # ---------------------------------------------------------------------------------------------------------- errors
 
@@ -477,17 +478,21 @@ def crc16(data: bytes) -> int:
     return crc
 
 
+def _int(data: bytes) -> int:
+    return int.from_bytes(data, "little")
+
+
 def crc16_lanes(data: bytes, size: int) -> tuple[bytes, bytes]:
     """Low and high bytes of the CRCs of equally long frames, each without its last two bytes.
 
     data[i::size] is byte i of every frame: one step of the byte table carries all of them forward.
     """
     count = len(data) // size
-    low = high = int.from_bytes(b"\xff" * count, "little")
+    low = high = _int(b"\xff" * count)
     for i in range(size - 2):
-        index = (low ^ int.from_bytes(data[i::size], "little")).to_bytes(count, "little")
-        low = high ^ int.from_bytes(index.translate(CRC_LOW), "little")
-        high = int.from_bytes(index.translate(CRC_HIGH), "little")
+        index = (low ^ _int(data[i::size])).to_bytes(count, "little")
+        low = high ^ _int(index.translate(CRC_LOW))
+        high = _int(index.translate(CRC_HIGH))
     return low.to_bytes(count, "little"), high.to_bytes(count, "little")
 
 
@@ -545,7 +550,6 @@ INVERSE_SBOX = bytes(SBOX.index(value) for value in range(256))
 Direction = collections.namedtuple("Direction", "mixed plain turns")
 ENCRYPT = Direction([_times(factor, SBOX) for factor in (2, 3, 1, 1)], SBOX, (0, 1, 2, 3))
 DECRYPT = Direction([_times(factor, INVERSE_SBOX) for factor in (14, 11, 13, 9)], INVERSE_SBOX, (0, 3, 2, 1))
-UNMIX = [_times(factor, bytes(range(256))) for factor in (14, 11, 13, 9)]
 KEY = b"\xff" * 16  # every device and the portal use it
 CHUNK = 64 * 16  # bytes at a time, so that the keys cached by size stay small: sizes come from the network
 
@@ -568,7 +572,7 @@ def _unmixed(key: bytes) -> bytes:
     mixed = bytearray(16)
     for i in range(16):
         for j in range(4):
-            mixed[i] ^= UNMIX[j][key[i & 12 | (i + j) & 3]]
+            mixed[i] ^= DECRYPT.mixed[j][SBOX[key[i & 12 | (i + j) & 3]]]  # SBOX undoes the substitution in the table
     return bytes(mixed)
 
 
@@ -580,23 +584,19 @@ def _round_keys(key: bytes, blocks: int, decrypting: bool) -> list[int]:
     return [_int(b"".join(bytes([k[4 * column + row]]) * blocks for row in range(4) for column in range(4))) for k in keys]
 
 
-def _int(data: bytes) -> int:
-    return int.from_bytes(data, "little")
-
-
 def _rounds(data: bytes, direction: Direction, key: bytes) -> bytes:
     """Every block of data through the cipher, for itself."""
     size = len(data)
     row, blocks = size // 4, size // 16
     first, *middle, last = _round_keys(key, blocks, direction is DECRYPT)
     cuts = [(r * row, r * row + turn * blocks, (r + 1) * row) for r, turn in enumerate(direction.turns)]
-    two, three, one, one_more = direction.mixed
+    own, next_row, third, fourth = direction.mixed  # what a byte is multiplied by for its own row, and for those above
     state = (_int(memoryview(data).cast("B", (blocks, 4, 4)).tobytes("F")) ^ first).to_bytes(size, "little")
     for round_key in middle:
         state = b"".join([part for start, cut, end in cuts for part in (state[cut:end], state[start:cut])])
-        b, c, d = state.translate(three), state.translate(one), state.translate(one_more)
+        b, c, d = state.translate(next_row), state.translate(third), state.translate(fourth)
         mixed = _int(b[row:] + b[:row]) ^ _int(c[2 * row :] + c[: 2 * row]) ^ _int(d[3 * row :] + d[: 3 * row])
-        state = (_int(state.translate(two)) ^ mixed ^ round_key).to_bytes(size, "little")
+        state = (_int(state.translate(own)) ^ mixed ^ round_key).to_bytes(size, "little")
     state = b"".join([part for start, cut, end in cuts for part in (state[cut:end], state[start:cut])])
     state = (_int(state.translate(direction.plain)) ^ last).to_bytes(size, "little")
     return memoryview(state).cast("B", (4, 4, blocks)).tobytes("F")
@@ -924,6 +924,19 @@ def registers(clear: bytes) -> dict[int, int]:
 
 # -------------------------------------------------------------------------------------------------------- readings
 
+
+def label_text(text: bytes | str) -> str:
+    """A device's text for a label: ASCII 20 to 7E, blanks collapsed, at most 64 characters."""
+    text = text.decode("latin-1") if isinstance(text, bytes) else text
+    return " ".join("".join(c if "\x20" <= c < "\x7f" else " " for c in text).split())[:64].rstrip()
+
+
+def label(name: str, value: str) -> str:
+    """name="value" as the exposition format wants it."""
+    escaped = value.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
+    return f'{name}="{escaped}"'
+
+
 # values: (metric, labels) to number; not_finite: how many were no number; unknown: register to word; info: name to text
 Reading = collections.namedtuple("Reading", "values not_finite unknown info")
 
@@ -974,18 +987,6 @@ def _text(words: dict[int, int], first: int, last: int) -> str:
 # ---------------------------------------------------------------------------------------------- identity and time
 
 
-def label_text(text: bytes | str) -> str:
-    """A device's text for a label: ASCII 20 to 7E, blanks collapsed, at most 64 characters."""
-    text = text.decode("latin-1") if isinstance(text, bytes) else text
-    return " ".join("".join(c if "\x20" <= c < "\x7f" else " " for c in text).split())[:64].rstrip()
-
-
-def label(name: str, value: str) -> str:
-    """name="value" as the exposition format wants it."""
-    escaped = value.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
-    return f'{name}="{escaped}"'
-
-
 FIXED_MODELS = {"91000HKU": "HomeKit 1000 Smart Meter", "53000DSC": "GW3000-DNS-30"}  # the original exporter's names
 
 
@@ -1000,6 +1001,16 @@ def model(serial: str, told: str = "") -> str:
     kilo = rating[3] == "K"
     size = int(rating[:3] if kilo else rating) if rating[: 3 if kilo else 4].isdigit() else 0
     return label_text(f"GoodWe {kind} {size} {'kW' if kilo else 'W'}" if size else f"GoodWe {kind}")
+
+
+def identity(kind: str, serial: str, told: str = "") -> tuple[str, str, str]:
+    """What tells a device's series from those of others: the values of device, model and serial."""
+    return kind, model(serial, told), label_text(serial[-8:])
+
+
+def device_labels(name: tuple[str, str, str]) -> str:
+    """An identity as labels."""
+    return ",".join(map(label, ("device", "model", "serial"), name))
 
 
 @functools.lru_cache(maxsize=1024)
@@ -1084,6 +1095,14 @@ class Troubles:
         last[:] = [now + period, 0]
 
 
+PACKET_COUNTERS = {  # by function, for a kind of device; the original's names, one for the confirmations of all
+    SETTINGS: "{}_time_sync_packets_total",
+    LIVE: "{}_metrics_packets_total",
+    BUFFERED: "{}_metrics_packets_total",
+    CONFIRMATION: "meter_time_sync_ack_packets_total",
+}
+
+
 class Device:
     """What is known of one device. Times are monotonic but for `newest` and `offset`, which are of its own clock."""
 
@@ -1096,7 +1115,7 @@ class Device:
         self.kind, self.serial = kind, serial
         self.is_told("")
         self.info = {"firmware": "", "module_firmware": "", "portal": ""}
-        names = [f"{kind}_time_sync_packets_total", f"{kind}_metrics_packets_total", "meter_time_sync_ack_packets_total"]
+        names = [name.format(kind) for name in PACKET_COUNTERS.values()]
         self.counts = dict.fromkeys([*names, "sems_mitm_acks_total", "sems_mitm_nacks_total", "sems_mitm_buffered_packets_total"], 0)
         self.gauges: dict[tuple[str, str], float] = {}
         self.counters: dict[tuple[str, str], float] = {}
@@ -1115,8 +1134,8 @@ class Device:
     def is_told(self, model_name: str) -> None:
         """The device gave its model name; name tells its series from those of others, labels is that as text."""
         self.told = model_name
-        self.name = (self.kind, model(self.serial, model_name), label_text(self.serial[-8:]))
-        self.labels = ",".join(map(label, ("device", "model", "serial"), self.name))
+        self.name = identity(self.kind, self.serial, model_name)
+        self.labels = device_labels(self.name)
 
     def new_ones(self, stamps: list[bytes]) -> list[int]:
         """Which of live packets, by their times in the order of arrival, count as new.
@@ -1195,6 +1214,11 @@ def exposition(pages: list[dict[str, str]]) -> Iterator[str]:
         yield "".join([lines[name] for lines in pages if name in lines])
 
 
+PACKET_LABELS = ("direction", "type", "verdict")
+LAST_PACKET = "sems_mitm_device_last_packet_timestamp_seconds"
+LABELLED = TYPES | {"malformed", "keepalive", "junk"}
+
+
 class Store:
     """All that the exporter shows. The packet thread writes and HTTP threads read, each under `lock`."""
 
@@ -1208,7 +1232,7 @@ class Store:
         self.gauges: dict[str, Callable[[], float | None]] = {}  # asked at the scrape; None is absent
         self.troubles = Troubles()
         self.started = time.time()
-        self._types: set[str] = set()
+        self._types = set(LABELLED)  # that have a label of their own
 
     def add(self, name: str, count: int = 1, labels: str = "") -> None:
         """Add to a counter of FIXED."""
@@ -1216,11 +1240,11 @@ class Store:
 
     def count(self, wire: Wire, kind: str, verdict: str, count: int) -> None:
         """Count packets whose fate is decided; kind is a type, malformed, keepalive or junk."""
-        if kind not in TYPES and kind not in self._types and len(kind) == 4 and kind != "junk":
-            if len(self._types) >= OTHER_TYPES:
-                kind = "other"
-            else:
+        if kind not in self._types:
+            if len(self._types) < len(LABELLED) + OTHER_TYPES:
                 self._types.add(kind)
+            else:
+                kind = "other"
         self.packets[wire.name, kind, verdict] += count
 
     def device(self, where: Address, now: float) -> Device | None:
@@ -1261,6 +1285,7 @@ class Store:
             del self.names[device.name]
 
     def is_stale(self, since: float, now: float) -> bool:
+        """Whether what was last heard at `since` (monotonic) is too old to be shown."""
         """Whether what was last heard at `since` (monotonic) is too old to be shown."""
         return bool(self.stale_after) and now - since > self.stale_after
 
@@ -1318,10 +1343,6 @@ class Store:
         return found + process_gauges()
 
 
-PACKET_LABELS = ("direction", "type", "verdict")
-LAST_PACKET = "sems_mitm_device_last_packet_timestamp_seconds"
-
-
 def process_gauges() -> list[tuple[str, str, float]]:
     """Memory and file descriptors of this process, as far as the system tells (Linux: all)."""
     found: list[tuple[str, str, float]] = []
@@ -1349,13 +1370,11 @@ def allowed(where: Address, clear: bytes, classes: set[int]) -> str:
     return ""
 
 
-@functools.lru_cache(maxsize=64)
-def ack(kind: str, serial: str, stamp: bytes) -> bytes:
+def ack(packet_type: str, serial: str, stamp: bytes) -> bytes:
     """The portal's answer to a packet of this type; stamp is its own local time, six bytes, which it turns round."""
-    return encode(Packet(INBOUND, kind, serial, device_iv(stamp[::-1]), b"", bytes(16)))
+    return encode(Packet(INBOUND, packet_type, serial, device_iv(stamp[::-1]), b"", bytes(16)))
 
 
-@functools.lru_cache(maxsize=64)
 def clock_write(cls: int, serial: str, stamp: bytes) -> bytes:
     """The portal's setting of a device's clock to stamp."""
     clear = struct.pack(">HH6s6x", CLOCK[cls], CLOCK[cls] + 2, stamp)
@@ -1665,7 +1684,9 @@ class Session:
 
     def _recognised(self, data: bytes, count: int, size: int) -> Address | None:
         """The address of frames with a good CRC, None if they are malformed."""
-        if size > 13 and data[11] not in FUNCTIONS:  # in 13 bytes the CRC stands there  # in 13 bytes the CRC stands there
+        if (
+            size > 13 and data[11] not in FUNCTIONS
+        ):  # in 13 bytes the CRC stands there  # in 13 bytes the CRC stands there  # in 13 bytes the CRC stands there
             self.store.add("outbound_unknown_packets_total", count)
         with contextlib.suppress(ProtocolError):
             return address(data[: OUTBOUND.head], size, OUTBOUND)
@@ -1685,8 +1706,8 @@ class Session:
         function = where.function
         device.good = now
         device.version += 1
-        if function in FUNCTIONS:
-            device.counts[DEVICE_COUNTERS[device.kind, function]] += piece.count
+        if function in PACKET_COUNTERS:
+            device.counts[PACKET_COUNTERS[function].format(device.kind)] += piece.count
         if function == BUFFERED:
             device.counts["sems_mitm_buffered_packets_total"] += piece.count
         elif function in (LIVE, SETTINGS):
@@ -1843,7 +1864,7 @@ class Session:
             if spooling:
                 self.to_portal.answered((where.type, where.serial))
             if meaning == "nack":
-                self.store.troubles.say("nack", f"the portal refused a packet of {where.serial} (NACK), type {where.type}", now)
+                self.store.troubles.say("nack", f"the portal did not accept a packet of {where.serial} (NACK), type {where.type}", now)
             device = self.store.devices.get(where.owner)
             if device and (meaning == "nack" or not spooling):  # a spooled packet was acknowledged when it came
                 device.counts[f"sems_mitm_{meaning}s_total"] += 1
@@ -1913,18 +1934,6 @@ class Session:
             self.exporter.record(wall, self.peer, wire.name, kind, verdict, data[at : at + size])
 
 
-DEVICE_COUNTERS = {  # kind of device and function to the counter
-    ("meter", SETTINGS): "meter_time_sync_packets_total",
-    ("meter", LIVE): "meter_metrics_packets_total",
-    ("meter", BUFFERED): "meter_metrics_packets_total",
-    ("meter", CONFIRMATION): "meter_time_sync_ack_packets_total",
-    ("inverter", SETTINGS): "inverter_time_sync_packets_total",
-    ("inverter", LIVE): "inverter_metrics_packets_total",
-    ("inverter", BUFFERED): "inverter_metrics_packets_total",
-    ("inverter", CONFIRMATION): "meter_time_sync_ack_packets_total",
-}
-
-
 def draws_bat(where: Address) -> bool:
     """Whether frames of this address get the bat: live and buffered data of a HomeKit 1000."""
     return where.function in (LIVE, BUFFERED) and family(where.cls, where.serial) == "HK1000"
@@ -1953,7 +1962,7 @@ class RecordFile:
         """Append a line; an empty one only opens the file."""
         try:
             if self._file is None:
-                self._file = os.open(self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o640)
+                self._file = os.open(self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NONBLOCK, 0o640)
                 with contextlib.suppress(OSError):  # not a regular file: nothing to look at
                     end = os.lseek(self._file, 0, os.SEEK_END)
                     self._torn = end > 0 and os.pread(self._file, 1, end - 1) != b"\n"
@@ -1977,10 +1986,11 @@ class Files:
 
     def record(self, wall: float, peer: str, direction: str, kind: str, verdict: str, data: bytes) -> None:
         """Write a frame, or what is none, to the capture, and to the backfill file if it is buffered data."""
+        """Write a frame, or what is none, to the capture, and to the backfill file if it is buffered data."""
         line = capture_line(wall, peer, direction, verdict, data)
         if self.capture:
             self.capture.write(line)
-        if self.backfill and direction == OUTBOUND.name and len(kind) == 4 and kind.endswith(f"{BUFFERED:02x}"):
+        if self.backfill and direction == OUTBOUND.name and kind.endswith(f"{BUFFERED:02x}"):
             self.backfill.write(line)
 
 
@@ -2294,10 +2304,12 @@ class Link:
     @property
     def local(self) -> bool:
         """Whether there is no portal."""
+        """Whether there is no portal."""
         return self.network.exporter.mode == LOCAL
 
     @property
     def spools(self) -> bool:
+        """Whether what is sent is kept until the portal has answered it."""
         """Whether what is sent is kept until the portal has answered it."""
         return self.network.exporter.mode == SPOOL
 
@@ -2344,6 +2356,7 @@ class Link:
         self.settle(now)
 
     def drop_device(self) -> None:
+        """Close the device's socket; the portal may still have something to take."""
         """Close the device's socket; the portal may still have something to take."""
         if self.device:
             self.device.close()
@@ -2465,6 +2478,7 @@ class Link:
         self.later(now)
 
     def drop_portal(self) -> None:
+        """Close the portal's socket, connected or not."""
         """Close the portal's socket, connected or not."""
         self.network.own_ends.discard(self.own_end)
         if self.portal:
@@ -2799,42 +2813,34 @@ def household(values: dict[str, list[float]], today: dict[str, float]) -> dict[s
     }
 
 
+def device_overview(device: Device, store: Store, now: float, local: datetime) -> dict:
+    """A device in /api/devices, without what is not known."""
+    series = {} if store.is_stale(device.fresh, now) else {**device.gauges, **device.counters}
+    values: dict[str, list[float]] = {}
+    for (metric, _), number in series.items():
+        values.setdefault(metric, []).append(number)
+    since, first = device.day or (local, {})
+    counters = device.counters if since.date() == local.date() else {}
+    # a counter that a dip has set back has gained nothing
+    today = {key[0]: max(number - first[key], 0) for key, number in counters.items() if not key[1] and key in first}
+    told = {
+        **dict(zip(("device", "model", "serial"), device.name)),
+        "full_serial": label_text(device.serial),
+        **device.info,
+        "up": not store.is_stale(device.good, now),
+        "age_seconds": round(now - device.good, 1),
+        "today_since": since.isoformat(timespec="seconds") if today else None,
+        **household(values, today),
+        "values": {flat(*key): number for key, number in series.items()},
+    }
+    return {name: value for name, value in told.items() if value is not None}
+
+
 def overview(store: Store, settings: Settings, now: float, wall: float) -> dict:
     """What /api/devices and the page show."""
-    local, devices = datetime.fromtimestamp(wall), []
+    local = datetime.fromtimestamp(wall)
     with store.lock:
-        for device in store.devices.values():
-            if device.hidden:
-                continue
-            stale = store.is_stale(device.fresh, now)
-            series = {} if stale else {**device.gauges, **device.counters}
-            values: dict[str, list[float]] = {}
-            for (metric, _), number in series.items():
-                values.setdefault(metric, []).append(number)
-            since, first = device.day or (local, {})
-            counters = device.counters if since.date() == local.date() else {}
-            today = {
-                metric: number - first[metric, labels]
-                for (metric, labels), number in counters.items()
-                if not labels and (metric, labels) in first
-            }
-            kind, model_name, serial = device.name
-            told = {
-                "device": kind,
-                "model": model_name,
-                "serial": serial,
-                "full_serial": label_text(device.serial),
-                **device.info,
-                "up": not store.is_stale(device.good, now),
-                "age_seconds": round(now - device.good, 1),
-                "today_since": since.isoformat(timespec="seconds") if today else None,
-                **{
-                    name: number if number is None else max(number, 0) if "_today_" in name else number
-                    for name, number in household(values, today).items()
-                },
-                "values": {flat(*key): number for key, number in series.items()},
-            }
-            devices.append({name: value for name, value in told.items() if value is not None})
+        devices = [device_overview(device, store, now, local) for device in store.devices.values() if not device.hidden]
         up, queued = (store.gauges.get(f"sems_mitm_{name}", lambda: None)() for name in ("upstream_up", "queue_bytes"))
         blocked = store.totals["inbound_unknown_packets_total", ""]
     upstream = {
@@ -2866,13 +2872,13 @@ dd{margin:0;font-size:1.35rem;font-variant-numeric:tabular-nums}.sun{color:var(-
 a{color:inherit}code{font-size:.95em}li{margin:.25rem 0}ol{padding-left:1.25rem}
 """
 
-# What a card shows: key of `household`, title, title while negative, unit, decimals, class.
+# What a card shows: key of `household`, title, title while negative (then without the sign), unit, decimals, class.
 CARD = (
-    ("generation_watts", "Solar", "Solar", "W", 0, "sun"),
-    ("house_watts", "House", "House", "W", 0, ""),
+    ("generation_watts", "Solar", "", "W", 0, "sun"),
+    ("house_watts", "House", "", "W", 0, ""),
     ("export_watts", "To the grid", "From the grid", "W", 0, ""),
     ("battery_watts", "From the battery", "Into the battery", "W", 0, ""),
-    ("battery_charge_percent", "Battery", "Battery", "%", 0, ""),
+    ("battery_charge_percent", "Battery", "", "%", 0, ""),
     ("generated_today_kilowatt_hours", "Generated today", "", "kWh", 1, "sun"),
     ("imported_today_kilowatt_hours", "From the grid today", "", "kWh", 1, ""),
     ("exported_today_kilowatt_hours", "To the grid today", "", "kWh", 1, ""),
@@ -2900,9 +2906,9 @@ def card(device: dict) -> str:
     for key, title, negative, unit, decimals, css in CARD:
         number = device.get(key)
         if number is not None:
-            sign = abs(number) if negative and negative != title else number
+            title, number = (negative, -number) if negative and number < 0 else (title, number)
             late = f" (since {since})" if "_today_" in key and since > "00:15" and device["device"] == "meter" else ""
-            rows.append(f'<div><dt>{negative if number < 0 else title}{late}</dt><dd class="{css}">{sign:,.{decimals}f} {unit}</dd></div>')
+            rows.append(f'<div><dt>{title}{late}</dt><dd class="{css}">{number:,.{decimals}f} {unit}</dd></div>')
     state = '<span class="good">reporting</span>' if device["up"] else '<span class="bad">silent</span>'
     shown = f"<dl>{''.join(rows)}</dl>" if rows else '<p class="dim">No current values.</p>'
     firmware = f" · firmware {html.escape(device['firmware'])}" if device["firmware"] else ""
@@ -3059,6 +3065,7 @@ class Requests(http.server.BaseHTTPRequestHandler):
             self.wfile.write(body)
 
     def wants_gzip(self) -> bool:
+        """Whether the client takes gzip: named in Accept-Encoding, or *, and not with q=0 (RFC 9110, 12.5.3)."""
         """Whether the client takes gzip: named in Accept-Encoding, or *, and not with q=0 (RFC 9110, 12.5.3)."""
         accepted = self.headers.get("Accept-Encoding", "").lower() if getattr(self, "headers", None) else ""
         codings = (part.partition(";") for part in accepted.split(","))
@@ -3270,6 +3277,8 @@ class LocalPortal(socketserver.ThreadingTCPServer):
 class LocalPortalConnection(socketserver.BaseRequestHandler):
     """One device's connection to it."""
 
+    """One device's connection to it."""
+
     def handle(self) -> None:
         framer = Framer(OUTBOUND)
         with contextlib.suppress(OSError):
@@ -3418,6 +3427,7 @@ def stretches(sources: list[str]) -> Iterator[tuple[str, bytes]]:
 
 def read_file(path: str) -> bytes:
     """A file, or standard input for -. Raises UsageError."""
+    """A file, or standard input for -. Raises UsageError."""
     try:
         if path == "-":
             return sys.stdin.buffer.read()
@@ -3555,6 +3565,7 @@ def serials_in(data: bytes) -> list[bytes]:
 
 def replaced(data: bytes, aliases: dict[bytes, bytes]) -> bytes:
     """Data with each serial number's alias in its place."""
+    """Data with each serial number's alias in its place."""
     for serial, alias in aliases.items():
         data = data.replace(serial, alias)
     return data
@@ -3587,7 +3598,7 @@ def decode_command(arguments: list[str]) -> int:
 
 # -------------------------------------------------------------------------------------------------------- backfill
 
-Sample = dict  # of a series: seconds since 1970 to number
+Samples = dict  # of a series: seconds since 1970 to number
 
 
 class Calendar:
@@ -3618,7 +3629,7 @@ class Calendar:
         return second if repeated and self.fold else first
 
 
-def history(sources: Iterable[tuple[str, bytes]], extra: str) -> dict[str, dict[str, Sample]]:
+def history(sources: Iterable[tuple[str, bytes]], extra: str) -> dict[str, dict[str, dict[float, float]]]:
     """Metric to series (labels) to samples, of the readings in captures."""
     frames = [
         piece.data
@@ -3639,16 +3650,15 @@ def history(sources: Iterable[tuple[str, bytes]], extra: str) -> dict[str, dict[
         cls, function, when = int(packet.type[:2], 16), int(packet.type[2:], 16), device_time(packet.time)
         if function not in (LIVE, BUFFERED) or when is None:
             continue
-        device = Device(kind_of(cls), packet.serial, 0)
-        device.is_told(told.get(packet.serial, ""))
+        labels_of_device = device_labels(identity(kind_of(cls), packet.serial, told.get(packet.serial, "")))
         seconds = calendars[packet.serial, function].utc(when, frame)
         for (metric, labels), number in reading(family(cls, packet.serial), all_words).values.items():
-            series = ",".join(part for part in (device.labels, labels, extra) if part)
+            series = ",".join(part for part in (labels_of_device, labels, extra) if part)
             found[metric].setdefault(series, {})[seconds] = number
     return found
 
 
-def openmetrics(found: dict[str, dict[str, Sample]]) -> Iterator[str]:
+def openmetrics(found: dict[str, dict[str, dict[float, float]]]) -> Iterator[str]:
     """OpenMetrics text: families together, the samples of a series by time, # EOF at the end."""
     for metric, series in found.items():
         if series:
@@ -3898,7 +3908,7 @@ def name_servers(text: str) -> list[tuple[str, int]]:
 def networks(text: str) -> list:
     """Networks in CIDR, comma-separated."""
     try:
-        return [ipaddress.ip_network(part.strip(), strict=False) for part in text.split(",")]
+        return [ipaddress.ip_network(part.strip(), strict=False) for part in text.split(",") if text]
     except ValueError:
         raise ValueError("expected networks such as 192.168.1.0/24, comma-separated") from None
 
@@ -3915,6 +3925,7 @@ def duration(text: str) -> float:
 
 def boolean(text: str) -> bool:
     """true, 1, yes or false, 0, no in any case."""
+    """true, 1, yes or false, 0, no in any case."""
     values = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
     if text.lower() not in values:
         raise ValueError("expected true, false, 1, 0, yes or no")
@@ -3930,6 +3941,7 @@ def count(text: str) -> int:
 
 def one_of(*words: str) -> Callable[[str], str]:
     """A reader that takes these words."""
+    """A reader that takes these words."""
 
     def word(text: str) -> str:
         if text not in words:
@@ -3940,6 +3952,7 @@ def one_of(*words: str) -> Callable[[str], str]:
 
 
 def url_path(text: str) -> str:
+    """A path as it stands in a request, without a query."""
     """A path as it stands in a request, without a query."""
     if not re.fullmatch(r"/[!-~]*", text) or "?" in text:
         raise ValueError("expected a path that begins with /")
@@ -4005,9 +4018,12 @@ def spelled_out(arguments: list[str]) -> list[str]:
     return found
 
 
-def serve_settings(arguments: list[str], environment: Mapping[str, str], command: str = "serve", text: str = "") -> Settings:
-    """The settings of serve: the command line beats the environment, which beats the defaults. Raises UsageError."""
-    description = text or "Prometheus exporter between GoodWe devices and the SEMS portal."
+def serve_settings(arguments: list[str], environment: Mapping[str, str], command: str = "serve", about: str = "") -> Settings:
+    """The settings of serve: the command line beats the environment, which beats the defaults. Raises UsageError.
+
+    command and about are what --help says, for another command that takes the flags of serve.
+    """
+    description = about or "Prometheus exporter between GoodWe devices and the SEMS portal."
     parser = Parser(prog=f"sems_mitm.py {command}", description=description, allow_abbrev=False)
     for name, default, reader, key, text in FLAGS:
         metavar = METAVARS.get(reader, key.partition("_")[2].upper() or key.upper())
@@ -4017,19 +4033,15 @@ def serve_settings(arguments: list[str], environment: Mapping[str, str], command
     given = vars(parser.parse_args(spelled_out(arguments)))
     settings, levels = Settings(), {}
     for name, default, reader, key, _ in FLAGS:
-        text, source, level = given[key], f"--{name}", 2
-        if text is None and environment.get(variable(name)):
-            text, source, level = environment[variable(name)], variable(name), 1
-        if text is None:
-            text, level = default, 0
+        told = ((2, f"--{name}", given[key]), (1, variable(name), environment.get(variable(name)) or None), (0, "", default))
+        level, source, text = next((level, source, text) for level, source, text in told if text is not None)
         try:
-            value = reader(text) if text or reader is not networks else []
+            value = reader(text)
         except ValueError as error:
-            if source == "DEBUG":  # shells set it to all sorts of things
-                log.warning("ignored: DEBUG=%s is neither true nor false", ascii(text))
-                value, level = False, 0
-            else:
+            if source != "DEBUG":  # shells set it to all sorts of things
                 raise UsageError(f"{source}={ascii(text)[1:-1]}: {error}") from None
+            log.warning("ignored: DEBUG=%s is neither true nor false", ascii(text))
+            value, level = False, 0
         setattr(settings, key, value)
         levels[key] = level
     return reconciled(settings, levels)
