@@ -3676,11 +3676,17 @@ def backfill(arguments: list[str]) -> int:
     parser.add_argument("file", metavar="FILE", nargs="+", help="files of --sems.backfill or --sems.capture, - for standard input")
     parser.add_argument("--job", help="value of a label job, as your Prometheus gives it to this exporter")
     parser.add_argument("--instance", help="value of a label instance")
+    parser.add_argument(
+        "--label", metavar="NAME=VALUE", action="append", default=[], help="another label that your Prometheus adds; repeatable"
+    )
     given = parser.parse_args(arguments)
     for path in given.file:
         if path != "-" and not os.path.isfile(path):
             raise UsageError(f"{path}: no such file")
-    extra = ",".join(label(name, value) for name, value in (("job", given.job), ("instance", given.instance)) if value)
+    more = [("job", given.job), ("instance", given.instance), *(text.partition("=")[::2] for text in given.label)]
+    if not all(re.fullmatch("[a-zA-Z_][a-zA-Z0-9_]*", name) for name, _ in more):
+        raise UsageError(f"--label={' '.join(given.label)!a}: expected NAME=VALUE")
+    extra = ",".join(label(name, value) for name, value in more if value)
     found = history(stretches(given.file), extra)
     sys.stdout.writelines(openmetrics(found))
     times = {seconds for series in found.values() for samples in series.values() for seconds in samples}
@@ -3967,7 +3973,7 @@ FLAGS = (
     ("sems.upstream-dns", "1.1.1.1,8.8.8.8", name_servers, "upstream_dns", "asked for the portal's address when the system's answer is nothing or not globally routable; none turns it off"),
     ("sems.mode", FORWARD, one_of(FORWARD, LOCAL, SPOOL), "mode", "forward: the portal answers the devices. local: no portal, the exporter answers. spool: the exporter answers, and delivers everything to the portal, however late"),
     ("sems-passthrough", "true", boolean, "passthrough", "false is --sems.mode local"),
-    ("sems.allow-from", "", networks, "allow_from", "networks whose devices may connect, comma-separated CIDR; default all"),
+    ("sems.allow-from", "", networks, "allow_from", "networks whose devices may connect, comma-separated CIDR"),
     ("sems.max-connections", "256", count, "max_connections", "device connections at once"),
     ("sems.max-devices", "256", count, "max_devices", "devices with series of their own"),
     ("sems.capture", "", str, "capture", "append every frame to this file"),

@@ -4594,7 +4594,9 @@ def flags_table() -> str:
     rows = []
     for name, default, reader, _, text in sems.FLAGS:
         spelled = f"`--{name}` / `--no-{name}`" if reader is sems.boolean else f"`--{name}`"
-        rows.append((spelled, f"`{sems.variable(name)}`", f"`{default}`" if default else "(off)", text))
+        rows.append(
+            (spelled, f"`{sems.variable(name)}`", f"`{default}`" if default else "(all)" if reader is sems.networks else "(off)", text)
+        )
     return markdown(("flag", "variable", "default", "meaning"), rows)
 
 
