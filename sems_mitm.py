@@ -1287,6 +1287,7 @@ class Store:
     def is_stale(self, since: float, now: float) -> bool:
         """Whether what was last heard at `since` (monotonic) is too old to be shown."""
         """Whether what was last heard at `since` (monotonic) is too old to be shown."""
+        """Whether what was last heard at `since` (monotonic) is too old to be shown."""
         return bool(self.stale_after) and now - since > self.stale_after
 
     def learn(self, device: Device, found: dict[str, str], now: float) -> None:
@@ -1987,6 +1988,7 @@ class Files:
     def record(self, wall: float, peer: str, direction: str, kind: str, verdict: str, data: bytes) -> None:
         """Write a frame, or what is none, to the capture, and to the backfill file if it is buffered data."""
         """Write a frame, or what is none, to the capture, and to the backfill file if it is buffered data."""
+        """Write a frame, or what is none, to the capture, and to the backfill file if it is buffered data."""
         line = capture_line(wall, peer, direction, verdict, data)
         if self.capture:
             self.capture.write(line)
@@ -2305,10 +2307,12 @@ class Link:
     def local(self) -> bool:
         """Whether there is no portal."""
         """Whether there is no portal."""
+        """Whether there is no portal."""
         return self.network.exporter.mode == LOCAL
 
     @property
     def spools(self) -> bool:
+        """Whether what is sent is kept until the portal has answered it."""
         """Whether what is sent is kept until the portal has answered it."""
         """Whether what is sent is kept until the portal has answered it."""
         return self.network.exporter.mode == SPOOL
@@ -2356,6 +2360,7 @@ class Link:
         self.settle(now)
 
     def drop_device(self) -> None:
+        """Close the device's socket; the portal may still have something to take."""
         """Close the device's socket; the portal may still have something to take."""
         """Close the device's socket; the portal may still have something to take."""
         if self.device:
@@ -2478,6 +2483,7 @@ class Link:
         self.later(now)
 
     def drop_portal(self) -> None:
+        """Close the portal's socket, connected or not."""
         """Close the portal's socket, connected or not."""
         """Close the portal's socket, connected or not."""
         self.network.own_ends.discard(self.own_end)
@@ -3067,6 +3073,7 @@ class Requests(http.server.BaseHTTPRequestHandler):
     def wants_gzip(self) -> bool:
         """Whether the client takes gzip: named in Accept-Encoding, or *, and not with q=0 (RFC 9110, 12.5.3)."""
         """Whether the client takes gzip: named in Accept-Encoding, or *, and not with q=0 (RFC 9110, 12.5.3)."""
+        """Whether the client takes gzip: named in Accept-Encoding, or *, and not with q=0 (RFC 9110, 12.5.3)."""
         accepted = self.headers.get("Accept-Encoding", "").lower() if getattr(self, "headers", None) else ""
         codings = (part.partition(";") for part in accepted.split(","))
         return any(name.strip() in ("gzip", "*") and not re.fullmatch(r"q=0(\.0*)?", weight.strip()) for name, _, weight in codings)
@@ -3082,6 +3089,251 @@ SAFE_HEADERS = {
     "Cache-Control": "no-store",
     "Vary": "Accept-Encoding",
 }
+
+
+# -------------------------------------------------------------------------------------------------- settings, serve
+
+Settings = argparse.Namespace  # of serve: a value for each row of FLAGS, by its last column
+
+
+def endpoint(text: str, port_from: int = 1) -> tuple[str, int]:
+    """[HOST]:PORT as (host, port); no host is "". Raises ValueError that says what was expected, as all readers of flags."""
+    match = re.fullmatch(r"(\[([0-9A-Fa-f:.%\w]*:[0-9A-Fa-f:.%\w]*)\]|[^\[\]:\s/@]*):([0-9]{1,5})", text)
+    if not match or not port_from <= int(match[3]) <= 65535:
+        raise ValueError("expected HOST:PORT, [v6]:PORT or :PORT")
+    return match[2] or match[1], int(match[3])
+
+
+def listen_endpoint(text: str) -> tuple[str, int]:
+    """Where to listen; port 0 is a free one."""
+    return endpoint(text, 0)
+
+
+def portal_endpoint(text: str) -> tuple[str, int]:
+    """Where to connect."""
+    with contextlib.suppress(ValueError):
+        host, port = endpoint(text)
+        if host:
+            return host, port
+    raise ValueError("expected HOST:PORT or [v6]:PORT")
+
+
+def name_servers(text: str) -> list[tuple[str, int]]:
+    """HOST[:PORT] of name servers, comma-separated, or none."""
+    if text == "none":
+        return []
+    found = []
+    for part in text.split(","):
+        part = part.strip()
+        bare = part.count(":") > 1 and not part.startswith("[")
+        try:
+            found.append(portal_endpoint(f"[{part}]:53" if bare else part if re.search(r":[0-9]+$", part) else f"{part}:53"))
+        except ValueError:
+            raise ValueError("expected name servers such as 1.1.1.1,192.168.1.1:53, or none") from None
+    return found
+
+
+def networks(text: str) -> list:
+    """Networks in CIDR, comma-separated."""
+    try:
+        return [ipaddress.ip_network(part.strip(), strict=False) for part in text.split(",") if text]
+    except ValueError:
+        raise ValueError("expected networks such as 192.168.1.0/24, comma-separated") from None
+
+
+def duration(text: str) -> float:
+    """Seconds of 90s, 5m, 1h30m or 0."""
+    match = re.fullmatch(r"(?=.)(?:(\d{1,6})d)?(?:(\d{1,6})h)?(?:(\d{1,6})m)?(?:(\d{1,6})s)?", text, re.ASCII)
+    if text == "0":
+        return 0
+    if not match:
+        raise ValueError("expected a duration such as 90s, 5m or 1h30m")
+    return sum(int(count) * size for count, size in zip(match.groups(default="0"), (86400, 3600, 60, 1)))
+
+
+def boolean(text: str) -> bool:
+    """true, 1, yes or false, 0, no in any case."""
+    """true, 1, yes or false, 0, no in any case."""
+    """true, 1, yes or false, 0, no in any case."""
+    values = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
+    if text.lower() not in values:
+        raise ValueError("expected true, false, 1, 0, yes or no")
+    return values[text.lower()]
+
+
+def count(text: str) -> int:
+    """A positive whole number."""
+    if not re.fullmatch(r"[1-9][0-9]{0,5}", text):
+        raise ValueError("expected a positive whole number")
+    return int(text)
+
+
+def one_of(*words: str) -> Callable[[str], str]:
+    """A reader that takes these words."""
+    """A reader that takes these words."""
+    """A reader that takes these words."""
+
+    def word(text: str) -> str:
+        if text not in words:
+            raise ValueError(f"expected one of {', '.join(words)}")
+        return text
+
+    return word
+
+
+def url_path(text: str) -> str:
+    """A path as it stands in a request, without a query."""
+    """A path as it stands in a request, without a query."""
+    """A path as it stands in a request, without a query."""
+    if not re.fullmatch(r"/[!-~]*", text) or "?" in text:
+        raise ValueError("expected a path that begins with /")
+    return text
+
+
+# Every flag of serve: name, default, reader, name in Settings, help. Its environment variable follows from its name.
+# fmt: off
+FLAGS = (
+    ("sems.listen-address", ":20001", listen_endpoint, "listen_address", "where devices connect; HOST:PORT, [v6]:PORT or :PORT"),
+    ("sems.upstream", "tcp.goodwe-power.com:20001", portal_endpoint, "upstream", "the portal"),
+    ("sems.upstream-dns", "1.1.1.1,8.8.8.8", name_servers, "upstream_dns", "asked for the portal's address when the system's answer is nothing or not globally routable; none turns it off"),
+    ("sems.mode", FORWARD, one_of(FORWARD, LOCAL, SPOOL), "mode", "forward: the portal answers the devices. local: no portal, the exporter answers. spool: the exporter answers, and delivers everything to the portal, however late"),
+    ("sems-passthrough", "true", boolean, "passthrough", "false is --sems.mode local"),
+    ("sems.allow-from", "", networks, "allow_from", "networks whose devices may connect, comma-separated CIDR"),
+    ("sems.max-connections", "256", count, "max_connections", "device connections at once"),
+    ("sems.max-devices", "256", count, "max_devices", "devices with series of their own"),
+    ("sems.capture", "", str, "capture", "append every frame to this file"),
+    ("sems.backfill", "", str, "backfill", "append buffered readings to this file"),
+    ("web.listen-address", ":14028", listen_endpoint, "web_address", "where HTTP is served"),
+    ("web.telemetry-path", "/metrics", url_path, "telemetry_path", "where the metrics are"),
+    ("metrics.stale-after", "5m", duration, "stale_after", "when the gauges of a silent device go; 0 is never"),
+    ("batsignal", "false", boolean, "batsignal", "Batman on the portal's graph"),
+    ("debug", "false", boolean, "debug", "the same as --log.level debug"),
+    ("log.level", "info", one_of("debug", "info", "warning", "error"), "log_level", "what is logged"),
+)
+# fmt: on
+METAVARS = {
+    listen_endpoint: "[HOST]:PORT",
+    portal_endpoint: "HOST:PORT",
+    name_servers: "HOST[:PORT],...",
+    networks: "CIDR,...",
+    count: "N",
+    duration: "DURATION",
+    boolean: "true|false",
+    url_path: "/PATH",
+    str: "FILE",
+}
+BOOLEANS = [name for name, _, reader, _, _ in FLAGS if reader is boolean]
+
+
+def variable(flag: str) -> str:
+    """The environment variable of a flag."""
+    return flag.upper().replace(".", "_").replace("-", "_")
+
+
+class Parser(argparse.ArgumentParser):
+    """Says what is wrong with a command line in one line."""
+
+    def error(self, message: str) -> None:  # type: ignore[override]
+        raise UsageError(message)
+
+
+def spelled_out(arguments: list[str]) -> list[str]:
+    """Arguments with --flag and --no-flag as --flag=true and --flag=false, and --flag VALUE as --flag=VALUE."""
+    spelled = {f"--{name}": f"--{name}=true" for name in BOOLEANS}
+    spelled.update({f"--no-{name}": f"--{name}=false" for name in BOOLEANS})
+    valued, left, found = {f"--{name}" for name, *_ in FLAGS} - set(spelled), list(arguments), []
+    while left:
+        argument = left.pop(0)
+        value = f"={left.pop(0)}" if argument in valued and left else ""  # it may begin with a -
+        found.append(spelled.get(argument, argument) + value)
+    return found
+
+
+def serve_settings(arguments: list[str], environment: Mapping[str, str], command: str = "serve", about: str = "") -> Settings:
+    """The settings of serve: the command line beats the environment, which beats the defaults. Raises UsageError.
+
+    command and about are what --help says, for another command that takes the flags of serve.
+    """
+    description = about or "Prometheus exporter between GoodWe devices and the SEMS portal."
+    parser = Parser(prog=f"sems_mitm.py {command}", description=description, allow_abbrev=False)
+    for name, default, reader, key, text in FLAGS:
+        metavar = METAVARS.get(reader, key.partition("_")[2].upper() or key.upper())
+        parser.add_argument(
+            f"--{name}", dest=key, metavar=metavar, help=f"{text} [{default or 'off'}; {variable(name)}]".replace("%", "%%")
+        )
+    given = vars(parser.parse_args(spelled_out(arguments)))
+    settings, levels = Settings(), {}
+    for name, default, reader, key, _ in FLAGS:
+        told = ((2, f"--{name}", given[key]), (1, variable(name), environment.get(variable(name)) or None), (0, "", default))
+        level, source, text = next((level, source, text) for level, source, text in told if text is not None)
+        try:
+            value = reader(text)
+        except ValueError as error:
+            if source != "DEBUG":  # shells set it to all sorts of things
+                raise UsageError(f"{source}={ascii(text)[1:-1]}: {error}") from None
+            log.warning("ignored: DEBUG=%s is neither true nor false", ascii(text))
+            value, level = False, 0
+        setattr(settings, key, value)
+        levels[key] = level
+    return reconciled(settings, levels)
+
+
+def reconciled(settings: Settings, levels: dict[str, int]) -> Settings:
+    """Settings with the two flags that name the mode made one. levels: where each value came from, 2 beats 1 beats 0."""
+    local = settings.mode == LOCAL
+    if levels["passthrough"] and levels["passthrough"] == levels["mode"] and settings.passthrough == local:
+        names = ("--sems-passthrough", "--sems.mode") if levels["mode"] == 2 else ("SEMS_PASSTHROUGH", "SEMS_MODE")
+        raise UsageError(f"{names[0]}={str(settings.passthrough).lower()} contradicts {names[1]}={settings.mode}")
+    if levels["passthrough"] > levels["mode"]:
+        settings.mode = FORWARD if settings.passthrough and local else LOCAL if not settings.passthrough else settings.mode
+    settings.upstream_text = endpoint_text(settings.upstream)
+    settings.log_level = "debug" if settings.debug and levels["debug"] >= levels["log_level"] else settings.log_level
+    return settings
+
+
+class BindError(OSError):
+    """A port that cannot be had."""
+
+
+def serve(arguments: list[str]) -> int:
+    """Run the exporter until SIGTERM or SIGINT."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+    settings = serve_settings(arguments, os.environ)
+    logging.getLogger().setLevel(settings.log_level.upper())
+    _, network, web = started(settings)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: network.stop())
+    log.info(
+        "sems_mitm %s, mode %s: devices connect to port %d, metrics on port %d%s",
+        VERSION,
+        settings.mode,
+        network.port,
+        web.port,
+        settings.telemetry_path,
+    )
+    network.run()
+    web.close()
+    return 0
+
+
+def started(settings: Settings) -> tuple[Store, Network, Web]:
+    """An exporter whose ports are bound and whose HTTP is served; `network.run` is left to do. Raises UsageError."""
+    sys.setswitchinterval(0.0005)  # a scrape must not keep packets waiting for the interpreter
+    store = Store(settings.stale_after, settings.max_devices, settings.batsignal)
+    zone_ok = zone_is_known(os.environ.get("TZ"), os.path.isfile)
+    files = Files(store, settings.capture, settings.backfill)
+    exporter = Exporter(store, settings.mode, zone_ok, files.record if files.capture or files.backfill else None)
+    try:
+        what = ("sems.listen-address", settings.listen_address)
+        network = Network(exporter, settings)
+        what = ("web.listen-address", settings.web_address)
+        web = Web(store, settings, lambda: not network.stopping)
+    except (OSError, UnicodeError) as error:  # the latter for what cannot be a host's name
+        raise BindError(f"--{what[0]}={endpoint_text(what[1])}: {getattr(error, 'strerror', None) or error}") from None
+    network.listening_at.update(sock.getsockname()[:2] for sock in web.listening)
+    web.start()
+    gc.freeze()  # what is there now stays: the collector need not look at it again
+    return store, network, web
 
 
 # ------------------------------------------------------------------------------------------------------- simulator
@@ -3279,6 +3531,8 @@ class LocalPortalConnection(socketserver.BaseRequestHandler):
 
     """One device's connection to it."""
 
+    """One device's connection to it."""
+
     def handle(self) -> None:
         framer = Framer(OUTBOUND)
         with contextlib.suppress(OSError):
@@ -3428,6 +3682,7 @@ def stretches(sources: list[str]) -> Iterator[tuple[str, bytes]]:
 def read_file(path: str) -> bytes:
     """A file, or standard input for -. Raises UsageError."""
     """A file, or standard input for -. Raises UsageError."""
+    """A file, or standard input for -. Raises UsageError."""
     try:
         if path == "-":
             return sys.stdin.buffer.read()
@@ -3564,6 +3819,7 @@ def serials_in(data: bytes) -> list[bytes]:
 
 
 def replaced(data: bytes, aliases: dict[bytes, bytes]) -> bytes:
+    """Data with each serial number's alias in its place."""
     """Data with each serial number's alias in its place."""
     """Data with each serial number's alias in its place."""
     for serial, alias in aliases.items():
@@ -3870,245 +4126,6 @@ def portal_finding(settings: Settings) -> Finding:
 
 
 # ---------------------------------------------------------------------------------------------------- command line
-
-Settings = argparse.Namespace  # of serve: a value for each row of FLAGS, by its last column
-
-
-def endpoint(text: str, port_from: int = 1) -> tuple[str, int]:
-    """[HOST]:PORT as (host, port); no host is "". Raises ValueError that says what was expected, as all readers of flags."""
-    match = re.fullmatch(r"(\[([0-9A-Fa-f:.%\w]*:[0-9A-Fa-f:.%\w]*)\]|[^\[\]:\s/@]*):([0-9]{1,5})", text)
-    if not match or not port_from <= int(match[3]) <= 65535:
-        raise ValueError("expected HOST:PORT, [v6]:PORT or :PORT")
-    return match[2] or match[1], int(match[3])
-
-
-def listen_endpoint(text: str) -> tuple[str, int]:
-    """Where to listen; port 0 is a free one."""
-    return endpoint(text, 0)
-
-
-def portal_endpoint(text: str) -> tuple[str, int]:
-    """Where to connect."""
-    with contextlib.suppress(ValueError):
-        host, port = endpoint(text)
-        if host:
-            return host, port
-    raise ValueError("expected HOST:PORT or [v6]:PORT")
-
-
-def name_servers(text: str) -> list[tuple[str, int]]:
-    """HOST[:PORT] of name servers, comma-separated, or none."""
-    if text == "none":
-        return []
-    found = []
-    for part in text.split(","):
-        part = part.strip()
-        bare = part.count(":") > 1 and not part.startswith("[")
-        try:
-            found.append(portal_endpoint(f"[{part}]:53" if bare else part if re.search(r":[0-9]+$", part) else f"{part}:53"))
-        except ValueError:
-            raise ValueError("expected name servers such as 1.1.1.1,192.168.1.1:53, or none") from None
-    return found
-
-
-def networks(text: str) -> list:
-    """Networks in CIDR, comma-separated."""
-    try:
-        return [ipaddress.ip_network(part.strip(), strict=False) for part in text.split(",") if text]
-    except ValueError:
-        raise ValueError("expected networks such as 192.168.1.0/24, comma-separated") from None
-
-
-def duration(text: str) -> float:
-    """Seconds of 90s, 5m, 1h30m or 0."""
-    match = re.fullmatch(r"(?=.)(?:(\d{1,6})d)?(?:(\d{1,6})h)?(?:(\d{1,6})m)?(?:(\d{1,6})s)?", text, re.ASCII)
-    if text == "0":
-        return 0
-    if not match:
-        raise ValueError("expected a duration such as 90s, 5m or 1h30m")
-    return sum(int(count) * size for count, size in zip(match.groups(default="0"), (86400, 3600, 60, 1)))
-
-
-def boolean(text: str) -> bool:
-    """true, 1, yes or false, 0, no in any case."""
-    """true, 1, yes or false, 0, no in any case."""
-    values = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
-    if text.lower() not in values:
-        raise ValueError("expected true, false, 1, 0, yes or no")
-    return values[text.lower()]
-
-
-def count(text: str) -> int:
-    """A positive whole number."""
-    if not re.fullmatch(r"[1-9][0-9]{0,5}", text):
-        raise ValueError("expected a positive whole number")
-    return int(text)
-
-
-def one_of(*words: str) -> Callable[[str], str]:
-    """A reader that takes these words."""
-    """A reader that takes these words."""
-
-    def word(text: str) -> str:
-        if text not in words:
-            raise ValueError(f"expected one of {', '.join(words)}")
-        return text
-
-    return word
-
-
-def url_path(text: str) -> str:
-    """A path as it stands in a request, without a query."""
-    """A path as it stands in a request, without a query."""
-    if not re.fullmatch(r"/[!-~]*", text) or "?" in text:
-        raise ValueError("expected a path that begins with /")
-    return text
-
-
-# Every flag of serve: name, default, reader, name in Settings, help. Its environment variable follows from its name.
-# fmt: off
-FLAGS = (
-    ("sems.listen-address", ":20001", listen_endpoint, "listen_address", "where devices connect; HOST:PORT, [v6]:PORT or :PORT"),
-    ("sems.upstream", "tcp.goodwe-power.com:20001", portal_endpoint, "upstream", "the portal"),
-    ("sems.upstream-dns", "1.1.1.1,8.8.8.8", name_servers, "upstream_dns", "asked for the portal's address when the system's answer is nothing or not globally routable; none turns it off"),
-    ("sems.mode", FORWARD, one_of(FORWARD, LOCAL, SPOOL), "mode", "forward: the portal answers the devices. local: no portal, the exporter answers. spool: the exporter answers, and delivers everything to the portal, however late"),
-    ("sems-passthrough", "true", boolean, "passthrough", "false is --sems.mode local"),
-    ("sems.allow-from", "", networks, "allow_from", "networks whose devices may connect, comma-separated CIDR"),
-    ("sems.max-connections", "256", count, "max_connections", "device connections at once"),
-    ("sems.max-devices", "256", count, "max_devices", "devices with series of their own"),
-    ("sems.capture", "", str, "capture", "append every frame to this file"),
-    ("sems.backfill", "", str, "backfill", "append buffered readings to this file"),
-    ("web.listen-address", ":14028", listen_endpoint, "web_address", "where HTTP is served"),
-    ("web.telemetry-path", "/metrics", url_path, "telemetry_path", "where the metrics are"),
-    ("metrics.stale-after", "5m", duration, "stale_after", "when the gauges of a silent device go; 0 is never"),
-    ("batsignal", "false", boolean, "batsignal", "Batman on the portal's graph"),
-    ("debug", "false", boolean, "debug", "the same as --log.level debug"),
-    ("log.level", "info", one_of("debug", "info", "warning", "error"), "log_level", "what is logged"),
-)
-# fmt: on
-METAVARS = {
-    listen_endpoint: "[HOST]:PORT",
-    portal_endpoint: "HOST:PORT",
-    name_servers: "HOST[:PORT],...",
-    networks: "CIDR,...",
-    count: "N",
-    duration: "DURATION",
-    boolean: "true|false",
-    url_path: "/PATH",
-    str: "FILE",
-}
-BOOLEANS = [name for name, _, reader, _, _ in FLAGS if reader is boolean]
-
-
-def variable(flag: str) -> str:
-    """The environment variable of a flag."""
-    return flag.upper().replace(".", "_").replace("-", "_")
-
-
-class Parser(argparse.ArgumentParser):
-    """Says what is wrong with a command line in one line."""
-
-    def error(self, message: str) -> None:  # type: ignore[override]
-        raise UsageError(message)
-
-
-def spelled_out(arguments: list[str]) -> list[str]:
-    """Arguments with --flag and --no-flag as --flag=true and --flag=false, and --flag VALUE as --flag=VALUE."""
-    spelled = {f"--{name}": f"--{name}=true" for name in BOOLEANS}
-    spelled.update({f"--no-{name}": f"--{name}=false" for name in BOOLEANS})
-    valued, left, found = {f"--{name}" for name, *_ in FLAGS} - set(spelled), list(arguments), []
-    while left:
-        argument = left.pop(0)
-        value = f"={left.pop(0)}" if argument in valued and left else ""  # it may begin with a -
-        found.append(spelled.get(argument, argument) + value)
-    return found
-
-
-def serve_settings(arguments: list[str], environment: Mapping[str, str], command: str = "serve", about: str = "") -> Settings:
-    """The settings of serve: the command line beats the environment, which beats the defaults. Raises UsageError.
-
-    command and about are what --help says, for another command that takes the flags of serve.
-    """
-    description = about or "Prometheus exporter between GoodWe devices and the SEMS portal."
-    parser = Parser(prog=f"sems_mitm.py {command}", description=description, allow_abbrev=False)
-    for name, default, reader, key, text in FLAGS:
-        metavar = METAVARS.get(reader, key.partition("_")[2].upper() or key.upper())
-        parser.add_argument(
-            f"--{name}", dest=key, metavar=metavar, help=f"{text} [{default or 'off'}; {variable(name)}]".replace("%", "%%")
-        )
-    given = vars(parser.parse_args(spelled_out(arguments)))
-    settings, levels = Settings(), {}
-    for name, default, reader, key, _ in FLAGS:
-        told = ((2, f"--{name}", given[key]), (1, variable(name), environment.get(variable(name)) or None), (0, "", default))
-        level, source, text = next((level, source, text) for level, source, text in told if text is not None)
-        try:
-            value = reader(text)
-        except ValueError as error:
-            if source != "DEBUG":  # shells set it to all sorts of things
-                raise UsageError(f"{source}={ascii(text)[1:-1]}: {error}") from None
-            log.warning("ignored: DEBUG=%s is neither true nor false", ascii(text))
-            value, level = False, 0
-        setattr(settings, key, value)
-        levels[key] = level
-    return reconciled(settings, levels)
-
-
-def reconciled(settings: Settings, levels: dict[str, int]) -> Settings:
-    """Settings with the two flags that name the mode made one. levels: where each value came from, 2 beats 1 beats 0."""
-    local = settings.mode == LOCAL
-    if levels["passthrough"] and levels["passthrough"] == levels["mode"] and settings.passthrough == local:
-        names = ("--sems-passthrough", "--sems.mode") if levels["mode"] == 2 else ("SEMS_PASSTHROUGH", "SEMS_MODE")
-        raise UsageError(f"{names[0]}={str(settings.passthrough).lower()} contradicts {names[1]}={settings.mode}")
-    if levels["passthrough"] > levels["mode"]:
-        settings.mode = FORWARD if settings.passthrough and local else LOCAL if not settings.passthrough else settings.mode
-    settings.upstream_text = endpoint_text(settings.upstream)
-    settings.log_level = "debug" if settings.debug and levels["debug"] >= levels["log_level"] else settings.log_level
-    return settings
-
-
-def serve(arguments: list[str]) -> int:
-    """Run the exporter until SIGTERM or SIGINT."""
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
-    settings = serve_settings(arguments, os.environ)
-    logging.getLogger().setLevel(settings.log_level.upper())
-    _, network, web = started(settings)
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: network.stop())
-    log.info(
-        "sems_mitm %s, mode %s: devices connect to port %d, metrics on port %d%s",
-        VERSION,
-        settings.mode,
-        network.port,
-        web.port,
-        settings.telemetry_path,
-    )
-    network.run()
-    web.close()
-    return 0
-
-
-def started(settings: Settings) -> tuple[Store, Network, Web]:
-    """An exporter whose ports are bound and whose HTTP is served; `network.run` is left to do. Raises UsageError."""
-    sys.setswitchinterval(0.0005)  # a scrape must not keep packets waiting for the interpreter
-    store = Store(settings.stale_after, settings.max_devices, settings.batsignal)
-    zone_ok = zone_is_known(os.environ.get("TZ"), os.path.isfile)
-    files = Files(store, settings.capture, settings.backfill)
-    exporter = Exporter(store, settings.mode, zone_ok, files.record if files.capture or files.backfill else None)
-    try:
-        what = ("sems.listen-address", settings.listen_address)
-        network = Network(exporter, settings)
-        what = ("web.listen-address", settings.web_address)
-        web = Web(store, settings, lambda: not network.stopping)
-    except (OSError, UnicodeError) as error:  # the latter for what cannot be a host's name
-        raise BindError(f"--{what[0]}={endpoint_text(what[1])}: {getattr(error, 'strerror', None) or error}") from None
-    network.listening_at.update(sock.getsockname()[:2] for sock in web.listening)
-    web.start()
-    gc.freeze()  # what is there now stays: the collector need not look at it again
-    return store, network, web
-
-
-class BindError(OSError):
-    """A port that cannot be had."""
 
 
 def version(arguments: list[str]) -> int:
