@@ -1084,14 +1084,14 @@ class Troubles:
         self.suppressed = 0
         self._kinds: dict[str, list[float]] = {}  # kind to [when it may be said again, how often it was not]
 
-    def say(self, kind: str, text: str, now: float, period: float = PERIOD) -> None:
+    def say(self, kind: str, text: str, now: float, period: float = PERIOD, level: int = logging.WARNING) -> None:
         """Log text unless this kind (one of a few fixed words) was logged within the period."""
         last = self._kinds.setdefault(kind, [-math.inf, 0])
         if now < last[0]:
             last[1] += 1
             self.suppressed += 1
             return
-        log.warning("%s%s", text, f" (and {last[1]:.0f} more like it)" if last[1] else "")
+        log.log(level, "%s%s", text, f" (and {last[1]:.0f} more like it)" if last[1] else "")
         last[:] = [now + period, 0]
 
 
@@ -1469,6 +1469,11 @@ class Outbox:
         self.unsent.clear()
         self.flying.clear()
         self.pool.outboxes.discard(self)
+
+    @property
+    def has_frames(self) -> bool:
+        """Whether whole frames wait, or answers are awaited; junk alone need not outlive its device."""
+        return bool(self.flying) or any(entry.whole for entry in self.unsent)
 
     def put(self, data: bytes, size: int, key: tuple[str, str] | None = None, whole: bool = True) -> bool:
         """Add frames of this size, or what is no whole frame; whether all of it was sent already, while it was unfinished."""
@@ -2296,7 +2301,7 @@ class Link:
         self.backoff: float = BACKOFF[0]
         self.retry = math.inf  # when to try the portal again
         self.since = now  # when the attempt to reach the portal, or its connection, began
-        self.answered = now  # when the portal last sent something, or the device went
+        self.answered = now  # when the portal last answered what is kept for it, or the device went
         self.heard = now  # when the device last sent something
         self.ended = math.inf  # when all ends, after the device's last byte
         self.closing = False  # the device sends no more
@@ -2451,9 +2456,11 @@ class Link:
                 self.portal_lost(now, wall)
             elif data:
                 self.backoff = BACKOFF[0]
-                self.answered = now
+                kept = self.session.to_portal.size
                 with self.network.exporter.store.lock:
                     self.session.from_portal(data, now, wall)
+                if self.session.to_portal.size < kept:
+                    self.answered = now
         self.flush(now, wall)
         self.settle(now)
 
@@ -2468,7 +2475,8 @@ class Link:
         self.session.portal_came()
         self.endpoints.clear()
         if not self.network.upstream_up:
-            log.info("the portal is there: %s", endpoint_text(self.portal.sock.getpeername()))
+            text = f"the portal is there: {endpoint_text(self.portal.sock.getpeername())}"
+            self.network.exporter.store.troubles.say("portal there", text, now, level=logging.INFO)
         self.network.upstream_up = 1
         return True
 
@@ -2556,7 +2564,7 @@ class Link:
         if self.local:
             return True
         if self.spools:
-            return not self.session.to_portal.size
+            return not self.session.to_portal.has_frames and not outgoing
         if not self.portal:
             return not self.asking
         if self.connecting or outgoing:

@@ -3000,6 +3000,42 @@ class SpoolTest(SocketCase):
             self.assertEqual(leg.read(len(data)), data)
         self.assertEqual(running.queued(), len(data))
 
+    def test_keepalives_are_no_answer(self) -> None:
+        """Nor does a portal that sends but keep-alives answer anything."""
+        self.limits(ANSWER_TIMEOUT=0.3)
+        portal, running = self.started()
+        device = running.device(frame())
+        device.packets(1)
+        device.close()
+        leg = portal.accept()
+
+        def tried_again() -> bool:
+            with contextlib.suppress(OSError):
+                leg.send(b"\1\2")
+            return not portal.unasked(0.02)
+
+        until(tried_again)
+
+    def test_junk_alone_goes_with_its_device(self) -> None:
+        """What is no frame holds no place while the portal is away and its device has gone."""
+        running = self.exporter(self.portal(listening=False), "--sems.mode=spool")
+        device = running.device(b"GET / HTTP/1.0\r\n\r\n")
+        until(lambda: running.value("sems_mitm_upstream_connect_failures_total", reason="refused"))
+        device.close()
+        until(lambda: running.value("sems_mitm_device_connections") == 0)
+
+    def test_memory_of_small_pieces(self) -> None:
+        """Frames, junk and keep-alives that come one by one take little more memory than their bytes."""
+        pool = sems.Pool()
+        for whole, key in ((True, ("0304", METER)), (True, None), (False, None)):
+            outbox = sems.Outbox(pool, True)
+            for _ in range(5000):
+                outbox.put(b"12", 2, key, whole)
+            outbox.took(5000)
+            self.assertLess(pool.size, 1.5 * outbox.size)
+            outbox.close()
+        self.assertEqual(pool.size, 0)
+
     def test_device_is_back(self) -> None:
         """A device that comes back finds the order kept: what it left goes first, once the portal is there."""
         for away in (True, False):
@@ -3569,6 +3605,19 @@ class RecordedFilesTest(SocketCase):
         self.assertEqual([json.loads(line)["hex"] for line in open_lines(path)], [frame(when=NOON + timedelta(minutes=1)).hex()])
         self.assertEqual(running.value("sems_mitm_file_errors_total", file="capture"), 2)
 
+    @unittest.skipUnless(hasattr(os, "mkfifo"), "no FIFOs")
+    def test_nobody_reads(self) -> None:
+        """A capture into a FIFO that nobody empties is counted trouble, and holds nothing up."""
+        path = os.path.join(self.directory(), "fifo")
+        os.mkfifo(path)
+        portal = self.portal()
+        running = self.exporter(portal, f"--sems.capture={path}")
+        stream = b"".join(frames_of(300))
+        device = running.device(stream)
+        self.assertEqual(portal.accept().read(len(stream)), stream)
+        until(lambda: running.value("sems_mitm_file_errors_total", file="capture"))
+        device.close()
+
     @unittest.skipUnless(os.path.exists("/dev/full"), "no /dev/full")
     def test_disk_full(self) -> None:
         """A full disk or a bad path is counted, a log line a minute; nothing else changes."""
@@ -3642,6 +3691,12 @@ class HttpTest(SocketCase):
         running = self.exporter(None, "--sems.mode=local", "--web.telemetry-path=/solar")
         self.assertEqual((running.get("/solar")[0], running.get("/metrics")[0]), (200, 404))
         self.assertIn(b'href="/solar"', running.get("/")[2])
+
+    def test_long_header(self) -> None:
+        """A header of 60,000 blanks is read in no time: nothing else runs meanwhile."""
+        begin = time.process_time()
+        self.running.get("/metrics", **{"Accept-Encoding": f"gzip{' ' * 60_000}x"})
+        self.assertLess(time.process_time() - begin, 1)
 
     def test_gzip(self) -> None:
         """Packed where asked for, and only there."""
