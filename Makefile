@@ -18,7 +18,7 @@ test:  ## all tests, warnings are errors
 	$(PYTHON) -W error -m unittest -b test_sems_mitm
 
 lint:  ## ruff and mypy, where they are
-	@if command -v ruff >/dev/null; then ruff check . && ruff format --check --diff .; else echo "ruff is not here: not checked"; fi
+	@if command -v ruff >/dev/null; then ruff check . && ruff format --check --diff *.py; else echo "ruff is not here: not checked"; fi
 	@if command -v mypy >/dev/null; then mypy --python-version 3.9 --check-untyped-defs sems_mitm.py; else echo "mypy is not here: not checked"; fi
 
 image:  ## the container image

@@ -99,8 +99,6 @@ HTTP_CONNECTIONS = 64
 HTTP_TIMEOUT = 30  # s for a client's next bytes
 LOG_HEX = 256  # bytes of a packet in a log line
 PERIOD, CLOCK_PERIOD = 60, 3600  # s in which the same trouble is one line; a clock that is not good enough stays so
-PERIOD, CLOCK_PERIOD = 60, 3600  # s in which the same trouble is one line; a clock that is not good enough stays so
-PERIOD, CLOCK_PERIOD = 60, 3600  # s in which the same trouble is one line; a clock that is not good enough stays so
 
 # ---------------------------------------------------------------------------------------------------------- errors
 
@@ -1286,8 +1284,6 @@ class Store:
 
     def is_stale(self, since: float, now: float) -> bool:
         """Whether what was last heard at `since` (monotonic) is too old to be shown."""
-        """Whether what was last heard at `since` (monotonic) is too old to be shown."""
-        """Whether what was last heard at `since` (monotonic) is too old to be shown."""
         return bool(self.stale_after) and now - since > self.stale_after
 
     def learn(self, device: Device, found: dict[str, str], now: float) -> None:
@@ -1690,9 +1686,7 @@ class Session:
 
     def _recognised(self, data: bytes, count: int, size: int) -> Address | None:
         """The address of frames with a good CRC, None if they are malformed."""
-        if (
-            size > 13 and data[11] not in FUNCTIONS
-        ):  # in 13 bytes the CRC stands there  # in 13 bytes the CRC stands there  # in 13 bytes the CRC stands there
+        if size > 13 and data[11] not in FUNCTIONS:  # in 13 bytes the CRC stands there
             self.store.add("outbound_unknown_packets_total", count)
         with contextlib.suppress(ProtocolError):
             return address(data[: OUTBOUND.head], size, OUTBOUND)
@@ -1851,9 +1845,8 @@ class Session:
             part = data[at : at + size]
             meaning = allowed(where, decode(part, INBOUND).clear, self.classes) if where else "keepalive" if kind == "keepalive" else ""
             verdict = self._pass(where, meaning, part, now)
-            self.store.count(
-                INBOUND, kind, verdict, piece.count * size // len(data)
-            )  # 1, or all of a piece that is one part  # 1, or all of a piece that is one part
+            # 1 for each part, or all of a piece that is one part
+            self.store.count(INBOUND, kind, verdict, piece.count * size // len(data))
             if not meaning:
                 if piece.kind == "frame":
                     self.store.add("inbound_unknown_packets_total")
@@ -1991,8 +1984,6 @@ class Files:
         self.backfill = RecordFile(backfill, "backfill", store) if backfill else None
 
     def record(self, wall: float, peer: str, direction: str, kind: str, verdict: str, data: bytes) -> None:
-        """Write a frame, or what is none, to the capture, and to the backfill file if it is buffered data."""
-        """Write a frame, or what is none, to the capture, and to the backfill file if it is buffered data."""
         """Write a frame, or what is none, to the capture, and to the backfill file if it is buffered data."""
         line = capture_line(wall, peer, direction, verdict, data)
         if self.capture:
@@ -2168,8 +2159,10 @@ def resolve(host: str, port: int, servers: list[tuple[str, int]]) -> list[Endpoi
 class Resolver:
     """Looks the portal's name up, one request at a time, in a thread of its own: a look-up may take long."""
 
-    def __init__(self, upstream: tuple[str, int], servers: list[tuple[str, int]], done: Callable[..., None]) -> None:
-        self.upstream, self.servers, self.done = upstream, servers, done
+    def __init__(
+        self, upstream: tuple[str, int], servers: list[tuple[str, int]], wanted: Callable[..., bool], done: Callable[..., None]
+    ) -> None:
+        self.upstream, self.servers, self.wanted, self.done = upstream, servers, wanted, done
         self._asked: queue.SimpleQueue[object] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
 
@@ -2183,6 +2176,8 @@ class Resolver:
     def _run(self) -> None:
         while True:
             who = self._asked.get()
+            if not self.wanted(who):  # it has gone while others waited for a slow answer
+                continue
             try:
                 self.done(who, resolve(*self.upstream, self.servers))
             except Unresolved as error:
@@ -2311,14 +2306,10 @@ class Link:
     @property
     def local(self) -> bool:
         """Whether there is no portal."""
-        """Whether there is no portal."""
-        """Whether there is no portal."""
         return self.network.exporter.mode == LOCAL
 
     @property
     def spools(self) -> bool:
-        """Whether what is sent is kept until the portal has answered it."""
-        """Whether what is sent is kept until the portal has answered it."""
         """Whether what is sent is kept until the portal has answered it."""
         return self.network.exporter.mode == SPOOL
 
@@ -2365,8 +2356,6 @@ class Link:
         self.settle(now)
 
     def drop_device(self) -> None:
-        """Close the device's socket; the portal may still have something to take."""
-        """Close the device's socket; the portal may still have something to take."""
         """Close the device's socket; the portal may still have something to take."""
         if self.device:
             self.device.close()
@@ -2491,8 +2480,6 @@ class Link:
         self.later(now)
 
     def drop_portal(self) -> None:
-        """Close the portal's socket, connected or not."""
-        """Close the portal's socket, connected or not."""
         """Close the portal's socket, connected or not."""
         self.network.own_ends.discard(self.own_end)
         if self.portal:
@@ -2628,7 +2615,7 @@ class Network:
         self.listening = listeners(*settings.listen_address)
         self.port: int = self.listening[0].getsockname()[1]  # where devices connect
         self.listening_at = {sock.getsockname()[:2] for sock in self.listening}  # and where HTTP does
-        self.resolver = Resolver(settings.upstream, settings.upstream_dns, self._found)
+        self.resolver = Resolver(settings.upstream, settings.upstream_dns, self.links.__contains__, self._found)
         self._alarms: list[tuple[float, int, Link]] = []
         self._order = 0
         self._paused = math.inf  # when accepting goes on
@@ -2923,11 +2910,12 @@ def card(device: dict) -> str:
             title, number = (negative, -number) if negative and number < 0 else (title, number)
             late = f" (since {since})" if "_today_" in key and since > "00:15" and device["device"] == "meter" else ""
             rows.append(f'<div><dt>{title}{late}</dt><dd class="{css}">{number:,.{decimals}f} {unit}</dd></div>')
-    state = '<span class="good">reporting</span>' if device["up"] else '<span class="bad">silent</span>'
+    asleep = "" if device["device"] == "meter" else " (an inverter sleeps at night)"
+    state = '<span class="good">reporting</span>' if device["up"] else f'<span class="bad">silent</span>{asleep}'
     shown = f"<dl>{''.join(rows)}</dl>" if rows else '<p class="dim">No current values.</p>'
     firmware = f" · firmware {html.escape(device['firmware'])}" if device["firmware"] else ""
     return (
-        f"<section><h2>{html.escape(device['model'])}</h2><p>{state}, {span(device['age_seconds'])} ago</p>{shown}"
+        f"<section><h2>{html.escape(device['model'])}</h2><p>{state}, last packet {span(device['age_seconds'])} ago</p>{shown}"
         f'<p class="dim">{html.escape(device["device"])} · serial {html.escape(device["full_serial"])}{firmware}</p></section>'
     )
 
@@ -3080,8 +3068,6 @@ class Requests(http.server.BaseHTTPRequestHandler):
 
     def wants_gzip(self) -> bool:
         """Whether the client takes gzip: named in Accept-Encoding, or *, and not with q=0 (RFC 9110, 12.5.3)."""
-        """Whether the client takes gzip: named in Accept-Encoding, or *, and not with q=0 (RFC 9110, 12.5.3)."""
-        """Whether the client takes gzip: named in Accept-Encoding, or *, and not with q=0 (RFC 9110, 12.5.3)."""
         accepted = self.headers.get("Accept-Encoding", "").lower() if getattr(self, "headers", None) else ""
         codings = (part.partition(";") for part in accepted.split(","))
         return any(name.strip() in ("gzip", "*") and not re.fullmatch(r"q=0(\.0*)?", weight.strip()) for name, _, weight in codings)
@@ -3161,8 +3147,6 @@ def duration(text: str) -> float:
 
 def boolean(text: str) -> bool:
     """true, 1, yes or false, 0, no in any case."""
-    """true, 1, yes or false, 0, no in any case."""
-    """true, 1, yes or false, 0, no in any case."""
     values = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
     if text.lower() not in values:
         raise ValueError("expected true, false, 1, 0, yes or no")
@@ -3178,8 +3162,6 @@ def count(text: str) -> int:
 
 def one_of(*words: str) -> Callable[[str], str]:
     """A reader that takes these words."""
-    """A reader that takes these words."""
-    """A reader that takes these words."""
 
     def word(text: str) -> str:
         if text not in words:
@@ -3191,10 +3173,8 @@ def one_of(*words: str) -> Callable[[str], str]:
 
 def url_path(text: str) -> str:
     """A path as it stands in a request, without a query."""
-    """A path as it stands in a request, without a query."""
-    """A path as it stands in a request, without a query."""
-    if not re.fullmatch(r"/[!-~]*", text) or "?" in text:
-        raise ValueError("expected a path that begins with /")
+    if not re.fullmatch(r"/[!-~]+", text) or "?" in text or text in ("/api/devices", "/-/healthy", "/-/ready"):
+        raise ValueError("expected a path that begins with / and is not taken")
     return text
 
 
@@ -3312,7 +3292,7 @@ def serve(arguments: list[str]) -> int:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: network.stop())
     log.info(
-        "sems_mitm %s, mode %s: devices connect to port %d, metrics on port %d%s",
+        "sems_mitm %s, mode %s: devices connect to port %d, metrics at http://HOST:%d%s",
         VERSION,
         settings.mode,
         network.port,
@@ -3325,7 +3305,7 @@ def serve(arguments: list[str]) -> int:
 
 
 def started(settings: Settings) -> tuple[Store, Network, Web]:
-    """An exporter whose ports are bound and whose HTTP is served; `network.run` is left to do. Raises UsageError."""
+    """An exporter whose ports are bound and whose HTTP is served; `network.run` is left to do. Raises BindError."""
     sys.setswitchinterval(0.0005)  # a scrape must not keep packets waiting for the interpreter
     store = Store(settings.stale_after, settings.max_devices, settings.batsignal)
     zone_ok = zone_is_known(os.environ.get("TZ"), os.path.isfile)
@@ -3689,8 +3669,6 @@ def stretches(sources: list[str]) -> Iterator[tuple[str, bytes]]:
 
 def read_file(path: str) -> bytes:
     """A file, or standard input for -. Raises UsageError."""
-    """A file, or standard input for -. Raises UsageError."""
-    """A file, or standard input for -. Raises UsageError."""
     try:
         if path == "-":
             return sys.stdin.buffer.read()
@@ -3828,8 +3806,6 @@ def serials_in(data: bytes) -> list[bytes]:
 
 def replaced(data: bytes, aliases: dict[bytes, bytes]) -> bytes:
     """Data with each serial number's alias in its place."""
-    """Data with each serial number's alias in its place."""
-    """Data with each serial number's alias in its place."""
     for serial, alias in aliases.items():
         data = data.replace(serial, alias)
     return data
@@ -3948,8 +3924,9 @@ def backfill(arguments: list[str]) -> int:
         if path != "-" and not os.path.isfile(path):
             raise UsageError(f"{path}: no such file")
     more = [("job", given.job), ("instance", given.instance), *(text.partition("=")[::2] for text in given.label)]
-    if not all(re.fullmatch("[a-zA-Z_][a-zA-Z0-9_]*", name) for name, _ in more):
-        raise UsageError(f"--label={' '.join(given.label)!a}: expected NAME=VALUE")
+    for text in given.label:
+        if not re.fullmatch(r"(?!(device|model|serial|job|instance)=)[a-zA-Z_][a-zA-Z0-9_]*=.+", text):
+            raise UsageError(f"--label={text!a}: expected NAME=VALUE, and a name that is not there yet")
     extra = ",".join(label(name, value) for name, value in more if value)
     found = history(stretches(given.file), extra)
     sys.stdout.writelines(openmetrics(found))
@@ -3968,7 +3945,12 @@ Finding = collections.namedtuple("Finding", "state text step", defaults=("",))
 def doctor(arguments: list[str]) -> int:
     """Check the set-up and say what to do next; takes the flags of serve."""
     settings = serve_settings(arguments, os.environ, "doctor", "Check the set-up and say what to do next; exit code 0 if nothing fails.")
-    findings = [*port_findings(settings), *clock_findings(time.time(), os.environ.get("TZ")), *device_findings(settings)]
+    body = local_get(settings, "/api/devices")
+    running = json.loads(body) if body else None
+    if running:  # it may have other flags
+        settings.mode = running["upstream"]["mode"]
+        settings.upstream = portal_endpoint(running["upstream"]["address"] or settings.upstream_text)
+    findings = [*port_findings(settings), *clock_findings(time.time(), os.environ.get("TZ")), *device_findings(settings, running)]
     if settings.mode == LOCAL:
         findings.append(Finding(OK, "mode local: no portal is needed"))
     else:
@@ -4020,13 +4002,16 @@ def clock_findings(wall: float, zone: str | None) -> Iterator[Finding]:
         yield Finding(WARN, "the time zone is UTC", "if you do not live there, set TZ: devices have local time")
 
 
-def device_findings(settings: Settings) -> Iterator[Finding]:
+def device_findings(settings: Settings, running: dict | None) -> Iterator[Finding]:
     """What a running exporter has seen."""
-    body = local_get(settings, "/api/devices")
-    if body is None:
+    if running is None:
         yield Finding(WARN, "no exporter runs on this machine", "start it: python3 sems_mitm.py")
         return
-    devices = json.loads(body)["devices"]
+    metrics = (local_get(settings, settings.telemetry_path) or b"").decode()
+    if any(float(count) for count in re.findall(r'^sems_mitm_\w+_total\{reason="loop"\} (\S+)$', metrics, re.M)):
+        step = "redirect only what the devices send, not this machine: a DNAT rule needs the devices' addresses (-s)"
+        yield Finding(FAIL, "the exporter has met itself instead of the portal", step)
+    devices = running["devices"]
     for device in devices:
         text = f"{device['model']} {device['full_serial']}: last packet {span(device['age_seconds'])} ago"
         yield (
@@ -4045,7 +4030,7 @@ def local_get(settings: Settings, path: str) -> bytes | None:
     try:
         connection.request("GET", path)
         answered = connection.getresponse()
-        body = answered.read(1 << 20)
+        body = answered.read(16 << 20)
         return body if answered.status == 200 and answered.getheader("Content-Security-Policy") else None
     except (OSError, http.client.HTTPException):
         return None
@@ -4175,6 +4160,8 @@ def main(argv: list[str] | None = None) -> int:
     except (UsageError, BindError) as error:
         print("sems_mitm.py:", " ".join(str(error).split()), file=sys.stderr)
         return 2 if isinstance(error, UsageError) else 1
+    except KeyboardInterrupt:
+        return 130
     except BrokenPipeError:  # `| head` has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1

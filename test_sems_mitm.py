@@ -197,9 +197,9 @@ def minute(count: int) -> datetime:
 @contextlib.contextmanager
 def quiet():
     """No log lines on the terminal; what is logged as a list of messages."""
-    with mock.patch.object(sems.log, "warning") as warned:
+    with mock.patch.object(sems.log, "log") as logged:
         lines: list = []
-        warned.side_effect = lambda text, *args: lines.append(text % args if args else text)
+        logged.side_effect = lambda level, text, *args: lines.append(text % args if args else text)
         yield lines
 
 
