@@ -2372,7 +2372,7 @@ class Link:
 
     def reach(self, now: float) -> None:
         """Begin an attempt to reach the portal, unless there is one or its time has not come."""
-        if self.local or self.portal or self.asking or now < self.retry < math.inf or self.network.stopping:
+        if self.local or self.portal or self.asking or now < self.retry < math.inf:
             return
         self.retry, self.since = math.inf, now
         self.asking = True
@@ -2530,7 +2530,7 @@ class Link:
         outgoing = up and bool(to_portal or session.unfinished(now))
         if self.closing and self.done(now, outgoing, bool(to_device)):
             return self.end()
-        times = [self.alarm, session.due(now), self.retry, math.inf if self.spools else self.ended]
+        times = [self.alarm, session.due(now), math.inf if self.network.stopping else self.retry, math.inf if self.spools else self.ended]
         if self.portal:
             self.portal.watch(self.connecting or to_device < BACKLOG, self.connecting or outgoing)
             times.append(self.since + CONNECT_TIMEOUT if self.connecting else self.portal.waits(outgoing, now))
@@ -2577,7 +2577,7 @@ class Link:
             self.failed("timeout", f"no answer for {CONNECT_TIMEOUT} s", now)
         elif stalled or unanswered:
             self.portal_lost(now, wall)
-        elif now >= self.retry:
+        elif now >= self.retry and not self.network.stopping:
             self.reach(now)
         self.flush(now, wall)
         self.settle(now)
@@ -2746,8 +2746,10 @@ class Network:
             if key.fileobj.fileno() >= 0:  # type: ignore[union-attr]  # closed by one before it
                 key.data(events)
         now = time.monotonic()
+        due = []  # at first, as an alarm may set the next
         while self._alarms and self._alarms[0][0] <= now:
-            when, _, link = heapq.heappop(self._alarms)
+            due.append(heapq.heappop(self._alarms))
+        for when, _, link in due:
             if link in self.links and link.alarm == when:
                 link.alarm = math.inf
                 link.on_alarm(now, time.time())

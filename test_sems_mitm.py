@@ -197,9 +197,9 @@ def minute(count: int) -> datetime:
 @contextlib.contextmanager
 def quiet():
     """No log lines on the terminal; what is logged as a list of messages."""
-    with mock.patch.object(sems.log, "log") as logged:
+    with mock.patch.object(sems.log, "_log") as logged:
         lines: list = []
-        logged.side_effect = lambda level, text, *args: lines.append(text % args if args else text)
+        logged.side_effect = lambda level, text, args, **more: lines.append(text % args if args else text)
         yield lines
 
 
@@ -2298,7 +2298,9 @@ class Process:
     def ports(self) -> tuple:
         """Where devices connect, and of HTTP, when the exporter has said so."""
         found = until(
-            lambda: re.search(r"devices connect to port (\d+), metrics on port (\d+)", self.stderr()) or self.popen.poll() is not None
+            lambda: (
+                re.search(r"devices connect to port (\d+), metrics at http://HOST:(\d+)", self.stderr()) or self.popen.poll() is not None
+            )
         )
         if found is True:
             raise AssertionError(self.stderr())
@@ -2648,6 +2650,24 @@ class BackPressureTest(SocketCase):
         for count, (name, turn) in zip(before, started):
             with self.subTest(name):
                 self.assertLess(turn.call_count - count, 10)
+
+    def test_stop_while_attempts_fall_due(self) -> None:
+        """Stopping takes its time and no more while one portal takes nothing and another is to be tried again."""
+        self.limits(SHUTDOWN=0.3)
+        self.small_buffers()
+        for mode in ("forward", "spool"):
+            with self.subTest(mode):
+                portal = self.portal(buffer=SMALL)
+                running = self.exporter(portal, f"--sems.mode={mode}")
+                running.device(b"".join(cheap_frames(300)))
+                portal.accept()
+                until(lambda: running.network.exporter.pool.outward > 50_000)
+                portal.sock.close()  # whoever comes now is refused
+                other = running.device(frame(serial="91000HKU00000043"))
+                until(lambda: running.value("sems_mitm_upstream_connect_failures_total", reason="refused"))
+                running.network.stop()
+                until(lambda: not running.thread.is_alive(), 5)
+                other.close()
 
     def test_stop_sends_what_is_queued(self) -> None:
         """What is queued for a portal that takes its time goes out before the end."""
