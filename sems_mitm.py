@@ -44,6 +44,7 @@ import heapq
 import html
 import http.client
 import http.server
+import io
 import ipaddress
 import itertools
 import json
@@ -96,6 +97,8 @@ LOOP_WINDOW = 1  # s in which our own first frame coming back is a loop
 ECHOES = 32  # frames remembered for that, a connection
 MISPLACED = 1024  # kinds of answer a portal may owe for dropped frames before its connection starts anew
 HTTP_CONNECTIONS = 64
+HTTP_BYTES = 8 << 20  # of answers that clients have not read yet
+HTTP_HEAD = 16 << 10  # of a request, headers and all
 HTTP_TIMEOUT = 30  # s for a client's next bytes
 LOG_HEX = 256  # bytes of a packet in a log line
 PERIOD, CLOCK_PERIOD = 60, 3600  # s in which the same trouble is one line; a clock that is not good enough stays so
@@ -1918,7 +1921,7 @@ class Session:
         """The device is back on another connection: what is kept for the portal goes there, before its own."""
         self.to_portal.lost()
         for entry in self.to_portal.unsent:
-            heir.to_portal.put(entry.data, entry.size, entry.key)
+            heir.to_portal.put(entry.data, entry.size, entry.key, entry.whole)
         self.to_portal.close()
 
     def close(self) -> None:
@@ -2745,6 +2748,7 @@ class Network:
         for key, events in ready:
             if key.fileobj.fileno() >= 0:  # type: ignore[union-attr]  # closed by one before it
                 key.data(events)
+                self._tidy()
         now = time.monotonic()
         due = []  # at first, as an alarm may set the next
         while self._alarms and self._alarms[0][0] <= now:
@@ -2753,12 +2757,12 @@ class Network:
             if link in self.links and link.alarm == when:
                 link.alarm = math.inf
                 link.on_alarm(now, time.time())
+        self._tidy()
         if now >= self._paused:
             self._accepting(True)
-        self._tidy()
 
     def _tidy(self) -> None:
-        """After each turn: what all links together hold stays bounded, and done sessions go."""
+        """After each event: what all links together hold stays bounded, and done sessions go."""
         exporter = self.exporter
         if exporter.pool.size > exporter.pool.limit:
             with exporter.store.lock:
@@ -2950,8 +2954,9 @@ class Web:
     def __init__(self, store: Store, settings: Settings, is_ready: Callable[[], bool]) -> None:
         self.store, self.settings, self.is_ready = store, settings, is_ready
         self.listening = listeners(*settings.web_address)
-        self._open: dict[socket.socket, None] = {}
+        self._open: dict[socket.socket, int] = {}  # connections, the oldest first, and the bytes of their answers
         self._lock = threading.Lock()
+        self.rendering = threading.Lock()  # one large answer at a time
 
     @property
     def port(self) -> int:
@@ -2975,21 +2980,35 @@ class Web:
                 continue
             with self._lock:
                 if len(self._open) >= HTTP_CONNECTIONS:
-                    self._close(next(iter(self._open)))
-                    with self.store.lock:
-                        self.store.add("sems_mitm_http_closed_connections_total")
-                self._open[sock] = None
+                    self._make_room(next(iter(self._open)))
+                self._open[sock] = 0
             try:
                 threading.Thread(target=self._serve, args=(sock, peer), name="http", daemon=True).start()
             except RuntimeError:  # no more threads
                 self._end(sock)
 
     def _serve(self, sock: socket.socket, peer: tuple) -> None:
-        with contextlib.suppress(OSError, ValueError):  # the client went, or its connection made room
-            sock.settimeout(HTTP_TIMEOUT)
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            Requests(sock, peer, self)  # type: ignore[arg-type]
-        self._end(sock)
+        try:
+            with contextlib.suppress(OSError, ValueError):  # the client went, or its connection made room
+                sock.settimeout(HTTP_TIMEOUT)
+                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                Requests(sock, peer, self)  # type: ignore[arg-type]
+        finally:
+            self._end(sock)
+
+    def carries(self, sock: socket.socket, size: int) -> None:
+        """An answer of so many bytes waits for a client; the oldest that wait for others make room when all are too much."""
+        with self._lock:
+            if sock in self._open:
+                self._open[sock] = size
+            others = [other for other, waiting in self._open.items() if waiting and other is not sock]
+            while others and sum(self._open.values()) > HTTP_BYTES:
+                self._make_room(others.pop(0))
+
+    def _make_room(self, sock: socket.socket) -> None:
+        self._close(sock)
+        with self.store.lock:
+            self.store.add("sems_mitm_http_closed_connections_total")
 
     def _close(self, sock: socket.socket) -> None:
         """Make the connection's thread come to its end."""
@@ -3016,29 +3035,60 @@ class Web:
 PLAIN = "text/plain; charset=utf-8"
 
 
+class RequestHead:
+    """What the base class reads a request from, bounded: it takes a hundred headers of 64 KiB each."""
+
+    def __init__(self, file: io.BufferedIOBase) -> None:
+        self.file, self.left = file, HTTP_HEAD
+        self.close = file.close
+
+    def readline(self, size: int) -> bytes:
+        """A line. Raises ProtocolError when the request's lines together are too long."""
+        line = self.file.readline(min(size, self.left))
+        self.left -= len(line)
+        if not self.left:
+            raise ProtocolError("a request's head is too long", line)
+        return line
+
+
 class Requests(http.server.BaseHTTPRequestHandler):
     """The requests of one HTTP connection."""
 
     protocol_version = "HTTP/1.1"
     wbufsize = -1  # headers and body in one packet
+    command = ""  # until a request line is read
     server: Web  # type: ignore[assignment]
+
+    def setup(self) -> None:
+        super().setup()
+        self.rfile = RequestHead(self.rfile)  # type: ignore[assignment]
+
+    def handle_one_request(self) -> None:
+        """Read a request and answer it."""
+        self.rfile.left = HTTP_HEAD  # type: ignore[attr-defined]
+        try:
+            super().handle_one_request()
+        except ProtocolError:
+            self.send_error(431)
+            self.wfile.flush()
 
     def do_GET(self) -> None:
         web, path = self.server, self.requestline.split()[1].partition("?")[0]  # self.path lost all leading slashes but one
         now, wall = time.monotonic(), time.time()
         if path == web.settings.telemetry_path:
-            self.reply(200, "text/plain; version=0.0.4; charset=utf-8", exposition(web.store.collect(now, wall)))
+            self.reply(200, "text/plain; version=0.0.4; charset=utf-8", lambda: exposition(web.store.collect(now, wall)))
         elif path == "/":
-            self.reply(200, "text/html; charset=utf-8", html_page(overview(web.store, web.settings, now, wall), web.settings))
+            self.reply(200, "text/html; charset=utf-8", lambda: [html_page(overview(web.store, web.settings, now, wall), web.settings)])
         elif path == "/api/devices":
-            self.reply(200, "application/json", json.dumps(overview(web.store, web.settings, now, wall), indent=1) + "\n")
+            told = functools.partial(overview, web.store, web.settings, now, wall)
+            self.reply(200, "application/json", lambda: json.JSONEncoder(indent=1).iterencode(told()))
         elif path == "/-/healthy":
-            self.reply(200, PLAIN, "healthy\n")
+            self.reply(200, PLAIN, lambda: ["healthy\n"])
         elif path == "/-/ready":
             ready = web.is_ready()
-            self.reply(200 if ready else 503, PLAIN, "ready\n" if ready else "not ready\n")
+            self.reply(200 if ready else 503, PLAIN, lambda: ["ready\n" if ready else "not ready\n"])
         else:
-            self.reply(404, PLAIN, "not found\n")
+            self.reply(404, PLAIN, lambda: ["not found\n"])
 
     do_HEAD = do_GET
 
@@ -3047,18 +3097,20 @@ class Requests(http.server.BaseHTTPRequestHandler):
         code = 405 if code == 501 else code
         self.request_version = self.protocol_version  # the base class left it at 0.9, which has no headers
         self.close_connection = True  # its body, if there is one, is not read
-        self.reply(code, PLAIN, f"{http.HTTPStatus(code).phrase}\n")
+        self.reply(code, PLAIN, lambda: [f"{http.HTTPStatus(code).phrase}\n"])
 
-    def reply(self, code: int, content_type: str, text: Iterable[str]) -> None:
-        """Send an answer; text may come in parts, so that a large one is not in memory twice."""
+    def reply(self, code: int, content_type: str, text: Callable[[], Iterable[str]]) -> None:
+        """Send an answer; its text is made one answer at a time, in parts: a large one is not in memory twice."""
         body, headers = bytearray(), {"Content-Type": content_type, **SAFE_HEADERS}
         if code == 405:
             headers["Allow"] = "GET, HEAD"
-        for part in [text] if isinstance(text, str) else text:
-            body += part.encode()
-        if len(body) > 512 and self.wants_gzip():
-            packer = zlib.compressobj(1, wbits=31)
-            body, headers["Content-Encoding"] = bytearray(packer.compress(body) + packer.flush()), "gzip"
+        with self.server.rendering:
+            for part in text():
+                body += part.encode()
+            if len(body) > 512 and self.wants_gzip():
+                packer = zlib.compressobj(1, wbits=31)
+                body, headers["Content-Encoding"] = bytearray(packer.compress(body) + packer.flush()), "gzip"
+            self.server.carries(self.connection, len(body))
         if self.close_connection:
             headers["Connection"] = "close"
         self.send_response_only(code)
@@ -3067,6 +3119,8 @@ class Requests(http.server.BaseHTTPRequestHandler):
         self.end_headers()
         if self.command != "HEAD":
             self.wfile.write(body)
+            self.wfile.flush()
+        self.server.carries(self.connection, 0)
 
     def wants_gzip(self) -> bool:
         """Whether the client takes gzip: named in Accept-Encoding, or *, and not with q=0 (RFC 9110, 12.5.3)."""
@@ -3794,7 +3848,7 @@ def redacted(wire: Wire, piece: Piece, aliases: dict[bytes, bytes]) -> Piece:
     serial = aliases[packet.serial.encode()].decode()
     frame = encode(packet._replace(serial=serial, clear=replaced(packet.clear, aliases)))
     if piece.kind == "malformed":
-        frame = frame[:-1] + bytes([frame[-1] ^ 1])
+        frame = replaced(frame[:-1] + bytes([frame[-1] ^ 1]), aliases)  # what it claims may hold other frames in clear
     return piece._replace(data=frame)
 
 

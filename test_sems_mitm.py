@@ -3712,6 +3712,29 @@ class HttpTest(SocketCase):
         self.assertEqual((running.get("/solar")[0], running.get("/metrics")[0]), (200, 404))
         self.assertIn(b'href="/solar"', running.get("/")[2])
 
+    def test_long_head(self) -> None:
+        """A request's head is bounded as a whole: one that never ends is refused, not kept."""
+        with socket.create_connection(("127.0.0.1", self.running.web.port), timeout=10) as client:
+            client.sendall(b"GET / HTTP/1.1\r\n" + b"X: %s\r\n" % (b"x" * 1000) * 15)
+            client.sendall(b"X: %s\r\n" % (b"x" * 1000) * 2)
+            self.assertIn(b" 431 ", client.recv(4096))
+
+    def test_answers_that_nobody_reads(self) -> None:
+        """What all answers together take is bounded: the oldest that wait for their clients make room."""
+        web, pairs = self.running.web, [socket.socketpair() for _ in range(3)]
+        for ours, _ in pairs:
+            web._open[ours] = 0
+        before = self.running.value("sems_mitm_http_closed_connections_total")
+        with mock.patch.object(sems, "HTTP_BYTES", 100):
+            for (ours, _), size in zip(pairs, (60, 40, 70)):
+                web.carries(ours, size)
+        self.assertEqual([ours in web._open for ours, _ in pairs], [False, False, True])
+        self.assertEqual(self.running.value("sems_mitm_http_closed_connections_total") - before, 2)
+        for ours, theirs in pairs:
+            web._open.pop(ours, None)
+            ours.close()
+            theirs.close()
+
     def test_long_header(self) -> None:
         """A header of 60,000 blanks is read in no time: nothing else runs meanwhile."""
         begin = time.process_time()
