@@ -3910,7 +3910,8 @@ class HttpFuzzTest(SocketCase):
             with self.subTest(row[:60]), socket.create_connection(("127.0.0.1", port), timeout=10) as sock:
                 with contextlib.suppress(ConnectionError, BrokenPipeError):
                     sock.sendall(row)
-                    sock.shutdown(socket.SHUT_WR)
+                    with contextlib.suppress(OSError):  # refused already
+                        sock.shutdown(socket.SHUT_WR)
                 answer = Peer(sock).rest()
                 self.assertTrue(not answer.startswith(b"HTTP/") or re.match(rb"HTTP/1.1 (100|200|4\d\d|505) ", answer), answer[:80])
                 self.assertNotIn(b"Server:", answer)
