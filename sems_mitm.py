@@ -1212,7 +1212,9 @@ def exposition(pages: list[dict[str, str]]) -> Iterator[str]:
     for name in sorted(set().union(*pages)):
         kind, help_text = METRICS[name]
         yield f"# HELP {name} {help_text}\n# TYPE {name} {kind}\n"
-        yield "".join([lines[name] for lines in pages if name in lines])
+        parts = [lines[name] for lines in pages if name in lines]
+        for at in range(0, len(parts), 64):  # a family of hundreds of devices is megabytes
+            yield "".join(parts[at : at + 64])
 
 
 PACKET_LABELS = ("direction", "type", "verdict")
