@@ -75,7 +75,7 @@ RELEASED = 1795305600  # 2026-11-22: a machine whose clock is before this is wro
 RECV_SIZE = 256 << 10  # one read: enough of a burst to check its CRCs together, small beside the memory of a Pi Zero
 BACKLOG = 256 << 10  # waiting for a connected peer: above it the other side is not read
 QUEUE = 1 << 20  # waiting for an absent portal, a device: four days of a HomeKit 1000, one packet of 166 bytes a minute
-ENTRY = 4 << 10  # what comes in small pieces is kept in entries of about this size
+ENTRY = 8 << 10  # what comes in small pieces is kept in entries of about this size
 ENTRY_COST = 800  # bytes of memory that an entry takes beside its data, measured in the worst case
 QUEUES = 16 << 20  # all that waits, of all peers together: MemoryMax=64M leaves room for it
 STALL = 60  # s without progress of a backlog before a peer counts as lost
@@ -488,12 +488,12 @@ def crc16_lanes(data: bytes, size: int) -> tuple[bytes, bytes]:
 
     data[i::size] is byte i of every frame: one step of the byte table carries all of them forward.
     """
-    count = len(data) // size
-    low = high = _int(b"\xff" * count)
+    count, from_bytes = len(data) // size, int.from_bytes
+    low = high = from_bytes(b"\xff" * count, "little")
     for i in range(size - 2):
-        index = (low ^ _int(data[i::size])).to_bytes(count, "little")
-        low = high ^ _int(index.translate(CRC_LOW))
-        high = _int(index.translate(CRC_HIGH))
+        index = (low ^ from_bytes(data[i::size], "little")).to_bytes(count, "little")
+        low = high ^ from_bytes(index.translate(CRC_LOW), "little")
+        high = from_bytes(index.translate(CRC_HIGH), "little")
     return low.to_bytes(count, "little"), high.to_bytes(count, "little")
 
 
@@ -1408,21 +1408,46 @@ def zone_is_known(zone: str | None, exists: Callable[[str], bool]) -> bool:
 
 
 class Entry:
-    """What waits in an outbox: frames of one size (whole), or bytes that are none; key: what answers each of them."""
+    """Frames that wait in an outbox, or bytes that are none (whole is False); key: what answers each of the frames.
 
-    __slots__ = ("data", "size", "key", "whole")
+    They have one size, or else 0 and a size each: what comes in small pieces is merged, as an entry costs more than a frame.
+    """
+
+    __slots__ = ("data", "size", "key", "whole", "sizes")
 
     def __init__(self, data: bytes, size: int, key: tuple[str, str] | None = None, whole: bool = True) -> None:
         self.data, self.size, self.key, self.whole = data, size, key, whole
+        self.sizes: list[int] = []
+
+    def each(self) -> list[int]:
+        """The size of each frame."""
+        return [self.size] * (len(self.data) // self.size) if self.size else self.sizes
 
     def takes(self, other: Entry) -> bool:
-        """Take another entry in if it is of the same kind and both are small: an entry costs more memory than a frame."""
-        alike = self.key == other.key and self.whole == other.whole and (self.size == other.size or not self.whole)
-        if not alike or len(self.data) + len(other.data) > ENTRY:
+        """Take another entry in if it is of the same kind and both are small."""
+        if self.key != other.key or self.whole != other.whole or len(self.data) + len(other.data) > ENTRY:
             return False
+        if self.whole and (self.size != other.size or not self.size):
+            self.size, self.sizes = 0, self.each()
+            self.sizes += other.each()
         self.data += other.data
         self.size = self.size if self.whole else len(self.data)
         return True
+
+    def edge(self, offset: int) -> int:
+        """Where the frame begins that holds the byte at offset."""
+        if self.size:
+            return offset // self.size * self.size
+        edges = itertools.takewhile(lambda edge: edge <= offset, itertools.accumulate(self.sizes, initial=0))
+        return max(edges)
+
+    def split(self, edge: int) -> Entry:
+        """Take the frames before an edge out of it."""
+        front = Entry(self.data[:edge], self.size, self.key, self.whole)
+        self.data = self.data[edge:]
+        while not self.size and sum(front.sizes) < edge:
+            front.sizes.append(self.sizes.pop(0))
+        return front
 
 
 class Pool:
@@ -1506,11 +1531,10 @@ class Outbox:
         while unsent and offset >= len(unsent[0].data):
             sent.append(unsent.popleft())
             offset -= len(sent[-1].data)
-        if unsent and offset >= unsent[0].size:  # what is sent of it goes, and may be answered
-            first = unsent[0]
-            whole = offset // first.size * first.size
-            sent.append(Entry(first.data[:whole], first.size, first.key))
-            first.data, offset = first.data[whole:], offset - whole
+        edge = unsent[0].edge(offset) if unsent else 0
+        if edge:  # what is sent of it goes, and may be answered
+            sent.append(unsent[0].split(edge))
+            offset -= edge
             self._resize(0, 0, 1)
         self.offset = offset
         self._resize(offset - before, 0, -len(sent))
@@ -1545,22 +1569,19 @@ class Outbox:
         """Take the first frame of an entry, the oldest of its key, out of those in flight; the key."""
         entry = self.flying[number]
         assert entry.key
-        entry.data = entry.data[entry.size :]
+        answered = entry.split(entry.each()[0])
         if not entry.data:
             del self.flying[number]
             self._keys[entry.key].popleft()
             if not self._keys[entry.key]:
                 del self._keys[entry.key]
-        self._resize(0, -entry.size, 0 if entry.data else -1)
+        self._resize(0, -len(answered.data), 0 if entry.data else -1)
         return entry.key
 
     def lost(self) -> None:
         """The connection is gone: everything unanswered goes again, from a frame's first byte."""
         if self.unsent:
-            first = self.unsent[0]
-            whole = self.offset // first.size * first.size
-            first.data = first.data[whole:]
-            self._resize(-whole)
+            self._resize(-len(self.unsent[0].split(self.unsent[0].edge(self.offset)).data))
         self.offset = 0
         flying = sum(len(entry.data) for entry in self.flying.values())
         self._resize(flying, -flying)
@@ -1584,10 +1605,13 @@ class Outbox:
         kept: list[Entry] = []
         while self.size > limit and self.unsent:
             entry = self.unsent.popleft()
-            start = 0 if kept else -(-self.offset // entry.size) * entry.size  # behind a frame that is half sent
-            count = min((len(entry.data) - start) // entry.size, -((limit - self.size) // entry.size))
-            entry.data = entry.data[:start] + entry.data[start + count * entry.size :]
-            self._resize(-count * entry.size, 0, 0 if entry.data else -1)
+            if self.offset and not kept:  # half of its first frame is sent
+                kept.append(entry.split(entry.each()[0]))
+                self._resize(0, 0, 1)
+            edges = list(itertools.accumulate(entry.each(), initial=0))
+            count = min(bisect.bisect_left(edges, self.size - limit), len(edges) - 1)
+            entry.split(edges[count])
+            self._resize(-edges[count], 0, 0 if entry.data else -1)
             dropped += count
             if entry.data:
                 kept.append(entry)
@@ -1684,7 +1708,7 @@ class Session:
         if mode != LOCAL:
             passed = self._drawn(data, size) if where and self.store.batsignal and draws_bat(where) else data
             verdict = "rewritten" if passed != data and not answered else verdict
-            self._queue(piece._replace(data=passed), (where.type, where.serial) if where and answered else None, now)
+            self._queue(passed, size, piece.kind == "frame", (where.type, where.serial) if where and answered else None, now)
         self.store.count(OUTBOUND, kind, verdict, count)
         if self.exporter.record:
             self._record(OUTBOUND, kind, verdict, data, size, wall)
@@ -1740,12 +1764,11 @@ class Session:
         frames = (data[at : at + size] for at in range(begun, len(data), size))
         return data[:begun] + b"".join([with_bat(frame) or frame for frame in frames])
 
-    def _queue(self, piece: Piece, key: tuple[str, str] | None, now: float) -> None:
+    def _queue(self, data: bytes, size: int, whole: bool, key: tuple[str, str] | None, now: float) -> None:
         """Queue what goes to the portal; what waits for answers in small entries, which shrink with each."""
-        kind, data, _, size = piece
         if key is None:
-            if self.to_portal.put(data, size, None, kind == "frame"):
-                self._echo(data, size, now)
+            if self.to_portal.put(data, size, None, whole):
+                self._echo(data, size, size, now)
         else:
             step = max(ENTRY // size, 1) * size
             for at in range(0, len(data), step):
@@ -1777,20 +1800,20 @@ class Session:
         """The portal's socket took so many bytes of `outgoing`."""
         if self.opening is None and self.to_portal.unsent:
             first = self.to_portal.unsent[0]
-            self.opening = (now, hash(first.data[: first.size]))
+            self.opening = (now, hash(first.data[: first.size or first.sizes[0]]))
         for entry in self.to_portal.took(count)[-ECHOES:]:
-            self._echo(entry.data, entry.size, now)
+            self._echo(entry.data, entry.size or entry.sizes[0], entry.size or entry.sizes[-1], now)
 
     def remembered(self) -> list[tuple[float, int]]:
         """When frames were sent to the portal, and their hashes: the connection's first one and the latest."""
         return [*self.echoes, self.opening] if self.opening else []
 
-    def _echo(self, sent: bytes, size: int, now: float) -> None:
-        """Remember frames that the portal was sent: the first of them and the last."""
-        self.echoes.append((now, hash(sent[:size])))
+    def _echo(self, sent: bytes, first: int, last: int, now: float) -> None:
+        """Remember frames that the portal was sent: the first of them and the last, by their sizes."""
+        self.echoes.append((now, hash(sent[:first])))
         self.opening = self.opening or self.echoes[-1]
-        if len(sent) > size:
-            self.echoes.append((now, hash(sent[-size:])))
+        if len(sent) > first:
+            self.echoes.append((now, hash(sent[-last:])))
 
     def digest(self, now: float, wall: float) -> None:
         """Decode what came: metrics follow, and a trouble at the most.
