@@ -1655,7 +1655,8 @@ class Exporter:
     def is_echo(self, frame: bytes, asking: Session, now: float) -> bool:
         """Whether another session sent this frame to the portal just now: the portal's name leads back here."""
         mark = hash(frame)
-        others = (session for session in self.sessions if session is not asking and session.portal_up and not session.device_ended)
+        up = (session for session in self.sessions if session is not asking and session.portal_up and not session.device_ended)
+        others = (session for session in up if session.attempted <= asking.accepted)  # what came earlier is no far end of ours
         return any(mark == sent and now - when <= LOOP_WINDOW for session in others for when, sent in session.remembered())
 
 
@@ -1668,6 +1669,8 @@ class Session:
 
     def __init__(self, exporter: Exporter, peer: str, now: float) -> None:
         self.exporter, self.store, self.peer = exporter, exporter.store, peer
+        self.accepted = now
+        self.attempted = now  # when the portal's connection was last asked for
         self.outward, self.inward = Framer(OUTBOUND), Framer(INBOUND)
         self.to_portal, self.to_device = Outbox(exporter.pool, True), Outbox(exporter.pool, False)
         self.serial = ""  # of the first good frame
@@ -2420,7 +2423,7 @@ class Link:
     def connect(self, now: float) -> None:
         """Try the next of the portal's addresses."""
         endpoint = self.endpoints.pop(0)
-        self.since = now
+        self.since = self.session.attempted = now
         if self.network.is_own(endpoint):
             text = f"the portal's address {endpoint_text(endpoint.sockaddr)} is this exporter's own"
             return self.failed("loop", text + ": check --sems.upstream and --sems.upstream-dns", now)
