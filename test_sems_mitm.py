@@ -1290,6 +1290,13 @@ class Sessions(unittest.TestCase):
     def verdicts(self, session, direction="outbound") -> dict:
         return {(kind, verdict): count for (wire, kind, verdict), count in session.store.packets.items() if count and wire == direction}
 
+    def test_long_packets_in_the_log(self):
+        """Of what is blocked, the log shows 256 bytes at most."""
+        session = sems.Session(sems.Exporter(sems.Store()), "192.0.2.20:5", 0)
+        with quiet() as lines:
+            session.from_portal(b"x" * 4000, 0, self.RELEASE)
+        self.assertEqual([len(line.rsplit(" ", 1)[1]) for line in lines], [2 * 256])
+
     def test_unchanged(self):
         """Forward: every byte goes on in order, as it arrives, decoded or not, whatever the cut of reads and writes."""
         stream = FRAME + SHORT + broken(FRAME) + b"junk" + frame(0x77) + frame(clear=b"\x09" * 16) + claim(SHORT, 200) + FRAME[:70]
@@ -1811,6 +1818,23 @@ class Backfill(unittest.TestCase):
 
 
 class Decode(unittest.TestCase):
+    def test_reader_fuzz(self):
+        """Whatever a capture file holds: what is read comes out, or it is a wrong use, or it is left out."""
+        chance = random.Random(11)
+        lines = [sems.capture_line(i, "p", "outbound" if i % 3 else "inbound", "forwarded", (FRAME, SHORT, ACK)[i % 3]) for i in range(6)]
+        for _ in range(400):
+            data = bytearray("".join(chance.sample(lines, 4)).encode())
+            for _ in range(chance.randrange(8)):
+                at = chance.randrange(len(data))
+                data[at : at + chance.randrange(3)] = bytes(chance.choice(b'{}[]",:x0f\n\x00\xff') for _ in range(chance.randrange(3)))
+            with contextlib.suppress(sems.UsageError):
+                stretches = list(sems.file_stretches(bytes(data)))
+                for direction, part in stretches:
+                    for wire, piece in sems.pieces_of(direction, part):
+                        json.dumps(sems.described(wire, piece, {}))
+                text = "".join(sems.openmetrics(sems.history(stretches, "")))
+                self.assertTrue(text.endswith("# EOF\n"))
+
     def test_hex(self):
         """Hex in any spacing, capture lines and raw bytes are read alike; anything else is an error."""
         lines = sems.capture_line(0.0, "p", "outbound", "forwarded", FRAME) + sems.capture_line(0.0, "p", "inbound", "forwarded", ACK)
