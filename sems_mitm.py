@@ -3101,6 +3101,7 @@ class Requests(http.server.BaseHTTPRequestHandler):
             self.wfile.flush()
 
     def do_GET(self) -> None:
+        """Answer by the path; what no path names is 404."""
         web, path = self.server, self.requestline.split()[1].partition("?")[0]  # self.path lost all leading slashes but one
         now, wall = time.monotonic(), time.time()
         if path == web.settings.telemetry_path:
@@ -3492,9 +3493,11 @@ class SimulatedMeter(Simulated):
     cls, start = METER, "91000HKU"
 
     def settings(self) -> list[tuple[int, tuple[int, ...]]]:
+        """The register ranges of a settings packet: what it is, and where it reports to."""
         return [(4608, (12, *text_words("20001,tcp.goodwe-power.com", 15))), (4864, (*text_words("02053-05-000Me05", 8), 0, 4))]
 
     def live(self) -> list[tuple[int, tuple[int, ...]]]:
+        """The register ranges of a live packet, none while the device is off."""
         house = self.house
         volts = 231.0 + house.export / 1500
         out, solar = house.export, house.generation
@@ -3512,9 +3515,11 @@ class SimulatedInverter(Simulated):
     cls, start = GRID_TIED, "53000DSC"
 
     def settings(self) -> list[tuple[int, tuple[int, ...]]]:
+        """The register ranges of a settings packet: what it is, and where it reports to."""
         return [(30221, text_words("410-02065-04", 6)), (40075, text_words("tcp.goodwe-power.com", 26))]
 
     def live(self) -> list[tuple[int, tuple[int, ...]]]:
+        """The register ranges of a live packet, none while the device is off."""
         house = self.house
         if not house.daylight or not house.clock:
             return []
@@ -3606,6 +3611,7 @@ class LocalPortalConnection(socketserver.BaseRequestHandler):
     """One device's connection to it."""
 
     def handle(self) -> None:
+        """Answer every good packet until the device goes."""
         framer = Framer(OUTBOUND)
         with contextlib.suppress(OSError):
             while data := self.request.recv(RECV_SIZE):
