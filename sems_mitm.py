@@ -3332,7 +3332,12 @@ def serve_settings(arguments: list[str], environment: Mapping[str, str], command
     for name, default, reader, key, text in FLAGS:
         metavar = METAVARS.get(reader, key.partition("_")[2].upper() or key.upper())
         parser.add_argument(
-            f"--{name}", dest=key, metavar=metavar, help=f"{text} [{default or 'off'}; {variable(name)}]".replace("%", "%%")
+            f"--{name}",
+            dest=key,
+            metavar=metavar,
+            help=f"{text} [{default or ('all' if reader is networks else 'off')}; {variable(name)}{f'; or --{name}, --no-{name}' if reader is boolean else ''}]".replace(
+                "%", "%%"
+            ),
         )
     given = vars(parser.parse_args(spelled_out(arguments)))
     settings, levels = Settings(), {}
