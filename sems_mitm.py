@@ -3933,8 +3933,6 @@ def decode_command(arguments: list[str]) -> int:
 
 # -------------------------------------------------------------------------------------------------------- backfill
 
-Samples = dict  # of a series: seconds since 1970 to number
-
 
 class Calendar:
     """Local times of one device to UTC, in the order in which they arrived.

@@ -1290,6 +1290,18 @@ class Sessions(unittest.TestCase):
     def verdicts(self, session, direction="outbound") -> dict:
         return {(kind, verdict): count for (wire, kind, verdict), count in session.store.packets.items() if count and wire == direction}
 
+    def test_spool_moves(self):
+        """What a device left goes to its new connection as it was: junk in front is not sent first there either."""
+        old = new_session(mode=sems.SPOOL, up=False)
+        old.from_device(b"junk" + frame(), 0, self.RELEASE)
+        heir = sems.Session(old.exporter, "192.0.2.20:6", 1)
+        old.device_gone = True
+        heir.portal_failed()
+        heir.from_device(frame(when=minute(1)), 1, self.RELEASE)
+        heir.portal_came()
+        self.assertEqual(heir.outgoing(1), frame() + frame(when=minute(1)))
+        self.assertEqual(old.exporter.done, [old])
+
     def test_long_packets_in_the_log(self):
         """Of what is blocked, the log shows 256 bytes at most."""
         session = sems.Session(sems.Exporter(sems.Store()), "192.0.2.20:5", 0)
@@ -1395,7 +1407,7 @@ class Sessions(unittest.TestCase):
                 session.from_portal(portal_frame(address_of(data).type, bytes(16)), 0.0, 0.0)
             self.assertEqual(session.to_portal.size, 0)
 
-    def test_spool_moves(self):
+    def test_spool_moves_begin_whole(self):
         """Spool: the device is back on another connection: what is undelivered goes there, before its own."""
         old = new_session(sems.SPOOL)
         for i in range(4):
@@ -1558,6 +1570,22 @@ class Sessions(unittest.TestCase):
                 come_back = sems.Session(session.exporter, "192.0.2.9:9", later)
                 come_back.from_device(rows[0] + rows[1], later, 0.0)
                 self.assertEqual((come_back.refused, come_back.outgoing(later) == b""), (wanted, wanted))
+        for name, accepted, ended, wanted in (
+            ("came after our attempt", 5.0, False, True),
+            ("was there before it", 4.9, False, False),
+            ("the first device has gone", 5.0, True, False),
+        ):
+            with self.subTest(name):
+                session = new_session(up=False)
+                other = sems.Session(session.exporter, "192.0.2.9:9", accepted)
+                session.attempted = 5.0
+                session.from_device(rows[0], 5.0, 0.0)
+                session.portal_came()
+                session.portal_took(len(session.outgoing(5.0)), 5.0)
+                if ended:
+                    session.device_closed(5.1, 0.0)
+                other.from_device(rows[0], 5.2, 0.0)
+                self.assertEqual(other.refused, wanted)
         session = new_session()
         session.from_device(rows[0], 0.0, 0.0)
         pumped(session)
@@ -4483,6 +4511,15 @@ class DoctorTest(SocketCase):
         )
         self.assertEqual(code, 1, out)
         self.assertIn("fail  the portal at", out)
+
+    def test_running_exporter_that_loops(self) -> None:
+        """An exporter that has met itself is a failure, however well the portal seems to answer."""
+        for count, wanted in ((0, []), (3, [sems.FAIL])):
+            metrics = f'sems_mitm_refused_connections_total{{reason="loop"}} {count}\n'.encode()
+            running = {"devices": [{"model": "m", "full_serial": METER, "age_seconds": 1, "up": True}]}
+            with mock.patch.object(sems, "local_get", return_value=metrics):
+                findings = list(sems.device_findings(sems.serve_settings([], {}), running))
+            self.assertEqual([finding.state for finding in findings], [*wanted, sems.OK])
 
     def test_override_loops(self) -> None:
         """A name that is overridden everywhere is a failure, and the step says what to change."""
