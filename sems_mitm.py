@@ -15,32 +15,32 @@ A frame from a device, here with live data, and one to it; numbers are big endia
 
 The file reads as a packet travels:
 
-    limits, errors, registers    what there is to know, as tables
-    checksum, cipher             CRC-16/MODBUS and AES-128-CBC, whole bursts and whole packets at a time
-    frames                       Framer: bytes in, pieces out, nothing lost
+    limits, errors               what is bounded, and why
+    registers, internal metrics  what there is to know, a row a quantity
+    checksum, cipher             CRC-16/MODBUS and AES-128-CBC, in table and matrix steps
+    frames                       Framer: bytes in, one object a frame out, nothing lost
     packets                      addresses, envelopes, registers; encode is the inverse of decode
-    readings                     registers to values, info texts, unknown registers
-    identity and time            model, family, labels; device time and order
-    metrics                      the store; a snapshot of it to exposition text
-    rules                        what may pass, who answers, what waits: no socket and no clock, time is an argument
-    session                      one device and its portal, bytes in and bytes out
-    files                        what is recorded: capture and backfill
-    network                      the devices' and the portal's sockets, name look-up, the loop: the only place that knows selectors
-    HTTP                         /metrics, the page, /api/devices
+    readings, identity, bat      registers to values and texts; model, family, labels; the bat
+    metrics                      devices and the store; a snapshot of it to exposition text
+    rules                        what may pass, who answers, what waits: no socket, no clock, no thread
+    files                        what is recorded: capture, backfill, and the journal of a spool
+    network                      names, sockets, and the way to the portal
+    modes                        Relay (forward), Answerer (local and spool), Courier (a serial number's spool)
+    loop                         rounds of events, and a look at deadlines once a second
+    household, page, HTTP        what a house makes and takes; /, /api, /metrics, /home-assistant.yaml
     settings, serve              the flags; how the parts above are put together
-    simulator, demo, decode, backfill, doctor, command line
+    simulator, demo, decode, backfill, doctor, metrics, command line
 """
 
 from __future__ import annotations
 
 import argparse
-import bisect
 import collections
 import contextlib
 import errno
+import fcntl
 import functools
 import gc
-import heapq
 import html
 import http.client
 import http.server
@@ -51,7 +51,6 @@ import json
 import logging
 import math
 import os
-import queue
 import random
 import re
 import resource
@@ -59,47 +58,55 @@ import selectors
 import signal
 import socket
 import socketserver
+import stat
 import struct
 import sys
 import threading
 import time
+import traceback
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from datetime import datetime, timedelta, timezone
+from datetime import date, datetime, timedelta, timezone
 
-VERSION = "1.0.0"
-RELEASED = 1795305600  # 2026-11-22: a machine whose clock is before this is wrong, and sets no device's clock
+VERSION = "2.0.0"
+RELEASED = 1795478400  # 2026-11-24: a machine whose clock is before this is wrong, and sets no device's clock
 
 # ---------------------------------------------------------------------------------------------------------- limits
 
-RECV_SIZE = 256 << 10  # one read: enough of a burst to check its CRCs together, small beside the memory of a Pi Zero
+RECV_SIZE = 64 << 10  # one read: a burst, and no longer than the others may wait for it
+EVENTS = 32  # of one round: what has come is sent on, and what waits is bounded, after so many
 BACKLOG = 256 << 10  # waiting for a connected peer: above it the other side is not read
-QUEUE = 1 << 20  # waiting for an absent portal, a device: four days of a HomeKit 1000, one packet of 166 bytes a minute
-ENTRY = 8 << 10  # what comes in small pieces is kept in entries of about this size
-ENTRY_COST = 800  # bytes of memory that an entry takes beside its data, measured in the worst case
-QUEUES = 16 << 20  # all that waits, of all peers together: MemoryMax=64M leaves room for it
+FIRST_ATTEMPT = 64 << 10  # of a device's bytes as they came, while the first attempt to reach the portal is under way
+QUEUE = 1 << 20  # frames for an absent portal, a device: days of a HomeKit 1000, a packet of 166 bytes a minute
+SPOOLED = 4 << 20  # the same in mode spool, objects counted in: over a week
+QUEUES = 16 << 20  # all that waits, of all peers together, objects counted in: MemoryMax=64M leaves room for it
+OBJECT = 120  # bytes that a waiting frame takes beside its own: the object, and its places in queues
 STALL = 60  # s without progress of a backlog before a peer counts as lost
-CONNECT_TIMEOUT = 10  # s
+CONNECT_TIMEOUT = 10  # s for an attempt to reach the portal, all addresses together
+ADDRESSES = 4  # of the portal that an attempt tries
 BACKOFF = (1, 60)  # s between attempts to reach the portal, doubling
-PROVEN = 30  # s that a portal's connection stood before the back-off starts again, if it sent nothing
-SILENCE = 30 * 60  # s before a silent device's connection is closed
+SILENCE = 30 * 60  # s before a silent device's connection is closed, and a spool without work forgotten
+LAST_ATTEMPT = 2  # s for an attempt under way when its device closes
 LINGER = 1  # s for the portal's last words after the device has gone
-ANSWER_TIMEOUT = 30  # s for the portal to answer the spool of a device that has gone
-HOLD = 1  # s that an unfinished frame waits for the bat
+ANSWER_TIMEOUT = 30  # s for the portal to answer what a spool has delivered
+HOLD = 1  # s that an unfinished frame waits for the bat, and until the next look at deadlines
 SHUTDOWN = 2  # s to send what is queued at the end
+TICK = 1  # s between looks at deadlines
 CRC_BUDGET = 8  # bytes of checksum on bad frames for each byte received: nested claims burn no core
-CRC_CREDIT = 512 << 10  # of that at once, 20 ms on a fast machine: the other devices wait so long
-EXACT = 8  # live packets of a device waiting at once that are all decoded
-DECODED = 3  # of a longer run of live packets: what the dip rule and the order rule need to see
+DECODED = 3  # of a device's waiting live packets: what the dip rule needs to see
 OTHER_TYPES = 32  # packet types beyond the known with a label of their own
 UNKNOWN_REGISTERS = 128  # series of unknown registers a device
-LOOP_WINDOW = 1  # s in which our own first frame coming back is a loop
-ECHOES = 32  # frames remembered for that, a connection
-MISPLACED = 1024  # kinds of answer a portal may owe for dropped frames before its connection starts anew
-HTTP_CONNECTIONS = 64
-HTTP_BYTES = 4 << 20  # of answers that clients have not read yet
+LOOP_WINDOW = 2  # s in which our own first frame coming back is a loop
+OPENING = 1024  # bytes remembered for that
+JOURNAL_MIN, JOURNAL_GROWTH = 1 << 20, 4  # a journal is written anew above so many bytes and times what is undelivered
+JOURNAL_LINE = 150  # bytes of a line of it beside the frame's hex, about
+JOURNAL_RETRY = 5  # s between attempts to write a journal anew after a write that failed
+HTTP_CONNECTIONS = 16  # at once
+HTTP_GRACE = 2  # s that a connection has before it may have to make room
 HTTP_HEAD = 16 << 10  # of a request, headers and all
-HTTP_TIMEOUT = 30  # s for a client's next bytes
+HTTP_TIMEOUT = 30  # s for a request's head, and for what a client leaves of an answer
+HTTP_PIECE = 64 << 10  # bytes of an answer that are sent at once
+HTTP_UNPACKED, HTTP_PATIENCE = 4, 0.2  # answers at once in memory as they are, and s after which a slow one's rest is packed
 LOG_HEX = 256  # bytes of a packet in a log line
 PERIOD, CLOCK_PERIOD = 60, 3600  # s in which the same trouble is one line; a clock that is not good enough stays so
 
@@ -115,238 +122,153 @@ class ProtocolError(ValueError):
 
 
 class UsageError(ValueError):
-    """A flag, variable or argument of the command line has a value that cannot be used."""
+    """A flag, variable or argument of the command line has a value that cannot be used: exit code 2."""
+
+
+class StartError(OSError):
+    """A port or a file that the exporter needs cannot be had: exit code 1."""
 
 
 # ------------------------------------------------------------------------------------------------------- registers
 #
-# A new value is one row: (register, kind, scale, metric, labels, help, evidence[, when]).
-# kind    how the words are read, see KINDS; words of a value follow one another, the high one first
-# scale   what one unit of the device's number is in the metric's unit
-# when    (register, word): the value exists only while that register of the same packet holds that word
-# A metric is a counter if its name ends with _total. Names and units without a base unit are the original exporter's.
+# A quantity is a row: metric, label with its values in order, how it is read by the families at the head of the table
+# (a column for each, or for two that agree; empty is not at all), help.
+#
+#     u16/10 35103 35107 35111? -     a kind (see KINDS), divided by 10 (* is multiplied) for the metric's unit; then the
+#                                     first register for each label value: ? is from register maps alone, - is not there
+#     s32 36025 if 36004=1            there only while that register of the same packet holds that word
+#
+# The words of a value follow one another, the high one first. A metric whose name ends with _total is a counter, any other
+# a gauge. Names and units without a base unit are the original exporter's.
 
 SEEN = "capture"  # in real traffic
-MAP = "map"  # from public register maps
-GUESS = "inferred"
+MAP = "map"  # in public register maps alone
+GUESS = "inferred"  # all of a HomeKit 3000, by its likeness to the 1000
 
 # fmt: off
-HK1000 = (
-    (2048, "u48",  10, "meter_channel_energy_export_watthours_total", 'channel="1"', "Cumulative energy exported or generated on a meter channel.", SEEN),
-    (2048, "u48",   1, "meter_energy_export_decawatt_hours_total", "", "Cumulative energy exported to the grid.", SEEN),
-    (2051, "u48",  10, "meter_channel_energy_export_watthours_total", 'channel="2"', "Cumulative energy exported or generated on a meter channel.", SEEN),
-    (2051, "u48",   1, "meter_energy_generation_decawatt_hours_total", "", "Cumulative energy generated by the PV array.", SEEN),
-    (2054, "u48",  10, "meter_channel_energy_export_watthours_total", 'channel="3"', "Cumulative energy exported or generated on a meter channel.", SEEN),
-    (2057, "u48",   1, "meter_sum_of_energy_generation_and_export_decawatt_hours_total", "", "Cumulative energy while the sum of all channels was positive.", SEEN),
-    (2060, "u48",  10, "meter_channel_energy_import_watthours_total", 'channel="1"', "Cumulative energy imported on a meter channel.", SEEN),
-    (2060, "u48",   1, "meter_energy_import_decawatt_hours_total", "", "Cumulative energy imported from the grid.", SEEN),
-    (2063, "u48",  10, "meter_channel_energy_import_watthours_total", 'channel="2"', "Cumulative energy imported on a meter channel.", SEEN),
-    (2066, "u48",  10, "meter_channel_energy_import_watthours_total", 'channel="3"', "Cumulative energy imported on a meter channel.", SEEN),
-    (2069, "u48",   1, "meter_sum_of_energy_import_less_generation_decawatt_hours_total", "", "Cumulative energy while the sum of all channels was negative.", SEEN),
-    (2096, "u16", 0.1, "meter_voltage_volts", 'channel="1"', "Voltage of a meter channel.", SEEN),
-    (2097, "u16", 0.1, "meter_voltage_volts", 'channel="2"', "Voltage of a meter channel.", SEEN),
-    (2098, "u16", 0.1, "meter_voltage_volts", 'channel="3"', "Voltage of a meter channel.", SEEN),
-    (2099, "u32",0.01, "meter_current_amperes", 'channel="1"', "Current of a meter channel.", SEEN),
-    (2101, "u32",0.01, "meter_current_amperes", 'channel="2"', "Current of a meter channel.", SEEN),
-    (2103, "u32",0.01, "meter_current_amperes", 'channel="3"', "Current of a meter channel.", SEEN),
-    (2105, "s32",   1, "meter_channel_power_watts", 'channel="1"', "Power of a meter channel; positive is export or generation.", SEEN),
-    (2105, "s32",   1, "meter_power_export_watts", "", "Power exported to the grid; negative while importing.", SEEN),
-    (2107, "s32",   1, "meter_channel_power_watts", 'channel="2"', "Power of a meter channel; positive is export or generation.", SEEN),
-    (2107, "s32",   1, "meter_power_generation_watts", "", "Power generated by the PV array; small negative values are the inverter's own consumption at night.", SEEN),
-    (2109, "s32",   1, "meter_channel_power_watts", 'channel="3"', "Power of a meter channel; positive is export or generation.", SEEN),
-    (2111, "s32",   1, "meter_sum_of_power_generation_and_export_watts", "", "Sum of the power of all channels; of little use where one channel is the grid and another the PV array.", SEEN),
-)
-
-HK3000 = (
-    (2048, "u48",  10, "meter_channel_energy_export_watthours_total", 'channel="1"', "Cumulative energy exported or generated on a meter channel.", GUESS),
-    (2051, "u48",  10, "meter_channel_energy_export_watthours_total", 'channel="2"', "Cumulative energy exported or generated on a meter channel.", GUESS),
-    (2054, "u48",  10, "meter_channel_energy_export_watthours_total", 'channel="3"', "Cumulative energy exported or generated on a meter channel.", GUESS),
-    (2057, "u48",   1, "meter_energy_export_decawatt_hours_total", "", "Cumulative energy exported to the grid.", GUESS),
-    (2060, "u48",  10, "meter_channel_energy_import_watthours_total", 'channel="1"', "Cumulative energy imported on a meter channel.", GUESS),
-    (2063, "u48",  10, "meter_channel_energy_import_watthours_total", 'channel="2"', "Cumulative energy imported on a meter channel.", GUESS),
-    (2066, "u48",  10, "meter_channel_energy_import_watthours_total", 'channel="3"', "Cumulative energy imported on a meter channel.", GUESS),
-    (2069, "u48",   1, "meter_energy_import_decawatt_hours_total", "", "Cumulative energy imported from the grid.", GUESS),
-    (2096, "u16", 0.1, "meter_voltage_volts", 'channel="1"', "Voltage of a meter channel.", GUESS),
-    (2097, "u16", 0.1, "meter_voltage_volts", 'channel="2"', "Voltage of a meter channel.", GUESS),
-    (2098, "u16", 0.1, "meter_voltage_volts", 'channel="3"', "Voltage of a meter channel.", GUESS),
-    (2099, "u32",0.01, "meter_current_amperes", 'channel="1"', "Current of a meter channel.", GUESS),
-    (2101, "u32",0.01, "meter_current_amperes", 'channel="2"', "Current of a meter channel.", GUESS),
-    (2103, "u32",0.01, "meter_current_amperes", 'channel="3"', "Current of a meter channel.", GUESS),
-    (2105, "s32",   1, "meter_channel_power_watts", 'channel="1"', "Power of a meter channel; positive is export or generation.", GUESS),
-    (2107, "s32",   1, "meter_channel_power_watts", 'channel="2"', "Power of a meter channel; positive is export or generation.", GUESS),
-    (2109, "s32",   1, "meter_channel_power_watts", 'channel="3"', "Power of a meter channel; positive is export or generation.", GUESS),
-    (2111, "s32",   1, "meter_power_export_watts", "", "Power exported to the grid; negative while importing.", GUESS),
-)
-
-GRID = (
-    (30103, "u16",      1, "inverter_input_voltage_dc_decivolts", "", "Input DC voltage to inverter.", SEEN),
-    (30103, "u16",    0.1, "inverter_string_voltage_volts", 'string="1"', "DC voltage of a PV input.", SEEN),
-    (30104, "u16",      1, "inverter_input_current_dc_deciamps", "", "Input DC current to inverter.", SEEN),
-    (30104, "u16",    0.1, "inverter_string_current_amperes", 'string="1"', "DC current of a PV input.", SEEN),
-    (30105, "u16",    0.1, "inverter_string_voltage_volts", 'string="2"', "DC voltage of a PV input.", SEEN),
-    (30106, "u16",    0.1, "inverter_string_current_amperes", 'string="2"', "DC current of a PV input.", SEEN),
-    (30107, "u16",    0.1, "inverter_string_voltage_volts", 'string="3"', "DC voltage of a PV input.", MAP),
-    (30108, "u16",    0.1, "inverter_string_current_amperes", 'string="3"', "DC current of a PV input.", MAP),
-    (30109, "u16",    0.1, "inverter_string_voltage_volts", 'string="4"', "DC voltage of a PV input.", MAP),
-    (30110, "u16",    0.1, "inverter_string_current_amperes", 'string="4"', "DC current of a PV input.", MAP),
-    (30111, "u16",    0.1, "inverter_string_voltage_volts", 'string="5"', "DC voltage of a PV input.", MAP),
-    (30112, "u16",    0.1, "inverter_string_current_amperes", 'string="5"', "DC current of a PV input.", MAP),
-    (30113, "u16",    0.1, "inverter_string_voltage_volts", 'string="6"', "DC voltage of a PV input.", MAP),
-    (30114, "u16",    0.1, "inverter_string_current_amperes", 'string="6"', "DC current of a PV input.", MAP),
-    (30115, "u16",    0.1, "inverter_line_voltage_volts", 'line="12"', "AC voltage between two phases.", MAP),
-    (30116, "u16",    0.1, "inverter_line_voltage_volts", 'line="23"', "AC voltage between two phases.", MAP),
-    (30117, "u16",    0.1, "inverter_line_voltage_volts", 'line="31"', "AC voltage between two phases.", MAP),
-    (30118, "u16",      1, "inverter_output_voltage_ac_decivolts", "", "Output AC voltage from inverter.", SEEN),
-    (30118, "u16",    0.1, "inverter_phase_voltage_volts", 'phase="1"', "AC voltage of a phase.", SEEN),
-    (30119, "u16",    0.1, "inverter_phase_voltage_volts", 'phase="2"', "AC voltage of a phase.", MAP),
-    (30120, "u16",    0.1, "inverter_phase_voltage_volts", 'phase="3"', "AC voltage of a phase.", MAP),
-    (30121, "u16",      1, "inverter_output_current_ac_deciamps", "", "Output AC current from inverter.", SEEN),
-    (30121, "u16",    0.1, "inverter_phase_current_amperes", 'phase="1"', "AC current of a phase.", SEEN),
-    (30122, "u16",    0.1, "inverter_phase_current_amperes", 'phase="2"', "AC current of a phase.", MAP),
-    (30123, "u16",    0.1, "inverter_phase_current_amperes", 'phase="3"', "AC current of a phase.", MAP),
-    (30124, "u16",      1, "inverter_output_frequency_ac_centihertz", "", "Output AC frequency from inverter.", SEEN),
-    (30124, "u16",   0.01, "inverter_phase_frequency_hertz", 'phase="1"', "AC frequency of a phase.", SEEN),
-    (30125, "u16",   0.01, "inverter_phase_frequency_hertz", 'phase="2"', "AC frequency of a phase.", MAP),
-    (30126, "u16",   0.01, "inverter_phase_frequency_hertz", 'phase="3"', "AC frequency of a phase.", MAP),
-    (30127, "u32l",    1, "inverter_power_output_watts", "", "Power output from inverter.", SEEN),
-    (30129, "u16",      1, "inverter_work_mode", "", "Work mode: 0 waiting, 1 normal, 2 error, 4 checking.", SEEN),
-    (30130, "u32",      1, "inverter_error_bitmap", "", "Error codes, a bitmap; 0 is no error.", MAP),
-    (30132, "u16",      1, "inverter_warning_bitmap", "", "Warning codes, a bitmap; 0 is no warning.", SEEN),
-    (30133, "u32",      1, "inverter_apparent_power_voltamperes", "", "Apparent power output.", SEEN),
-    (30135, "s32",      1, "inverter_reactive_power_vars", "", "Reactive power output; negative is absorbing.", SEEN),
-    (30137, "u32h",     1, "inverter_input_power_watts", "", "DC input power.", MAP),
-    (30139, "s16",  0.001, "inverter_power_factor_ratio", "", "Power factor.", SEEN),
-    (30141, "s16",      1, "inverter_internal_temperature_decidegrees_celsius", "", "Internal temperature of inverter.", SEEN),
-    (30142, "s16",    0.1, "inverter_heatsink_temperature_celsius", "", "Temperature of the heat sink.", MAP),
-    (30143, "s16",    0.1, "inverter_module_temperature_celsius", "", "Temperature of the power module.", MAP),
-    (30144, "u16",      1, "inverter_energy_output_hectowatt_hours_day", "", "Cumulative energy output today.", SEEN),
-    (30145, "u32",      1, "inverter_energy_output_hectowatt_hours_total", "", "Cumulative energy output total.", SEEN),
-    (30147, "u32",      1, "inverter_uptime_hours_total", "", "Inverter total operation time.", SEEN),
-    (30149, "u16",      1, "inverter_grid_code", "", "Grid (safety country) code the inverter is set to.", SEEN),
-    (30163, "u16",    0.1, "inverter_bus_voltage_volts", "", "DC bus voltage.", SEEN),
-    (30165, "u32",      1, "inverter_derating_bitmap", "", "Reasons for derating, a bitmap.", MAP),
-    (30172, "u16",      1, "inverter_rssi_percent", "", "Inverter WLAN received signal strength indicator.", SEEN),
-    (30195, "s32",      1, "inverter_meter_power_watts", "", "Power at the CT meter attached to the inverter.", MAP, (30209, 1)),
-    (30210, "u16",  0.001, "inverter_leakage_current_amperes", "", "Residual (leakage) current.", MAP),
-)
-
-HYBRID = (
-    (35103, "u16",   1, "inverter_input_voltage_dc_decivolts", "", "Input DC voltage to inverter.", SEEN),
-    (35103, "u16", 0.1, "inverter_string_voltage_volts", 'string="1"', "DC voltage of a PV input.", SEEN),
-    (35104, "u16",   1, "inverter_input_current_dc_deciamps", "", "Input DC current to inverter.", SEEN),
-    (35104, "u16", 0.1, "inverter_string_current_amperes", 'string="1"', "DC current of a PV input.", SEEN),
-    (35105, "u32",   1, "inverter_string_power_watts", 'string="1"', "DC power of a PV input.", SEEN),
-    (35107, "u16", 0.1, "inverter_string_voltage_volts", 'string="2"', "DC voltage of a PV input.", SEEN),
-    (35108, "u16", 0.1, "inverter_string_current_amperes", 'string="2"', "DC current of a PV input.", SEEN),
-    (35109, "u32",   1, "inverter_string_power_watts", 'string="2"', "DC power of a PV input.", SEEN),
-    (35111, "u16", 0.1, "inverter_string_voltage_volts", 'string="3"', "DC voltage of a PV input.", MAP),
-    (35112, "u16", 0.1, "inverter_string_current_amperes", 'string="3"', "DC current of a PV input.", MAP),
-    (35113, "u32",   1, "inverter_string_power_watts", 'string="3"', "DC power of a PV input.", MAP),
-    (35115, "u16", 0.1, "inverter_string_voltage_volts", 'string="4"', "DC voltage of a PV input.", MAP),
-    (35116, "u16", 0.1, "inverter_string_current_amperes", 'string="4"', "DC current of a PV input.", MAP),
-    (35117, "u32",   1, "inverter_string_power_watts", 'string="4"', "DC power of a PV input.", MAP),
-    (35121, "u16",   1, "inverter_output_voltage_ac_decivolts", "", "Output AC voltage from inverter.", SEEN),
-    (35121, "u16", 0.1, "inverter_phase_voltage_volts", 'phase="1"', "AC voltage of a phase.", SEEN),
-    (35122, "u16",   1, "inverter_output_current_ac_deciamps", "", "Output AC current from inverter.", SEEN),
-    (35122, "u16", 0.1, "inverter_phase_current_amperes", 'phase="1"', "AC current of a phase.", SEEN),
-    (35123, "u16",   1, "inverter_output_frequency_ac_centihertz", "", "Output AC frequency from inverter.", SEEN),
-    (35123, "u16",0.01, "inverter_phase_frequency_hertz", 'phase="1"', "AC frequency of a phase.", SEEN),
-    (35125, "s16",   1, "inverter_phase_power_watts", 'phase="1"', "AC power of a phase.", SEEN),
-    (35126, "u16", 0.1, "inverter_phase_voltage_volts", 'phase="2"', "AC voltage of a phase.", SEEN),
-    (35127, "u16", 0.1, "inverter_phase_current_amperes", 'phase="2"', "AC current of a phase.", SEEN),
-    (35128, "u16",0.01, "inverter_phase_frequency_hertz", 'phase="2"', "AC frequency of a phase.", SEEN),
-    (35130, "s16",   1, "inverter_phase_power_watts", 'phase="2"', "AC power of a phase.", SEEN),
-    (35131, "u16", 0.1, "inverter_phase_voltage_volts", 'phase="3"', "AC voltage of a phase.", SEEN),
-    (35132, "u16", 0.1, "inverter_phase_current_amperes", 'phase="3"', "AC current of a phase.", SEEN),
-    (35133, "u16",0.01, "inverter_phase_frequency_hertz", 'phase="3"', "AC frequency of a phase.", SEEN),
-    (35135, "s16",   1, "inverter_phase_power_watts", 'phase="3"', "AC power of a phase.", SEEN),
-    (35138, "s16",   1, "inverter_power_output_watts", "", "Power output from inverter.", SEEN),
-    (35140, "s16",   1, "inverter_active_power_watts", "", "Active power at the grid connection; positive is export.", SEEN),
-    (35142, "s16",   1, "inverter_reactive_power_vars", "", "Reactive power output; negative is absorbing.", MAP),
-    (35144, "s16",   1, "inverter_apparent_power_voltamperes", "", "Apparent power output.", MAP),
-    (35145, "u16", 0.1, "inverter_backup_voltage_volts", 'phase="1"', "Voltage of a phase of the backup output.", SEEN),
-    (35146, "u16", 0.1, "inverter_backup_current_amperes", 'phase="1"', "Current of a phase of the backup output.", SEEN),
-    (35147, "u16",0.01, "inverter_backup_frequency_hertz", 'phase="1"', "Frequency of a phase of the backup output.", SEEN),
-    (35150, "s16",   1, "inverter_backup_power_watts", 'phase="1"', "Power of a phase of the backup output.", SEEN),
-    (35151, "u16", 0.1, "inverter_backup_voltage_volts", 'phase="2"', "Voltage of a phase of the backup output.", SEEN),
-    (35152, "u16", 0.1, "inverter_backup_current_amperes", 'phase="2"', "Current of a phase of the backup output.", SEEN),
-    (35153, "u16",0.01, "inverter_backup_frequency_hertz", 'phase="2"', "Frequency of a phase of the backup output.", SEEN),
-    (35156, "s16",   1, "inverter_backup_power_watts", 'phase="2"', "Power of a phase of the backup output.", SEEN),
-    (35157, "u16", 0.1, "inverter_backup_voltage_volts", 'phase="3"', "Voltage of a phase of the backup output.", SEEN),
-    (35158, "u16", 0.1, "inverter_backup_current_amperes", 'phase="3"', "Current of a phase of the backup output.", SEEN),
-    (35159, "u16",0.01, "inverter_backup_frequency_hertz", 'phase="3"', "Frequency of a phase of the backup output.", SEEN),
-    (35162, "s16",   1, "inverter_backup_power_watts", 'phase="3"', "Power of a phase of the backup output.", SEEN),
-    (35164, "s16",   1, "inverter_phase_load_watts", 'phase="1"', "Load on a phase.", SEEN),
-    (35166, "s16",   1, "inverter_phase_load_watts", 'phase="2"', "Load on a phase.", SEEN),
-    (35168, "s16",   1, "inverter_phase_load_watts", 'phase="3"', "Load on a phase.", SEEN),
-    (35172, "s16",   1, "inverter_load_watts", "", "Load behind the inverter.", SEEN),
-    (35174, "s16",   1, "inverter_internal_temperature_decidegrees_celsius", "", "Internal temperature of inverter.", SEEN),
-    (35175, "s16", 0.1, "inverter_module_temperature_celsius", "", "Temperature of the power module.", MAP),
-    (35176, "s16", 0.1, "inverter_heatsink_temperature_celsius", "", "Temperature of the heat sink.", SEEN),
-    (35178, "u16", 0.1, "inverter_bus_voltage_volts", "", "DC bus voltage.", SEEN),
-    (35180, "u16", 0.1, "battery_voltage_volts", 'battery="1"', "Battery voltage.", SEEN),
-    (35181, "s16", 0.1, "battery_current_amperes", 'battery="1"', "Battery current; positive is discharging.", SEEN),
-    (35182, "s32",   1, "battery_power_watts", 'battery="1"', "Battery power; positive is discharging.", SEEN),
-    (35184, "u16",   1, "battery_mode", 'battery="1"', "Battery mode: 0 none, 1 standby, 2 discharging, 3 charging.", SEEN),
-    (35185, "u16",   1, "inverter_warning_bitmap", "", "Warning codes, a bitmap; 0 is no warning.", MAP),
-    (35186, "u16",   1, "inverter_grid_code", "", "Grid (safety country) code the inverter is set to.", SEEN),
-    (35187, "u16",   1, "inverter_hybrid_work_mode", "", "Work mode of a hybrid: 0 waiting, 1 on grid, 2 off grid, 3 fault, 4 flashing, 5 checking.", MAP),
-    (35189, "u32",   1, "inverter_error_bitmap", "", "Error codes, a bitmap; 0 is no error.", MAP),
-    (35191, "u32",   1, "inverter_energy_output_hectowatt_hours_total", "", "Cumulative energy output total.", SEEN),
-    (35193, "u32",   1, "inverter_energy_output_hectowatt_hours_day", "", "Cumulative energy output today.", SEEN),
-    (35195, "u32", 100, "inverter_energy_export_watthours_total", "", "Cumulative energy exported.", SEEN),
-    (35197, "u32",   1, "inverter_uptime_hours_total", "", "Inverter total operation time.", SEEN),
-    (35200, "u32", 100, "inverter_energy_import_watthours_total", "", "Cumulative energy imported.", SEEN),
-    (35203, "u32", 100, "inverter_energy_load_watthours_total", "", "Cumulative energy used by the load.", SEEN),
-    (35206, "u32", 100, "battery_energy_charge_watthours_total", "", "Cumulative energy charged into the battery.", SEEN),
-    (35209, "u32", 100, "battery_energy_discharge_watthours_total", "", "Cumulative energy discharged from the battery.", SEEN),
-    (35262, "u16", 0.1, "battery_voltage_volts", 'battery="2"', "Battery voltage.", MAP),
-    (35263, "s16", 0.1, "battery_current_amperes", 'battery="2"', "Battery current; positive is discharging.", MAP),
-    (35264, "s32",   1, "battery_power_watts", 'battery="2"', "Battery power; positive is discharging.", MAP),
-    (35266, "u16",   1, "battery_mode", 'battery="2"', "Battery mode: 0 none, 1 standby, 2 discharging, 3 charging.", MAP),
-    (36001, "u16",   1, "inverter_rssi_percent", "", "Inverter WLAN received signal strength indicator.", SEEN),
-    (36014, "u16",0.01, "meter_frequency_hertz", "", "Grid frequency at the meter.", SEEN, (36004, 1)),
-    (36015, "f32", 0.1, "meter_energy_export_decawatt_hours_total", "", "Cumulative energy exported to the grid.", SEEN, (36004, 1)),
-    (36017, "f32", 0.1, "meter_energy_import_decawatt_hours_total", "", "Cumulative energy imported from the grid.", SEEN, (36004, 1)),
-    (36019, "s32",   1, "meter_channel_power_watts", 'channel="1"', "Power of a meter channel; positive is export or generation.", SEEN, (36004, 1)),
-    (36021, "s32",   1, "meter_channel_power_watts", 'channel="2"', "Power of a meter channel; positive is export or generation.", SEEN, (36004, 1)),
-    (36023, "s32",   1, "meter_channel_power_watts", 'channel="3"', "Power of a meter channel; positive is export or generation.", SEEN, (36004, 1)),
-    (36025, "s32",   1, "meter_power_export_watts", "", "Power exported to the grid; negative while importing.", SEEN, (36004, 1)),
-    (36052, "u16", 0.1, "meter_voltage_volts", 'channel="1"', "Voltage of a meter channel.", SEEN, (36004, 1)),
-    (36053, "u16", 0.1, "meter_voltage_volts", 'channel="2"', "Voltage of a meter channel.", SEEN, (36004, 1)),
-    (36054, "u16", 0.1, "meter_voltage_volts", 'channel="3"', "Voltage of a meter channel.", SEEN, (36004, 1)),
-    (36055, "u16", 0.1, "meter_current_amperes", 'channel="1"', "Current of a meter channel.", SEEN, (36004, 1)),
-    (36056, "u16", 0.1, "meter_current_amperes", 'channel="2"', "Current of a meter channel.", SEEN, (36004, 1)),
-    (36057, "u16", 0.1, "meter_current_amperes", 'channel="3"', "Current of a meter channel.", SEEN, (36004, 1)),
-    (37003, "s16", 0.1, "battery_temperature_celsius", 'battery="1"', "Battery temperature.", SEEN),
-    (37004, "u16",   1, "battery_charge_limit_amperes", 'battery="1"', "Charge current limit set by the battery management system.", SEEN),
-    (37005, "u16",   1, "battery_discharge_limit_amperes", 'battery="1"', "Discharge current limit set by the battery management system.", SEEN),
-    (37007, "u16",0.01, "battery_state_of_charge_ratio", 'battery="1"', "Battery state of charge, 0 to 1.", SEEN),
-    (37008, "u16",0.01, "battery_state_of_health_ratio", 'battery="1"', "Battery state of health, 0 to 1.", SEEN),
-    (37009, "u16",   1, "battery_modules", 'battery="1"', "Number of battery modules.", SEEN),
-    (39001, "s16", 0.1, "battery_temperature_celsius", 'battery="2"', "Battery temperature.", MAP),
-    (39002, "u16",   1, "battery_charge_limit_amperes", 'battery="2"', "Charge current limit set by the battery management system.", MAP),
-    (39003, "u16",   1, "battery_discharge_limit_amperes", 'battery="2"', "Discharge current limit set by the battery management system.", MAP),
-    (39005, "u16",0.01, "battery_state_of_charge_ratio", 'battery="2"', "Battery state of charge, 0 to 1.", MAP),
-    (39006, "u16",0.01, "battery_state_of_health_ratio", 'battery="2"', "Battery state of health, 0 to 1.", MAP),
-    (39007, "u16",   1, "battery_modules", 'battery="2"', "Number of battery modules.", MAP),
+TABLES = (
+    # the grid, by a HomeKit or by the meter of a hybrid
+    (("HK1000", "HK3000", "HYBRID"), (
+        ("meter_energy_export_decawatt_hours_total", "", "u48 2048", "u48 2057", "f32/10 36015 if 36004=1",  "Cumulative energy exported to the grid."),
+        ("meter_energy_import_decawatt_hours_total", "", "u48 2060", "u48 2069", "f32/10 36017 if 36004=1",  "Cumulative energy imported from the grid."),
+        ("meter_power_export_watts",                 "", "s32 2105", "s32 2111", "s32 36025 if 36004=1",     "Power exported to the grid; negative while importing."),
+        ("meter_frequency_hertz",                    "", "",         "",         "u16/100 36014 if 36004=1", "Grid frequency at the meter."),
+    )),
+    # the channels of a meter
+    (("HK1000 HK3000", "HYBRID"), (
+        ("meter_channel_energy_export_watthours_total", "channel 1 2 3", "u48*10 2048 2051 2054",  "",                                    "Cumulative energy exported or generated on a meter channel."),
+        ("meter_channel_energy_import_watthours_total", "channel 1 2 3", "u48*10 2060 2063 2066",  "",                                    "Cumulative energy imported on a meter channel."),
+        ("meter_channel_power_watts",                   "channel 1 2 3", "s32 2105 2107 2109",     "s32 36019 36021 36023 if 36004=1",    "Power of a meter channel; positive is export or generation."),
+        ("meter_voltage_volts",                         "channel 1 2 3", "u16/10 2096 2097 2098",  "u16/10 36052 36053 36054 if 36004=1", "Voltage of a meter channel."),
+        ("meter_current_amperes",                       "channel 1 2 3", "u32/100 2099 2101 2103", "u16/10 36055 36056 36057 if 36004=1", "Current of a meter channel."),
+    )),
+    # what a HomeKit 1000 makes of its channels: the first is the grid, the second the PV array
+    (("HK1000",), (
+        ("meter_energy_generation_decawatt_hours_total",                    "", "u48 2051", "Cumulative energy generated by the PV array."),
+        ("meter_sum_of_energy_generation_and_export_decawatt_hours_total",  "", "u48 2057", "Cumulative energy while the sum of all channels was positive."),
+        ("meter_sum_of_energy_import_less_generation_decawatt_hours_total", "", "u48 2069", "Cumulative energy while the sum of all channels was negative."),
+        ("meter_power_generation_watts",                                    "", "s32 2107", "Power generated by the PV array; small negative values are the inverter's own consumption at night."),
+        ("meter_sum_of_power_generation_and_export_watts",                  "", "s32 2111", "Sum of the power of all channels; of little use where one channel is the grid and another the PV array."),
+    )),
+    # inverters
+    (("GRID", "HYBRID"), (
+        ("inverter_string_voltage_volts",   "string 1 2 3 4 5 6", "u16/10 30103 30105 30107? 30109? 30111? 30113?", "u16/10 35103 35107 35111? 35115? - -", "DC voltage of a PV input."),
+        ("inverter_string_current_amperes", "string 1 2 3 4 5 6", "u16/10 30104 30106 30108? 30110? 30112? 30114?", "u16/10 35104 35108 35112? 35116? - -", "DC current of a PV input."),
+        ("inverter_string_power_watts",     "string 1 2 3 4",     "",                                               "u32 35105 35109 35113? 35117?",        "DC power of a PV input."),
+        ("inverter_line_voltage_volts",     "line 12 23 31",      "u16/10 30115? 30116? 30117?",                    "",                                     "AC voltage between two phases."),
+        ("inverter_phase_voltage_volts",    "phase 1 2 3",        "u16/10 30118 30119? 30120?",                     "u16/10 35121 35126 35131",             "AC voltage of a phase."),
+        ("inverter_phase_current_amperes",  "phase 1 2 3",        "u16/10 30121 30122? 30123?",                     "u16/10 35122 35127 35132",             "AC current of a phase."),
+        ("inverter_phase_frequency_hertz",  "phase 1 2 3",        "u16/100 30124 30125? 30126?",                    "u16/100 35123 35128 35133",            "AC frequency of a phase."),
+        ("inverter_phase_power_watts",      "phase 1 2 3",        "",                                               "s16 35125 35130 35135",                "AC power of a phase."),
+        ("inverter_input_voltage_dc_decivolts",               "", "u16 30103",             "u16 35103",     "Input DC voltage to inverter."),
+        ("inverter_input_current_dc_deciamps",                "", "u16 30104",             "u16 35104",     "Input DC current to inverter."),
+        ("inverter_input_power_watts",                        "", "u32h 30137?",           "",              "DC input power."),
+        ("inverter_bus_voltage_volts",                        "", "u16/10 30163",          "u16/10 35178",  "DC bus voltage."),
+        ("inverter_output_voltage_ac_decivolts",              "", "u16 30118",             "u16 35121",     "Output AC voltage from inverter."),
+        ("inverter_output_current_ac_deciamps",               "", "u16 30121",             "u16 35122",     "Output AC current from inverter."),
+        ("inverter_output_frequency_ac_centihertz",           "", "u16 30124",             "u16 35123",     "Output AC frequency from inverter."),
+        ("inverter_power_output_watts",                       "", "u32l 30127",            "s16 35138",     "Power output from inverter."),
+        ("inverter_reactive_power_vars",                      "", "s32 30135",             "s16 35142?",    "Reactive power output; negative is absorbing."),
+        ("inverter_apparent_power_voltamperes",               "", "u32 30133",             "s16 35144?",    "Apparent power output."),
+        ("inverter_power_factor_ratio",                       "", "s16/1000 30139",        "",              "Power factor."),
+        ("inverter_leakage_current_amperes",                  "", "u16/1000 30210?",       "",              "Residual (leakage) current."),
+        ("inverter_meter_power_watts",                        "", "s32 30195? if 30209=1", "",              "Power at the CT meter attached to the inverter."),
+        ("inverter_energy_output_hectowatt_hours_day",        "", "u16 30144",             "u32 35193",     "Cumulative energy output today."),
+        ("inverter_energy_output_hectowatt_hours_total",      "", "u32 30145",             "u32 35191",     "Cumulative energy output total."),
+        ("inverter_uptime_hours_total",                       "", "u32 30147",             "u32 35197",     "Inverter total operation time."),
+        ("inverter_work_mode",                                "", "u16 30129",             "",              "Work mode: 0 waiting, 1 normal, 2 error, 4 checking."),
+        ("inverter_error_bitmap",                             "", "u32 30130?",            "u32 35189?",    "Error codes, a bitmap; 0 is no error."),
+        ("inverter_warning_bitmap",                           "", "u16 30132",             "u16 35185?",    "Warning codes, a bitmap; 0 is no warning."),
+        ("inverter_derating_bitmap",                          "", "u32 30165?",            "",              "Reasons for derating, a bitmap."),
+        ("inverter_grid_code",                                "", "u16 30149",             "u16 35186",     "Grid (safety country) code the inverter is set to."),
+        ("inverter_internal_temperature_decidegrees_celsius", "", "s16 30141",             "s16 35174",     "Internal temperature of inverter."),
+        ("inverter_heatsink_temperature_celsius",             "", "s16/10 30142?",         "s16/10 35176",  "Temperature of the heat sink."),
+        ("inverter_module_temperature_celsius",               "", "s16/10 30143?",         "s16/10 35175?", "Temperature of the power module."),
+        ("inverter_rssi_percent",                             "", "u16 30172",             "u16 36001",     "Inverter WLAN received signal strength indicator."),
+    )),
+    # hybrids alone: load, backup output, batteries
+    (("HYBRID",), (
+        ("inverter_phase_load_watts",       "phase 1 2 3", "s16 35164 35166 35168",     "Load on a phase."),
+        ("inverter_backup_voltage_volts",   "phase 1 2 3", "u16/10 35145 35151 35157",  "Voltage of a phase of the backup output."),
+        ("inverter_backup_current_amperes", "phase 1 2 3", "u16/10 35146 35152 35158",  "Current of a phase of the backup output."),
+        ("inverter_backup_frequency_hertz", "phase 1 2 3", "u16/100 35147 35153 35159", "Frequency of a phase of the backup output."),
+        ("inverter_backup_power_watts",     "phase 1 2 3", "s16 35150 35156 35162",     "Power of a phase of the backup output."),
+        ("battery_power_watts",             "battery 1 2", "s32 35182 35264?",          "Battery power; positive is discharging."),
+        ("battery_voltage_volts",           "battery 1 2", "u16/10 35180 35262?",       "Battery voltage."),
+        ("battery_current_amperes",         "battery 1 2", "s16/10 35181 35263?",       "Battery current; positive is discharging."),
+        ("battery_mode",                    "battery 1 2", "u16 35184 35266?",          "Battery mode: 0 none, 1 standby, 2 discharging, 3 charging."),
+        ("battery_state_of_charge_ratio",   "battery 1 2", "u16/100 37007 39005?",      "Battery state of charge, 0 to 1."),
+        ("battery_state_of_health_ratio",   "battery 1 2", "u16/100 37008 39006?",      "Battery state of health, 0 to 1."),
+        ("battery_temperature_celsius",     "battery 1 2", "s16/10 37003 39001?",       "Battery temperature."),
+        ("battery_charge_limit_amperes",    "battery 1 2", "u16 37004 39002?",          "Charge current limit set by the battery management system."),
+        ("battery_discharge_limit_amperes", "battery 1 2", "u16 37005 39003?",          "Discharge current limit set by the battery management system."),
+        ("battery_modules",                 "battery 1 2", "u16 37009 39007?",          "Number of battery modules."),
+        ("inverter_active_power_watts",              "", "s16 35140",     "Active power at the grid connection; positive is export."),
+        ("inverter_energy_export_watthours_total",   "", "u32*100 35195", "Cumulative energy exported."),
+        ("inverter_energy_import_watthours_total",   "", "u32*100 35200", "Cumulative energy imported."),
+        ("inverter_energy_load_watthours_total",     "", "u32*100 35203", "Cumulative energy used by the load."),
+        ("inverter_hybrid_work_mode",                "", "u16 35187?",    "Work mode of a hybrid: 0 waiting, 1 on grid, 2 off grid, 3 fault, 4 flashing, 5 checking."),
+        ("inverter_load_watts",                      "", "s16 35172",     "Load behind the inverter."),
+        ("battery_energy_charge_watthours_total",    "", "u32*100 35206", "Cumulative energy charged into the battery."),
+        ("battery_energy_discharge_watthours_total", "", "u32*100 35209", "Cumulative energy discharged from the battery."),
+    )),
 )
 # fmt: on
-FAMILIES = {"HK1000": HK1000, "HK3000": HK3000, "GRID": GRID, "HYBRID": HYBRID}
 
-Kind = collections.namedtuple("Kind", "words signed number")  # number: of the raw bits, None if they mean "not available"
+FAMILIES = ("HK1000", "HK3000", "GRID", "HYBRID")
+Quantity = collections.namedtuple("Quantity", "metric labels help read")  # read: family to how it is read there
+
+
+def quantities(tables: Iterable[tuple[Sequence[str], Sequence[Sequence[str]]]]) -> tuple[Quantity, ...]:
+    """The rows of tables. Raises ValueError for a row with other columns than its head."""
+    found = []
+    for heads, rows in tables:
+        for metric, labels, *reads, text in rows:
+            if len(reads) != len(heads):
+                raise ValueError(f"{metric}: {len(reads)} columns under {len(heads)} heads")
+            read = {family: how for head, how in zip(heads, reads) if how for family in head.split()}
+            found.append(Quantity(metric, labels, text, read))
+    return tuple(found)
+
+
+QUANTITIES = quantities(TABLES)
+
+# number: of the raw bits, None if they mean "not available"; int is the bits as they are
+Kind = collections.namedtuple("Kind", "words signed number")
 KINDS = {
-    "u16": Kind(1, False, lambda raw: raw),
+    "u16": Kind(1, False, int),
     "s16": Kind(1, True, lambda raw: raw - (raw >> 15 << 16)),
-    "u32": Kind(2, False, lambda raw: raw),
+    "u32": Kind(2, False, int),
     "s32": Kind(2, True, lambda raw: raw - (raw >> 31 << 32)),
-    "u48": Kind(3, False, lambda raw: raw),
+    "u48": Kind(3, False, int),
     "f32": Kind(2, True, lambda raw: struct.unpack(">f", raw.to_bytes(4, "big"))[0]),
-    "u32l": Kind(2, False, lambda raw: raw & 0xFFFF if raw >> 16 == 0xFFFF else raw),  # some D-NS leave the high word FFFF
-    "u32h": Kind(2, False, lambda raw: None if raw == 0xFFFF else raw),  # 0000 FFFF is not available either
+    # some D-NS leave the high word FFFF: the low word is right
+    "u32l": Kind(2, False, lambda raw: raw & 0xFFFF if raw >> 16 == 0xFFFF else raw),
+    # 0000 FFFF is not available either
+    "u32h": Kind(2, False, lambda raw: None if raw == 0xFFFF else raw),
 }
 
-# Texts for the info metric, by name; a text in several ranges is joined with a blank.
+# Texts for the info metric, by name: first and last register. A text in several ranges is joined with a blank.
 INFO = {
     "model": ((40173, 40188), (35011, 35015)),
     "firmware": ((30221, 30226), (35021, 35026), (35027, 35032), (4864, 4871)),
@@ -356,166 +278,214 @@ INFO = {
 # The device's time, and the numbers of its versions: known, and no metric.
 SILENT = ((30034, 30039), (30100, 30102), (35000, 35032), (35100, 35102))
 
-# Every metric that is not a register's: name, type, labels, help.
-DEVICE_LABELS = "device, model, serial"
-# fmt: off
-INTERNALS = (
-    ("meter_unknown_register", "gauge", DEVICE_LABELS + ", register", "Register of a meter whose meaning is unknown, as an unsigned word."),
-    ("inverter_unknown_register", "gauge", DEVICE_LABELS + ", register", "Register of an inverter whose meaning is unknown, as an unsigned word."),
-    ("meter_time_sync_packets_total", "counter", DEVICE_LABELS, "Settings packets (function 03) of a meter."),
-    ("inverter_time_sync_packets_total", "counter", DEVICE_LABELS, "Settings packets (function 03) of an inverter."),
-    ("meter_metrics_packets_total", "counter", DEVICE_LABELS, "Data packets (functions 04 and 45) of a meter."),
-    ("inverter_metrics_packets_total", "counter", DEVICE_LABELS, "Data packets (functions 04 and 45) of an inverter."),
-    ("meter_time_sync_ack_packets_total", "counter", DEVICE_LABELS, "Confirmations of a write (function 10) of any device."),
-    ("outbound_unknown_packets_total", "counter", "", "Packets from devices with a good checksum and another function."),
-    ("inbound_unknown_packets_total", "counter", "", "Packets from the portal with a good checksum that were not let through."),
-    ("sems_mitm_build_info", "gauge", "version, python", "Always 1."),
-    ("sems_mitm_device_info", "gauge", DEVICE_LABELS + ", full_serial, firmware, module_firmware, portal", "Always 1; what the device says of itself."),
-    ("sems_mitm_device_up", "gauge", DEVICE_LABELS, "1 while the last good frame of the device is not older than stale_after_seconds."),
-    ("sems_mitm_device_last_packet_timestamp_seconds", "gauge", DEVICE_LABELS, "When the last good frame of the device came."),
-    ("sems_mitm_device_clock_offset_seconds", "gauge", DEVICE_LABELS, "The device's clock less this machine's, at its last live packet."),
-    ("sems_mitm_packets_total", "counter", "direction, type, verdict", "Packets by type and by what became of them."),
-    ("sems_mitm_acks_total", "counter", DEVICE_LABELS, "Acknowledgements given to the device, by the portal or by the exporter."),
-    ("sems_mitm_nacks_total", "counter", DEVICE_LABELS, "Packets of the device that the portal did not accept."),
-    ("sems_mitm_buffered_packets_total", "counter", DEVICE_LABELS, "Buffered packets (function 45), which a device sends after an outage."),
-    ("sems_mitm_rejected_values_total", "counter", "reason", "Values of live packets that were not taken."),
-    ("sems_mitm_queue_bytes", "gauge", "", "Bytes that wait for the portal, in memory."),
-    ("sems_mitm_queue_dropped_packets_total", "counter", "", "Packets that were dropped because a queue was full."),
-    ("sems_mitm_unlisted_device_packets_total", "counter", "", "Good packets of devices without series of their own."),
-    ("sems_mitm_device_connections", "gauge", "", "Device connections open now, and spools still being delivered."),
-    ("sems_mitm_upstream_connections", "gauge", "", "Portal connections open now."),
-    ("sems_mitm_refused_connections_total", "counter", "reason", "Device connections that were refused."),
-    ("sems_mitm_upstream_connect_failures_total", "counter", "reason", "Attempts to reach the portal that failed."),
-    ("sems_mitm_upstream_up", "gauge", "", "1 if the last attempt of any device to reach the portal succeeded."),
-    ("sems_mitm_bytes_total", "counter", "direction", "Bytes read from devices (outbound) and from the portal (inbound)."),
-    ("sems_mitm_http_closed_connections_total", "counter", "", "HTTP connections closed to make room for a newer one."),
-    ("sems_mitm_suppressed_log_lines_total", "counter", "", "Log lines left out because the same was said within a minute."),
-    ("sems_mitm_file_errors_total", "counter", "file", "Records that could not be written."),
-    ("sems_mitm_stale_after_seconds", "gauge", "", "The value of --metrics.stale-after; 0 is never."),
-    ("process_cpu_seconds_total", "counter", "", "Total user and system CPU time spent in seconds."),
-    ("process_resident_memory_bytes", "gauge", "", "Resident memory size in bytes."),
-    ("process_start_time_seconds", "gauge", "", "Start time of the process since unix epoch in seconds."),
-    ("process_open_fds", "gauge", "", "Number of open file descriptors."),
-    ("process_max_fds", "gauge", "", "Maximum number of open file descriptors."),
-    ("batsignal_top", "untyped", "", "Upper edge of the bat at this machine's local time."),
-    ("batsignal_bottom", "untyped", "", "Lower edge of the bat at this machine's local time."),
-)
-# fmt: on
-# Counters with fixed labels start at 0: name, label, its values.
-FIXED = (
-    ("outbound_unknown_packets_total", "", ("",)),
-    ("inbound_unknown_packets_total", "", ("",)),
-    ("sems_mitm_rejected_values_total", "reason", ("dip", "not_finite")),
-    ("sems_mitm_queue_dropped_packets_total", "", ("",)),
-    ("sems_mitm_unlisted_device_packets_total", "", ("",)),
-    ("sems_mitm_refused_connections_total", "reason", ("limit", "not_allowed", "loop")),
-    ("sems_mitm_upstream_connect_failures_total", "reason", ("dns", "refused", "timeout", "loop", "other")),
-    ("sems_mitm_bytes_total", "direction", ("outbound", "inbound")),
-    ("sems_mitm_http_closed_connections_total", "", ("",)),
-    ("sems_mitm_file_errors_total", "file", ("capture", "backfill")),
-)
-
-# A row as it is read: later are its registers behind the first, missing is the raw number that means "not available".
+# A series of a family as it is read. later: its registers behind the first; missing: the raw number that means "not
+# available"; series: (metric, labels); when: (register, word) or None.
 Value = collections.namedtuple("Value", "register later missing number multiply divide series counter when")
 
 
-def _value(family, register, kind, scale, metric, labels, help_text, evidence, when=None) -> Value:
-    count, signed, number = KINDS[kind]
-    multiply, divide = (scale, 1) if scale >= 1 else (1, round(1 / scale))  # 66 / 10 is 6.6 to the last digit, 66 * 0.1 is not
-    missing = (1 << 16 * count) - 1 if family == "GRID" or not signed else None  # elsewhere -1 is a value
-    later = range(register + 1, register + count)
-    return Value(register, later, missing, number, multiply, divide, (metric, labels), metric.endswith("_total"), when)
+def metric_type(metric: str) -> str:
+    """The type of a register's metric, by its name."""
+    return "counter" if metric.endswith("_total") else "gauge"
 
 
-def _families() -> dict[str, tuple[str, str]]:
-    """Metric name to (type, help). Raises ValueError for a table that contradicts itself."""
-    families = {name: (kind, help_text) for name, kind, _, help_text in INTERNALS}
-    for family, rows in FAMILIES.items():
-        series = set()
-        for row in rows:
-            metric, labels, help_text = row[3:6]
-            told = families.setdefault(metric, ("counter" if metric.endswith("_total") else "gauge", help_text))
-            if told[1] != help_text or (metric, labels) in series:
-                raise ValueError(f"{family} {row[0]}: {metric}{{{labels}}} stands twice, or with another help")
-            series.add((metric, labels))
-    return families
+def _parts(how: str) -> tuple[str, tuple[int, int], list[str], tuple[int, ...] | None]:
+    """Kind, (multiply, divide), registers and condition of how a quantity is read."""
+    how, _, condition = how.partition(" if ")
+    form, *registers = how.split()
+    kind, _, divide = form.partition("/")
+    kind, _, multiply = kind.partition("*")  # two numbers, since 66 / 10 is 6.6 and 66 * 0.1 is not
+    when = tuple(map(int, condition.split("="))) if condition else None
+    return kind, (int(multiply or 1), int(divide or 1)), registers, when
 
 
-METRICS = _families()
-VALUES = {family: tuple(_value(family, *row) for row in rows) for family, rows in FAMILIES.items()}
+def evidence(row: Quantity, family: str) -> list[str]:
+    """Where each register that a row has in a family is known from."""
+    known = GUESS if family == "HK3000" else SEEN
+    return [MAP if register.endswith("?") else known for register in _parts(row.read[family])[2] if register != "-"]
+
+
+def row_values(row: Quantity, family: str) -> Iterator[Value]:
+    """A row's values in a family that reads it. Raises ValueError for a row that makes no sense."""
+    kind, factors, registers, when = _parts(row.read[family])
+    if kind not in KINDS:
+        raise ValueError(f"there is no kind {kind}")
+    name, *labels = row.labels.split() or [""]
+    texts = [f'{name}="{label}"' for label in labels] or [""]
+    if len(registers) != len(texts):
+        raise ValueError(f"{len(registers)} registers for {len(texts)} labels")
+    words, signed, number = KINDS[kind]
+    missing = (1 << 16 * words) - 1 if family == "GRID" or not signed else None  # elsewhere -1 is a value
+    counter = metric_type(row.metric) == "counter"
+    for register, text in zip(registers, texts):
+        if register != "-":
+            first = int(register.rstrip("?"))
+            later = tuple(range(first + 1, first + words))
+            yield Value(first, later, missing, number, *factors, (row.metric, text), counter, when)
+
+
+def family_values(family: str, rows: Sequence[Quantity] = QUANTITIES) -> tuple[Value, ...]:
+    """All values of a family. Raises ValueError for rows that make no sense or contradict one another."""
+    found: dict[tuple[str, str], Value] = {}
+    for row in [row for row in rows if family in row.read]:
+        try:
+            for value in row_values(row, family):
+                if found.setdefault(value.series, value) is not value:
+                    raise ValueError(f"the series {value.series[1]!r} stands twice")
+        except ValueError as error:
+            raise ValueError(f"{row.metric} in {family}: {error}") from None
+    return tuple(found.values())
+
+
+def _registers(ranges: Iterable[tuple[int, int]]) -> set[int]:
+    return {register for first, last in ranges for register in range(first, last + 1)}
+
+
+VALUES = {family: family_values(family) for family in FAMILIES}
+NO_METRIC = _registers(SILENT).union(*map(_registers, INFO.values()))
 KNOWN = {
-    family: frozenset(
-        register
-        for first, last in [(value.register, value.register + len(value.later)) for value in rows]
-        + list(SILENT)
-        + [r for ranges in INFO.values() for r in ranges]
-        for register in range(first, last + 1)
-    )
-    for family, rows in VALUES.items()
+    family: frozenset(NO_METRIC.union(*((value.register, *value.later) for value in values)))
+    for family, values in VALUES.items()
 }
+
+# ------------------------------------------------------------------------------------------------ internal metrics
+#
+# Every metric that is not a register's: name, type, labels, what starts at 0, help. What starts at 0 are the values of the
+# one label, or ALONE if the metric has none; anything else appears with its first number.
+
+DEVICE_LABELS = "device, model, serial"
+ALONE = ("",)
+
+# fmt: off
+INTERNALS = (
+    # the original exporter's
+    ("meter_unknown_register",            "gauge",   DEVICE_LABELS + ", register", (), "Register of a meter whose meaning is unknown, as an unsigned word."),
+    ("inverter_unknown_register",         "gauge",   DEVICE_LABELS + ", register", (), "Register of an inverter whose meaning is unknown, as an unsigned word."),
+    ("meter_time_sync_packets_total",     "counter", DEVICE_LABELS, (),    "Settings packets (function 03) of a meter."),
+    ("inverter_time_sync_packets_total",  "counter", DEVICE_LABELS, (),    "Settings packets (function 03) of an inverter."),
+    ("meter_metrics_packets_total",       "counter", DEVICE_LABELS, (),    "Data packets (functions 04 and 45) of a meter."),
+    ("inverter_metrics_packets_total",    "counter", DEVICE_LABELS, (),    "Data packets (functions 04 and 45) of an inverter."),
+    ("meter_time_sync_ack_packets_total", "counter", DEVICE_LABELS, (),    "Confirmations of a write (function 10) of any device."),
+    ("outbound_unknown_packets_total",    "counter", "",            ALONE, "Packets from devices with a good checksum and another function."),
+    ("inbound_unknown_packets_total",     "counter", "",            ALONE, "Packets from the portal with a good checksum that were not let through."),
+
+    # devices
+    ("sems_mitm_device_info",                          "gauge",   DEVICE_LABELS + ", full_serial, firmware, module_firmware, portal", (), "Always 1; what the device says of itself."),
+    ("sems_mitm_device_up",                            "gauge",   DEVICE_LABELS, (), "1 while the last good frame of the device is not older than stale_after_seconds."),
+    ("sems_mitm_device_last_packet_timestamp_seconds", "gauge",   DEVICE_LABELS, (), "When the last good frame of the device came."),
+    ("sems_mitm_device_clock_offset_seconds",          "gauge",   DEVICE_LABELS, (), "The device's clock less this machine's, at its last live packet."),
+    ("sems_mitm_acks_total",                           "counter", DEVICE_LABELS, (), "Acknowledgements given to the device, by the portal or by the exporter."),
+    ("sems_mitm_nacks_total",                          "counter", DEVICE_LABELS, (), "Packets of the device that the portal did not accept."),
+    ("sems_mitm_buffered_packets_total",               "counter", DEVICE_LABELS, (), "Buffered packets (function 45), which a device sends after an outage."),
+
+    # packets and connections
+    ("sems_mitm_packets_total",                   "counter", "direction, type, verdict", (), "Packets by type and by what became of them."),
+    ("sems_mitm_rejected_values_total",           "counter", "reason",    ("dip", "not_finite"), "Values of live packets that were not taken."),
+    ("sems_mitm_queue_bytes",                     "gauge",   "",          (),    "Bytes that wait for the portal, in memory."),
+    ("sems_mitm_queue_dropped_packets_total",     "counter", "",          ALONE, "Packets that were dropped because a queue was full."),
+    ("sems_mitm_unlisted_device_packets_total",   "counter", "",          ALONE, "Good packets of devices without series of their own."),
+    ("sems_mitm_device_connections",              "gauge",   "",          (),    "Device connections open now."),
+    ("sems_mitm_upstream_connections",            "gauge",   "",          (),    "Portal connections open now."),
+    ("sems_mitm_refused_connections_total",       "counter", "reason",    ("limit", "not_allowed", "loop"), "Device connections that were refused."),
+    ("sems_mitm_upstream_connect_failures_total", "counter", "reason",    ("dns", "refused", "timeout", "loop", "other"), "Attempts to reach the portal that failed."),
+    ("sems_mitm_upstream_up",                     "gauge",   "",          (),    "1 if the last attempt of any device to reach the portal succeeded, and its connection was not lost since."),
+    ("sems_mitm_bytes_total",                     "counter", "direction", ("outbound", "inbound"), "Bytes read from devices (outbound) and from the portal (inbound)."),
+
+    # the exporter itself
+    ("sems_mitm_build_info",                    "gauge",   "version, python", (), "Always 1."),
+    ("sems_mitm_stale_after_seconds",           "gauge",   "",     (),    "The value of --metrics.stale-after; 0 is never."),
+    ("sems_mitm_http_closed_connections_total", "counter", "",     ALONE, "HTTP connections closed to make room for a newer one."),
+    ("sems_mitm_suppressed_log_lines_total",    "counter", "",     (),    "Log lines left out because the same was said within a minute."),
+    ("sems_mitm_file_errors_total",             "counter", "file", ("capture", "backfill", "spool"), "Records that could not be written, or read back."),
+    ("sems_mitm_internal_errors_total",         "counter", "",     ALONE, "Faults of the exporter itself that were caught; the log has their tracebacks."),
+    ("process_cpu_seconds_total",               "counter", "",     (),    "Total user and system CPU time spent in seconds."),
+    ("process_resident_memory_bytes",           "gauge",   "",     (),    "Resident memory size in bytes."),
+    ("process_start_time_seconds",              "gauge",   "",     (),    "Start time of the process since unix epoch in seconds."),
+    ("process_open_fds",                        "gauge",   "",     (),    "Number of open file descriptors."),
+    ("process_max_fds",                         "gauge",   "",     (),    "Maximum number of open file descriptors."),
+    ("batsignal_top",                           "untyped", "",     (),    "Upper edge of the bat at this machine's local time."),
+    ("batsignal_bottom",                        "untyped", "",     (),    "Lower edge of the bat at this machine's local time."),
+)
+
+# Unit by the end of a name, without _total or _day; the first that fits.
+UNITS = {
+    "decawatt_hours": "10 Wh", "hectowatt_hours": "100 Wh", "watthours": "Wh", "hours": "h", "seconds": "s", "bytes": "B",
+    "watts": "W", "voltamperes": "VA", "vars": "var", "volts": "V", "amperes": "A", "hertz": "Hz",
+    "decivolts": "0.1 V", "deciamps": "0.1 A", "centihertz": "0.01 Hz",
+    "decidegrees_celsius": "0.1 °C", "celsius": "°C", "percent": "%", "ratio": "1",
+}
+# fmt: on
+
+FIXED = tuple((name, label, values) for name, _, label, values, _ in INTERNALS if values)  # what starts at 0
+
+
+def all_metrics(rows: Sequence[Quantity] = QUANTITIES) -> dict[str, tuple[str, str]]:
+    """Name of every metric to (type, help). Raises ValueError if two rows disagree."""
+    found = {name: (kind, meaning) for name, kind, _, _, meaning in INTERNALS}
+    for row in rows:
+        told = metric_type(row.metric), row.help
+        if found.setdefault(row.metric, told) != told:
+            raise ValueError(f"{row.metric}: another row has another type or help")
+    return found
+
+
+METRICS = all_metrics()
+
+
+def unit(metric: str) -> str:
+    """The unit of a metric, "" if it has none."""
+    base = re.sub("_(total|day)$", "", metric)
+    return next((unit for end, unit in UNITS.items() if base.endswith("_" + end)), "")
+
+
+def metric_rows() -> list[tuple[str, ...]]:
+    """Every metric, registers' first: name, type, labels, unit, meaning, families, where each of them is known from."""
+    rows: list[tuple[str, ...]] = []
+    for row in QUANTITIES:
+        label, _, values = row.labels.partition(" ")
+        labels = f"{DEVICE_LABELS}, {label} ({values})" if label else DEVICE_LABELS
+        known = {family: " + ".join(sorted(set(evidence(row, family)))) for family in row.read}
+        told = metric_type(row.metric), labels, unit(row.metric), row.help
+        rows.append((row.metric, *told, ", ".join(known), ", ".join(known.values())))
+    for name, kind, label, values, meaning in INTERNALS:
+        labels = f"{label} ({' '.join(values)})" if label and values else label
+        rows.append((name, kind, labels, unit(name), meaning, "", "exporter"))
+    return rows
+
 
 # -------------------------------------------------------------------------------------------------------- checksum
 
 
+@functools.lru_cache(maxsize=1)
 def _crc_table() -> list[int]:
-    table = []
-    for crc in range(256):
-        for _ in range(8):
+    """What 16 bits shifted out of the register leave in it. The map is linear: bit by bit, then sums."""
+    table = [0]
+    for bit in range(16):
+        crc = 1 << bit
+        for _ in range(16):
             crc = crc >> 1 ^ (0xA001 if crc & 1 else 0)
-        table.append(crc)
+        table += [crc ^ lower for lower in table]
     return table
 
 
-CRC_TABLE = _crc_table()
-CRC_LOW, CRC_HIGH = bytes(crc & 0xFF for crc in CRC_TABLE), bytes(crc >> 8 for crc in CRC_TABLE)
-LANES_FROM = 24  # frames of one size from which lanes beat the byte table
-
-
 def crc16(data: bytes) -> int:
-    """CRC-16/MODBUS of data; 4B37 for b"123456789"."""
-    crc, table = 0xFFFF, CRC_TABLE
-    for byte in data:
-        crc = crc >> 8 ^ table[(crc ^ byte) & 0xFF]
+    """CRC-16/MODBUS of data; 4B37 for b"123456789". Two bytes a step: of 16 bits nothing is left when 16 go in."""
+    table, crc, even = _crc_table(), 0xFFFF, len(data) & ~1
+    words = memoryview(data[:even]).cast("H") if sys.byteorder == "little" else struct.unpack(f"<{even // 2}H", data[:even])
+    for word in words:
+        crc = table[crc ^ word]
+    for byte in data[even:]:
+        crc = crc >> 8 ^ table[((crc ^ byte) & 0xFF) << 8]
     return crc
-
-
-def _int(data: bytes) -> int:
-    return int.from_bytes(data, "little")
-
-
-def crc16_lanes(data: bytes, size: int) -> tuple[bytes, bytes]:
-    """Low and high bytes of the CRCs of equally long frames, each without its last two bytes.
-
-    data[i::size] is byte i of every frame: one step of the byte table carries all of them forward.
-    """
-    count, from_bytes = len(data) // size, int.from_bytes
-    low = high = from_bytes(b"\xff" * count, "little")
-    for i in range(size - 2):
-        index = (low ^ from_bytes(data[i::size], "little")).to_bytes(count, "little")
-        low = high ^ from_bytes(index.translate(CRC_LOW), "little")
-        high = from_bytes(index.translate(CRC_HIGH), "little")
-    return low.to_bytes(count, "little"), high.to_bytes(count, "little")
-
-
-def first_bad(data: bytes, size: int, order: str) -> int:
-    """Index of the first of the equally long frames in data whose last two bytes are not its CRC, -1 if none."""
-    count = len(data) // size
-    if count >= LANES_FROM:
-        ends = data[size - 2 :: size], data[size - 1 :: size]
-        lanes = crc16_lanes(data, size)
-        if lanes == (ends if order == "little" else ends[::-1]):
-            return -1
-    for i in range(count):
-        frame = data[i * size : (i + 1) * size]
-        if crc16(frame[:-2]).to_bytes(2, order) != frame[-2:]:  # type: ignore[arg-type]
-            return i
-    return -1
 
 
 # ---------------------------------------------------------------------------------------------------------- cipher
 #
 # A packet of n blocks is n 4 x 4 matrices. Transposed to (row, column, block) every step takes the whole packet at
 # once: ShiftRows is slicing, SubBytes with the factors of MixColumns is bytes.translate, sums are xor of big integers.
+
+
+def _int(data: bytes) -> int:
+    return int.from_bytes(data, "little")
 
 
 def _times(factor: int, table: bytes) -> bytes:
@@ -546,11 +516,16 @@ def _sbox() -> bytes:
 
 
 SBOX = _sbox()
-INVERSE_SBOX = bytes(SBOX.index(value) for value in range(256))
-# A direction of the cipher: SubBytes fused with each factor of a row of MixColumns, SubBytes alone, turns of ShiftRows.
-Direction = collections.namedtuple("Direction", "mixed plain turns")
-ENCRYPT = Direction([_times(factor, SBOX) for factor in (2, 3, 1, 1)], SBOX, (0, 1, 2, 3))
-DECRYPT = Direction([_times(factor, INVERSE_SBOX) for factor in (14, 11, 13, 9)], INVERSE_SBOX, (0, 3, 2, 1))
+
+
+@functools.lru_cache(maxsize=2)
+def _direction(decrypting: bool) -> tuple[list[bytes], bytes, tuple[int, ...]]:
+    """SubBytes fused with each factor of a row of MixColumns, SubBytes alone, turns of ShiftRows."""
+    box = bytes(SBOX.index(value) for value in range(256)) if decrypting else SBOX
+    factors = (14, 11, 13, 9) if decrypting else (2, 3, 1, 1)
+    return [_times(factor, box) for factor in factors], box, (0, 3, 2, 1) if decrypting else (0, 1, 2, 3)
+
+
 KEY = b"\xff" * 16  # every device and the portal use it
 CHUNK = 64 * 16  # bytes at a time, so that the keys cached by size stay small: sizes come from the network
 
@@ -573,7 +548,7 @@ def _unmixed(key: bytes) -> bytes:
     mixed = bytearray(16)
     for i in range(16):
         for j in range(4):
-            mixed[i] ^= DECRYPT.mixed[j][SBOX[key[i & 12 | (i + j) & 3]]]  # SBOX undoes the substitution in the table
+            mixed[i] ^= _direction(True)[0][j][SBOX[key[i & 12 | (i + j) & 3]]]  # SBOX undoes the substitution in the table
     return bytes(mixed)
 
 
@@ -585,13 +560,14 @@ def _round_keys(key: bytes, blocks: int, decrypting: bool) -> list[int]:
     return [_int(b"".join(bytes([k[4 * column + row]]) * blocks for row in range(4) for column in range(4))) for k in keys]
 
 
-def _rounds(data: bytes, direction: Direction, key: bytes) -> bytes:
+def _rounds(data: bytes, decrypting: bool, key: bytes) -> bytes:
     """Every block of data through the cipher, for itself."""
+    mixed_boxes, box, turns = _direction(decrypting)
     size = len(data)
     row, blocks = size // 4, size // 16
-    first, *middle, last = _round_keys(key, blocks, direction is DECRYPT)
-    cuts = [(r * row, r * row + turn * blocks, (r + 1) * row) for r, turn in enumerate(direction.turns)]
-    own, next_row, third, fourth = direction.mixed  # what a byte is multiplied by for its own row, and for those above
+    first, *middle, last = _round_keys(key, blocks, decrypting)
+    cuts = [(r * row, r * row + turn * blocks, (r + 1) * row) for r, turn in enumerate(turns)]
+    own, next_row, third, fourth = mixed_boxes  # what a byte is multiplied by for its own row, and for those above
     state = (_int(memoryview(data).cast("B", (blocks, 4, 4)).tobytes("F")) ^ first).to_bytes(size, "little")
     for round_key in middle:
         state = b"".join([part for start, cut, end in cuts for part in (state[cut:end], state[start:cut])])
@@ -599,7 +575,7 @@ def _rounds(data: bytes, direction: Direction, key: bytes) -> bytes:
         mixed = _int(b[row:] + b[:row]) ^ _int(c[2 * row :] + c[: 2 * row]) ^ _int(d[3 * row :] + d[: 3 * row])
         state = (_int(state.translate(own)) ^ mixed ^ round_key).to_bytes(size, "little")
     state = b"".join([part for start, cut, end in cuts for part in (state[cut:end], state[start:cut])])
-    state = (_int(state.translate(direction.plain)) ^ last).to_bytes(size, "little")
+    state = (_int(state.translate(box)) ^ last).to_bytes(size, "little")
     return memoryview(state).cast("B", (4, 4, blocks)).tobytes("F")
 
 
@@ -607,13 +583,13 @@ def encrypt(data: bytes, iv: bytes, key: bytes = KEY) -> bytes:
     """AES-128-CBC of data, a multiple of 16 bytes, without padding; block after block, as each needs the one before."""
     blocks = [iv]
     for i in range(0, len(data), 16):
-        blocks.append(_rounds((_int(blocks[-1]) ^ _int(data[i : i + 16])).to_bytes(16, "little"), ENCRYPT, key))
+        blocks.append(_rounds((_int(blocks[-1]) ^ _int(data[i : i + 16])).to_bytes(16, "little"), False, key))
     return b"".join(blocks[1:])
 
 
 def decrypt(data: bytes, iv: bytes, key: bytes = KEY) -> bytes:
     """The clear text of AES-128-CBC data, a multiple of 16 bytes."""
-    clear = b"".join(_rounds(data[i : i + CHUNK], DECRYPT, key) for i in range(0, len(data), CHUNK))
+    clear = b"".join(_rounds(data[i : i + CHUNK], True, key) for i in range(0, len(data), CHUNK))
     return (_int(clear) ^ _int((iv + data)[: len(data)])).to_bytes(len(data), "little")
 
 
@@ -622,6 +598,16 @@ encrypt_block = functools.lru_cache(maxsize=64)(encrypt)
 decrypt_block = functools.lru_cache(maxsize=64)(decrypt)
 
 # ---------------------------------------------------------------------------------------------------------- frames
+#
+# What a stream is made of, each as (kind, bytes); the bytes joined are the stream again.
+# FRAME      one frame with a good CRC
+# MALFORMED  a frame with a bad CRC, or one that was given up; up to where it claimed to end
+# JUNK       an unbroken run of bytes that are neither
+# KEEPALIVE  a run of `01 02`
+# MORE       goes on with the malformed frame or the junk before it: no packet of its own
+
+FRAME, MALFORMED, JUNK, KEEPALIVE, MORE = "frame", "malformed", "junk", "keepalive", ""
+Piece = tuple[str, bytes]
 
 
 class Wire:
@@ -632,52 +618,42 @@ class Wire:
     def __init__(self, name: str, prefix: bytes, head: int, cap: int, order: str, patience: float, beat: bytes) -> None:
         self.name, self.prefix, self.head, self.cap = name, prefix, head, cap
         self.order, self.patience, self.beat = order, patience, beat
+        self.crc = struct.Struct(">H" if order == "big" else "<H")
+        self.length = struct.Struct(">I")
+        self.overhead = len(prefix) + 4 + 3  # the length field is one short, and the CRC
 
 
-OUTBOUND = Wire("outbound", b"POSTGW", 30, 64 << 10, "big", 30, b"")
+OUTBOUND = Wire("outbound", b"POSTGW", 30, 8 << 10, "big", 30, b"")
 INBOUND = Wire("inbound", b"GW", 24, 4 << 10, "little", 5, b"\x01\x02")
-
-# What a stream is made of. kind: "frame" (good CRC; frames of one size and head), "malformed" (bad CRC, or given up),
-# "junk" or "keepalive"; count: how many packets it is, 0 if it goes on with the piece before it; size: of each part of
-# data that can stand for itself.
-Piece = collections.namedtuple("Piece", "kind data count size")
 
 
 class Framer:
-    """Cuts a stream into pieces, whatever the cut of its reads: `b"".join(p.data for p in pieces)` is the stream.
+    """Cuts a stream into pieces, whatever the cut of its reads.
 
     After a bad frame the search goes on right behind its prefix. `rest` is what is not decided yet: an unfinished frame,
-    or a few bytes that may become one; `since` is when it began.
+    or a few bytes that may become one; `since` is when the wait for it began.
     """
 
     def __init__(self, wire: Wire) -> None:
         self.wire = wire
-        self.rest = bytearray()
+        self.rest = b""
         self.since = 0.0
-        self._marks: list[tuple[int, float]] = []  # places in rest and when their bytes came, a second apart or more
-        self._need = 0  # length of rest at which looking again can tell anything new
-        self._ahead = 64  # frames to check at once: doubled by good ones, so that little is checked in vain
-        self._budget = 0  # bytes of CRC that may still be spent on bad frames
-        self._claimed = 0  # of the buffer: end of the bad frames found in it
-        self._bad = 0  # bad frames that no piece has counted yet
+        self._claimed = 0  # of rest: up to where a bad frame before it claims the bytes
+        self._bad = False  # that frame has no piece yet
         self._junk = False  # the last piece was junk: more of it is no new packet
         self._boundary = True  # at the start, or behind a frame or a keep-alive: where a keep-alive may stand
+        self._checked = 0  # of rest: up to where a bad frame before it was checked, whatever good ones it hid
+        self._budget = 0  # bytes of CRC that may be spent on frames claimed inside bad ones
 
     def feed(self, data: bytes, now: float) -> list[Piece]:
         """The pieces that data completes, in order."""
-        # a byte is checked once by the frame that holds it, unasked; the rest is for frames claimed inside bad ones
-        self._budget = min(self._budget + (CRC_BUDGET - 1) * len(data), CRC_CREDIT)
-        if not self.rest:
-            self.since = now
-            return self._scan(data, now)
-        if not self._marks or now - self._marks[-1][1] >= 1:
-            self._marks.append((len(self.rest), now))
-        self.rest += data
-        return self._scan(bytes(self.rest), now) if len(self.rest) >= self._need else []
+        # each byte is checked once by the frame that holds it, unasked
+        self._budget = min(self._budget + (CRC_BUDGET - 1) * len(data), CRC_BUDGET * RECV_SIZE)
+        return self._cut(self.rest + data, now)
 
     def expire(self, now: float) -> list[Piece]:
         """The pieces of an unfinished frame that is given up; due when `since` is `wire.patience` seconds ago."""
-        return self._scan(bytes(self.rest), now, give_up=True) if self.rest else []
+        return self._cut(self.rest, now, give_up=True)
 
     def close(self, now: float) -> list[Piece]:
         """The pieces of what is left when the stream has ended."""
@@ -686,128 +662,80 @@ class Framer:
             pieces += self.expire(now)
         return pieces
 
-    def _scan(self, buf: bytes, now: float, give_up: bool = False) -> list[Piece]:
+    def _cut(self, buf: bytes, now: float, give_up: bool = False) -> list[Piece]:
+        wire = self.wire
         pieces: list[Piece] = []
-        start = pos = 0  # from start to pos: neither frame nor keep-alive
-        while True:
-            if start == pos and self._boundary and self.wire.beat:
-                start = pos = self._keepalives(buf, pos, pieces)
-                if buf[pos:] == self.wire.beat[:1] and not give_up:
+        size, header, crc = len(wire.prefix), len(wire.prefix) + 4, wire.crc.unpack
+        start = pos = 0  # from start to pos: neither a good frame nor a keep-alive
+        while pos < len(buf):
+            if wire.beat and self._boundary and start == pos:
+                start = pos = self._beats(buf, pos, pieces)
+                if buf[pos:] == wire.beat[:1] and not give_up:
                     break
-            pos, size = self._find(buf, pos)
-            if pos == len(buf):
+            pos = self._find(buf, pos, give_up)
+            whole_header = pos + header <= len(buf)
+            if pos == len(buf) or not (whole_header or give_up):
                 break
-            runs: list[tuple[int, int, int]] = []
-            if not 0 < size <= len(buf) - pos:
-                if not give_up:
-                    break
-                bad, give_up = True, False  # one at a time: what it hid may be still on its way
-            elif pos < self._claimed and self._budget < size:
-                pos = min(self._claimed, len(buf))
-                continue
-            else:
-                runs, bad = self._good(buf, pos)
-            if runs:
-                self._skip(buf, start, pos, pieces)
-                pieces += [Piece("frame", buf[at : at + size * count], count, size) for at, size, count in runs]
-                at, size, count = runs[-1]
-                start = pos = at + size * count
-                self._boundary, self._junk, self._claimed = True, False, 0
-            if bad:
-                if pos >= self._claimed:
+            length = wire.length.unpack_from(buf, pos + size)[0] if whole_header else 0
+            end = pos + length + wire.overhead
+            if length > wire.cap:
+                pos += size
+            elif end > len(buf) and not give_up:
+                break
+            elif pos < self._checked and end <= len(buf) and end - pos > self._budget:
+                pos = self._checked
+            elif end <= len(buf) and crc16(buf[pos : end - 2]) == crc(buf[end - 2 : end])[0]:
+                if start < pos:
                     self._skip(buf, start, pos, pieces)
-                    start = pos
-                size = self._size(buf, pos)
-                if size:
-                    self._bad += 1
-                    self._claimed = max(self._claimed, pos + size)
-                pos = min(pos + len(self.wire.prefix), len(buf))
+                pieces.append((FRAME, buf[pos:end]))
+                self._claimed, self._junk, self._boundary = 0, False, True
+                start = pos = end
+            else:
+                start = self._reject(buf, start, pos, end, pieces)
+                pos = min(pos + size, len(buf))
+                give_up = False  # one at a time: what it hid may be still on its way
         self._skip(buf, start, pos, pieces)
-        self._keep(buf, pos, now)
+        self._claimed, self._checked = max(self._claimed - pos, 0), max(self._checked - pos, 0)
+        self.since = self.since if self.rest and not pos else now
+        self.rest = buf[pos:]
         return pieces
 
-    def _keep(self, buf: bytes, pos: int, now: float) -> None:
-        """Keep the bytes from pos for later."""
-        self.since = next((when for place, when in reversed(self._marks) if place <= pos), self.since if self.rest else now)
-        self._marks = [(place - pos, when) for place, when in self._marks if place > pos]
-        self._claimed = max(self._claimed - pos, 0)
-        size = self._size(buf, pos)
-        self.rest = bytearray(buf[pos:])
-        self._need = size or len(self.rest) + 1
+    def _find(self, buf: bytes, pos: int, give_up: bool) -> int:
+        """Where a frame may begin from pos on: at a prefix, or at what may become one when more has come."""
+        prefix, at = self.wire.prefix, buf.find(self.wire.prefix, pos)
+        if at >= 0 or give_up:
+            return at if at >= 0 else len(buf)
+        return len(buf) - next((k for k in range(len(prefix) - 1, 0, -1) if buf.endswith(prefix[:k], pos)), 0)
 
-    def _size(self, buf: bytes, pos: int) -> int:
-        """The size that a frame at pos claims, 0 if there is no whole header at pos or it claims too much."""
-        end = pos + len(self.wire.prefix) + 4
-        if end > len(buf) or not buf.startswith(self.wire.prefix, pos):
-            return 0
-        length = int.from_bytes(buf[end - 4 : end], "big")
-        return end - pos + length + 3 if length <= self.wire.cap else 0  # the field is one short, and the CRC
+    def _reject(self, buf: bytes, start: int, pos: int, end: int, pieces: list[Piece]) -> int:
+        """Take the frame from pos to end as bad; the new start. What begins inside another's claim is part of that."""
+        if end <= len(buf):
+            self._budget -= end - pos if pos < self._checked else 0
+            self._checked = max(self._checked, end)
+        if pos >= self._claimed:
+            self._skip(buf, start, pos, pieces)
+            start, self._bad = pos, True
+        self._claimed = max(self._claimed, end)
+        return start
 
-    def _find(self, buf: bytes, pos: int) -> tuple[int, int]:
-        """Where a frame may begin from pos on, and the size it claims: 0 while its header is not whole."""
-        prefix = self.wire.prefix
-        while True:
-            at = buf.find(prefix, pos)
-            if at < 0:
-                ends = (k for k in range(len(prefix) - 1, 0, -1) if buf.endswith(prefix[:k], pos))
-                return len(buf) - next(ends, 0), 0
-            size = self._size(buf, at)
-            if size or at + len(prefix) + 4 > len(buf):
-                return at, size
-            pos = at + len(prefix)
-
-    def _good(self, buf: bytes, pos: int) -> tuple[list[tuple[int, int, int]], bool]:
-        """Runs (start, size, count) of whole frames from pos on with a good CRC; whether one with a bad CRC follows."""
-        runs, left = [], self._ahead
-        while left:
-            start, size = pos, self._size(buf, pos)
-            if not size or start + size > len(buf):
-                break
-            head, count, pos = buf[pos : pos + min(self.wire.head, size)], 1, pos + size
-            while count < left and buf.startswith(head, pos) and pos + size <= len(buf):
-                count, pos = count + 1, pos + size
-            runs.append((start, size, count))
-            left -= count
-        end = self._first_bad(buf, runs)
-        self._ahead = 1 if end < pos else min(2 * self._ahead, 4096)
-        self._budget -= pos - end
-        if end == pos:
-            return runs, False
-        return [(at, size, min(count, (end - at) // size)) for at, size, count in runs if at < end], True
-
-    def _first_bad(self, buf: bytes, runs: list[tuple[int, int, int]]) -> int:
-        """Where the first frame with a bad CRC begins, the end of the runs if there is none."""
-        sizes: dict[int, list[tuple[int, int]]] = {}
-        for at, size, count in runs:
-            sizes.setdefault(size, []).append((at, count))
-        end = runs[-1][0] + runs[-1][1] * runs[-1][2]
-        for size, members in sizes.items():
-            index = first_bad(b"".join([buf[at : at + size * count] for at, count in members]), size, self.wire.order)
-            for at, count in members if index >= 0 else ():
-                if index < count:
-                    end = min(end, at + size * index)
-                    break
-                index -= count
-        return end
-
-    def _keepalives(self, buf: bytes, pos: int, pieces: list[Piece]) -> int:
+    def _beats(self, buf: bytes, pos: int, pieces: list[Piece]) -> int:
         """Take the keep-alives at pos; where they end."""
         start, beat = pos, self.wire.beat
         while buf.startswith(beat, pos):
             pos += len(beat)
         if pos > start:
-            pieces.append(Piece("keepalive", buf[start:pos], (pos - start) // len(beat), len(beat)))
+            pieces.append((KEEPALIVE, buf[start:pos]))
             self._junk = False
         return pos
 
     def _skip(self, buf: bytes, start: int, end: int, pieces: list[Piece]) -> None:
-        """Take the bytes from start to end as malformed where bad frames claimed them, and as junk behind that."""
+        """Take the bytes from start to end as malformed where a bad frame claims them, and as junk behind that."""
         edge = min(max(self._claimed, start), end)
         if edge > start:
-            pieces.append(Piece("malformed", buf[start:edge], self._bad, edge - start))
-            self._bad, self._junk, self._boundary = 0, False, False
+            pieces.append((MALFORMED if self._bad else MORE, buf[start:edge]))
+            self._bad, self._junk, self._boundary = False, False, False
         if end > edge:
-            pieces.append(Piece("junk", buf[edge:end], 0 if self._junk else 1, end - edge))
+            pieces.append((MORE if self._junk else JUNK, buf[edge:end]))
             self._junk, self._boundary = True, False
 
 
@@ -836,6 +764,11 @@ def _form(function: int, size: int) -> Form | None:
     return SHORT if function == CONFIRMATION or body % 16 == 0 else LONG if body % 16 == 40 % 16 else None
 
 
+def kind_of(cls: int) -> str:
+    """The label `device` of a class."""
+    return "meter" if cls == METER else "inverter"
+
+
 @functools.lru_cache(maxsize=1024)
 def address(head: bytes, size: int, wire: Wire) -> Address:
     """The address of a frame from its first wire.head bytes (of a shorter frame more: it is refused by its size).
@@ -856,9 +789,9 @@ def address(head: bytes, size: int, wire: Wire) -> Address:
     return Address(f"{cls:02x}{function:02x}", cls, function, text, form, (kind_of(cls), text))
 
 
-def kind_of(cls: int) -> str:
-    """The label `device` of a class."""
-    return "meter" if cls == METER else "inverter"
+def address_of(frame: bytes, wire: Wire) -> Address:
+    """The address of a frame. Raises ProtocolError."""
+    return address(frame[: wire.head], len(frame), wire)
 
 
 # A packet is a frame in clear; mark is what stands between function and serial number of a long envelope.
@@ -867,7 +800,7 @@ Packet = collections.namedtuple("Packet", "wire type serial iv time clear mark",
 
 def decode(frame: bytes, wire: Wire) -> Packet:
     """The packet in a frame whose CRC is good. Raises ProtocolError; the inverse of `encode`."""
-    where = address(frame[: wire.head], len(frame), wire)
+    where = address_of(frame, wire)
     form, iv = where.form, frame[where.form.iv : where.form.iv + 16]
     clear = (decrypt_block if wire is INBOUND else decrypt)(frame[form.cipher : -2], iv)
     device_time = frame[form.time : form.time + 6] if form.time else b""
@@ -929,7 +862,7 @@ def registers(clear: bytes) -> dict[int, int]:
 def label_text(text: bytes | str) -> str:
     """A device's text for a label: ASCII 20 to 7E, blanks collapsed, at most 64 characters."""
     text = text.decode("latin-1") if isinstance(text, bytes) else text
-    return " ".join("".join(c if "\x20" <= c < "\x7f" else " " for c in text).split())[:64].rstrip()
+    return " ".join(re.sub("[^\x20-\x7e]", " ", text).split())[:64].rstrip()
 
 
 def label(name: str, value: str) -> str:
@@ -949,40 +882,43 @@ def family(cls: int, serial: str) -> str:
     return "HYBRID" if cls == HYBRID_CLASS else "GRID"  # so a class that nobody has seen too
 
 
-def reading(name: str, words: dict[int, int]) -> Reading:
-    """What the registers of a device of the family `name` mean."""
-    values, not_finite, known = {}, 0, KNOWN[name]
-    for register, later, missing, read, multiply, divide, series, counter, when in VALUES[name]:
-        raw = words.get(register)
-        for low in later:
-            raw = raw << 16 | words[low] if raw is not None and low in words else None
-        number = None if raw is None or raw == missing or when and words.get(when[0]) != when[1] else read(raw)
-        if number is None:
-            continue
-        if number < 0 and counter or not math.isfinite(number):
-            not_finite += 1
-        else:
-            values[series] = number * multiply if divide == 1 else number / divide
-    unknown = [(register, word) for register, word in words.items() if register not in known and word not in (0, 0xFFFF)]
-    return Reading(values, not_finite, dict(sorted(unknown)), info(words))
+def _text(words: dict[int, int], first: int, last: int) -> str:
+    """The text in a range of registers, "" if one is missing."""
+    found = [words[register] for register in range(first, last + 1) if register in words]
+    return label_text(struct.pack(f">{len(found)}H", *found)) if len(found) == last - first + 1 else ""
 
 
 def info(words: dict[int, int]) -> dict[str, str]:
     """The texts of INFO that the registers hold, without the empty ones."""
     found = {}
     for name, ranges in INFO.items():
-        text = " ".join(filter(None, (_text(words, first, last) for first, last in ranges)))
-        port, comma, host = text.partition(",")  # HomeKit: port,host
-        text = f"{host}:{port}" if name == "portal" and comma and port.isdigit() else text
+        texts = [_text(words, first, last) for first, last in ranges if first in words]
+        text = " ".join(filter(None, texts)) if texts else ""
         if text:
-            found[name] = text
+            port, comma, host = text.partition(",")  # HomeKit: port,host
+            found[name] = f"{host}:{port}" if name == "portal" and comma and port.isdigit() else text
     return found
 
 
-def _text(words: dict[int, int], first: int, last: int) -> str:
-    if any(register not in words for register in range(first, last + 1)):
-        return ""
-    return label_text(struct.pack(f">{last - first + 1}H", *(words[register] for register in range(first, last + 1))))
+def reading(name: str, words: dict[int, int]) -> Reading:
+    """What the registers of a device of the family `name` mean."""
+    values, not_finite, known = {}, 0, KNOWN[name]
+    for register, later, missing, number, multiply, divide, series, counter, when in VALUES[name]:
+        raw = words.get(register)
+        for low in later:
+            raw = raw << 16 | words[low] if raw is not None and low in words else None
+        if raw is None or raw == missing or when and words.get(when[0]) != when[1]:
+            continue
+        if number is not int:  # what is unsigned is its bits: finite, and not below 0
+            raw = number(raw)
+            if raw is None:
+                continue
+            if raw < 0 and counter or not math.isfinite(raw):
+                not_finite += 1
+                continue
+        values[series] = raw * multiply if divide == 1 else raw / divide
+    unknown = [(register, word) for register, word in words.items() if register not in known and word not in (0, 0xFFFF)]
+    return Reading(values, not_finite, dict(sorted(unknown)), info(words))
 
 
 # ---------------------------------------------------------------------------------------------- identity and time
@@ -1076,6 +1012,12 @@ def with_bat(frame: bytes) -> bytes | None:
 # --------------------------------------------------------------------------------------------------------- metrics
 
 log = logging.getLogger("sems_mitm")
+Clock = Callable[[float], float]  # monotonic seconds to the seconds since 1970 of the time of day that is shown
+
+
+def wall_clock(now: float) -> float:
+    """The real clock: monotonic seconds to seconds since 1970."""
+    return time.time() - time.monotonic() + now
 
 
 class Troubles:
@@ -1096,41 +1038,119 @@ class Troubles:
         last[:] = [now + period, 0]
 
 
-PACKET_COUNTERS = {  # by function, for a kind of device; the original's names, one for the confirmations of all
-    SETTINGS: "{}_time_sync_packets_total",
-    LIVE: "{}_metrics_packets_total",
-    BUFFERED: "{}_metrics_packets_total",
-    CONFIRMATION: "meter_time_sync_ack_packets_total",
+class Order:
+    """Which live packets of a device count as new, by their own times; as the six bytes of times compare, so do the times.
+
+    One is new that is not older than the newest, or the third older one in a row, rising: a clock may be set back. What is
+    no calendar date is new and takes no part.
+    """
+
+    __slots__ = ("_last", "_newest", "_row")
+
+    def __init__(self) -> None:
+        self._newest = b""
+        self._last, self._row = b"", 0  # of the packets older than the newest: the time of the last, how many rise
+
+    def is_new(self, stamp: bytes) -> bool:
+        """Whether the next packet, of this time, counts as new."""
+        if not device_time(stamp):
+            return True
+        if stamp < self._newest:
+            self._row = self._row + 1 if stamp > self._last else 1
+            self._last = stamp
+            if self._row < 3:
+                return False
+        self._newest, self._row = stamp, 0
+        return True
+
+
+Series = tuple[str, str]  # metric, and its labels beside the device's three
+# A day of a device: its date; when counting began, None for midnight; the counters from which it counts.
+Day = collections.namedtuple("Day", "date since base")
+
+
+class Live:
+    """What the live packets of a device said. Times are monotonic but for `day`'s."""
+
+    __slots__ = ("_below", "counters", "day", "fresh", "gauges", "offset", "unknown")
+
+    def __init__(self) -> None:
+        self.gauges: dict[Series, float] = {}  # of the last reading
+        self.counters: dict[Series, float] = {}  # held: they fall only by the dip rule
+        self.unknown: dict[int, int] = {}
+        self.fresh = -math.inf  # when the last reading came
+        self.offset: float | None = None
+        self.day: Day | None = None
+        self._below: dict[Series, tuple[float, int]] = {}  # a counter's values below the held one: the last, how many in a row
+
+    def take(self, found: Reading, now: float, clock: Clock) -> int:
+        """Take a reading that counts as new; how many of its counters were held back as dips."""
+        local, gap = datetime.fromtimestamp(clock(now)), clock(now) - clock(self.fresh)
+        is_new_day = not self.day or self.day.date != local.date()
+        before = dict(self.counters) if is_new_day else {}
+        self.fresh = now
+        self.unknown = dict(itertools.islice(found.unknown.items(), UNKNOWN_REGISTERS))
+        self.gauges, dips = {}, 0
+        below: dict[Series, tuple[float, int]] = {}
+        for series, number in found.values.items():
+            if not series[0].endswith("_total"):
+                self.gauges[series] = number
+            elif self._is_dip(series, number, below):
+                dips += 1
+            else:
+                self.counters[series] = number
+        self._below = below
+        if is_new_day:
+            self._begin_day(local, gap, before)
+        return dips
+
+    def _is_dip(self, series: Series, number: float, below: dict[Series, tuple[float, int]]) -> bool:
+        """Whether a counter's value is below the held one, and not yet the third in a row of which none falls."""
+        if number >= self.counters.get(series, number):
+            return False
+        last, row = self._below.get(series, (number, 0))
+        row = row + 1 if number >= last else 1
+        below[series] = number, row
+        return row < DECODED
+
+    def _begin_day(self, local: datetime, gap: float, before: dict[Series, float]) -> None:
+        """Count today from `before`, the counters of a reading a gap (in s) ago, if that was just before midnight; else from now."""
+        goes_on = self.day and gap < 3600 and (local - timedelta(seconds=gap)).date() == self.day.date
+        self.day = Day(local.date(), None if goes_on else local, before if goes_on else dict(self.counters))
+
+
+PACKET_COUNTERS = {  # by kind of device and function; the original's names, one for the confirmations of all
+    kind: {
+        SETTINGS: f"{kind}_time_sync_packets_total",
+        LIVE: f"{kind}_metrics_packets_total",
+        BUFFERED: f"{kind}_metrics_packets_total",
+        CONFIRMATION: "meter_time_sync_ack_packets_total",
+    }
+    for kind in ("meter", "inverter")
 }
+ACKS, NACKS, BUFFERED_PACKETS = "sems_mitm_acks_total", "sems_mitm_nacks_total", "sems_mitm_buffered_packets_total"
 
 
 class Device:
-    """What is known of one device. Times are monotonic but for `newest` and `offset`, which are of its own clock."""
+    """What is known of one device, and its frames that wait to be decoded."""
 
     __slots__ = (
-        "kind", "serial", "told", "name", "labels", "info", "counts", "gauges", "counters", "unknown", "good", "fresh", "newest", "offset",
-        "day", "hidden", "version", "page", "_older", "_below",
+        "counts", "family", "good", "hidden", "info", "kind", "labels", "live", "name", "order", "page", "serial", "told",
+        "version", "waiting",
     )  # fmt: skip
 
-    def __init__(self, kind: str, serial: str, now: float) -> None:
-        self.kind, self.serial = kind, serial
+    def __init__(self, where: Address, now: float) -> None:
+        self.kind, self.serial = where.owner
+        self.family = family(where.cls, where.serial)
         self.is_told("")
         self.info = {"firmware": "", "module_firmware": "", "portal": ""}
-        names = [name.format(kind) for name in PACKET_COUNTERS.values()]
-        self.counts = dict.fromkeys([*names, "sems_mitm_acks_total", "sems_mitm_nacks_total", "sems_mitm_buffered_packets_total"], 0)
-        self.gauges: dict[tuple[str, str], float] = {}
-        self.counters: dict[tuple[str, str], float] = {}
-        self.unknown: dict[int, int] = {}
+        self.counts = dict.fromkeys([*PACKET_COUNTERS[self.kind].values(), ACKS, NACKS, BUFFERED_PACKETS], 0)
         self.good = now  # when the last good frame came
-        self.fresh = -math.inf  # when the last live packet came that counted as new
-        self.newest = b""  # its time, six bytes
-        self.offset: float | None = None
-        self.day: tuple[datetime, dict[tuple[str, str], float]] | None = None  # today's first reading
+        self.live, self.order = Live(), Order()
+        self.waiting: dict[int, list[tuple[bytes, float]]] = {SETTINGS: [], LIVE: []}  # frames, and when they came
         self.hidden = False  # another device has its labels
         self.version = 0  # rises with every change, so that an unchanged device is not rendered again
         self.page: tuple[tuple[int, bool], dict[str, str]] = ((-1, False), {})
-        self._older = (b"", 0)  # the row of packets older than newest: the time of its last, its length
-        self._below: dict[tuple[str, str], tuple[float, int]] = {}  # the row of a counter's values below the held one
 
     def is_told(self, model_name: str) -> None:
         """The device gave its model name; name tells its series from those of others, labels is that as text."""
@@ -1138,73 +1158,29 @@ class Device:
         self.name = identity(self.kind, self.serial, model_name)
         self.labels = device_labels(self.name)
 
-    def new_ones(self, stamps: list[bytes]) -> list[int]:
-        """Which of live packets, by their times in the order of arrival, count as new.
-
-        One is that is not older than the newest, or the third older one in a row, rising. As the bytes of times compare, so
-        do the times. What is no calendar date is new and takes no part.
-        """
-        found, newest, last, row = [], self.newest, *self._older
-        for i, stamp in enumerate(stamps):
-            if device_time(stamp):
-                if stamp < newest:
-                    row = row + 1 if stamp > last and row else 1
-                    last = stamp
-                    if row < DECODED:
-                        continue
-                newest, row = stamp, 0
-            found.append(i)
-        self.newest, self._older = newest, (last, row)
-        return found
-
-    def take(self, found: Reading, when: datetime | None, now: float, local: datetime) -> dict[str, int]:
-        """Take a new live reading; how many of its values were rejected, by reason. `local` is this machine's time."""
-        rejected = {"not_finite": found.not_finite, "dip": 0}
-        self.fresh, self.unknown = now, dict(itertools.islice(found.unknown.items(), UNKNOWN_REGISTERS))
-        self.gauges = {series: number for series, number in found.values.items() if not series[0].endswith("_total")}
-        below: dict[tuple[str, str], tuple[float, int]] = {}
-        for series, number in found.values.items():
-            if series not in self.gauges and not self._rises(series, number, below):
-                rejected["dip"] += 1
-        self._below = below
-        if when is not None:
-            self.offset = (when - local).total_seconds()
-        if self.day is None or self.day[0].date() != local.date():
-            self.day = (local, {series: number for series, number in self.counters.items() if not series[1]})
-        return rejected
-
-    def _rises(self, series: tuple[str, str], number: float, below: dict[tuple[str, str], tuple[float, int]]) -> bool:
-        """Take a counter's value unless it is a dip: the third in a row below the held one, none falling, is a new start."""
-        if number < self.counters.get(series, number):
-            last, row = self._below.get(series, (number, 0))
-            row = row + 1 if number >= last else 1
-            if row < DECODED:
-                below[series] = (number, row)
-                return False
-        self.counters[series] = number
-        return True
-
     def samples(self, stale: bool) -> list[tuple[str, str, float]]:
         """(metric, labels beside the three, number) of everything that does not change by itself."""
+        live = self.live
         found: list[tuple[str, str, float]] = [(name, "", number) for name, number in self.counts.items()]
-        found += [(metric, labels, number) for (metric, labels), number in self.counters.items()]
+        found += [(metric, labels, number) for (metric, labels), number in live.counters.items()]
         texts = {"full_serial": label_text(self.serial), **self.info}
         found.append(("sems_mitm_device_info", ",".join(label(name, text) for name, text in texts.items()), 1))
         if not stale:
-            found += [(metric, labels, number) for (metric, labels), number in self.gauges.items()]
-            found += [(f"{self.kind}_unknown_register", f'register="{register}"', word) for register, word in self.unknown.items()]
-            if self.offset is not None:
-                found.append(("sems_mitm_device_clock_offset_seconds", "", self.offset))
+            found += [(metric, labels, number) for (metric, labels), number in live.gauges.items()]
+            unknown = f"{self.kind}_unknown_register"
+            found += [(unknown, f'register="{register}"', word) for register, word in live.unknown.items()]
+            if live.offset is not None:
+                found.append(("sems_mitm_device_clock_offset_seconds", "", live.offset))
         return found
 
 
 def page(labels: str, samples: list[tuple[str, str, float]]) -> dict[str, str]:
     """Metric name to its lines, for samples that share labels."""
-    lines: dict[str, str] = {}
+    lines: dict[str, list[str]] = {}
     for metric, more, number in samples:
         both = f"{labels},{more}" if labels and more else labels or more
-        lines[metric] = f"{lines.get(metric, '')}{metric}{{{both}}} {number}\n" if both else f"{metric} {number}\n"
-    return lines
+        lines.setdefault(metric, []).append(f"{metric}{{{both}}} {number}\n" if both else f"{metric} {number}\n")
+    return {metric: "".join(parts) for metric, parts in lines.items()}
 
 
 def exposition(pages: list[dict[str, str]]) -> Iterator[str]:
@@ -1217,132 +1193,7 @@ def exposition(pages: list[dict[str, str]]) -> Iterator[str]:
             yield "".join(parts[at : at + 64])
 
 
-PACKET_LABELS = ("direction", "type", "verdict")
-LAST_PACKET = "sems_mitm_device_last_packet_timestamp_seconds"
-LABELLED = TYPES | {"malformed", "keepalive", "junk"}
-
-
-class Store:
-    """All that the exporter shows. The packet thread writes and HTTP threads read, each under `lock`."""
-
-    def __init__(self, stale_after: float = 300, max_devices: int = 256, batsignal: bool = False) -> None:
-        self.lock = threading.RLock()
-        self.stale_after, self.max_devices, self.batsignal = stale_after, max_devices, batsignal
-        self.devices: dict[tuple[str, str], Device] = {}
-        self.names: dict[tuple[str, str, str], Device] = {}
-        self.totals = {(name, label(key, value) if key else ""): 0 for name, key, values in FIXED for value in values}
-        self.packets: dict[tuple[str, str, str], int] = collections.defaultdict(int)
-        self.gauges: dict[str, Callable[[], float | None]] = {}  # asked at the scrape; None is absent
-        self.troubles = Troubles()
-        self.started = time.time()
-        self._types = set(LABELLED)  # that have a label of their own
-
-    def add(self, name: str, count: int = 1, labels: str = "") -> None:
-        """Add to a counter of FIXED."""
-        self.totals[name, labels] += count
-
-    def count(self, wire: Wire, kind: str, verdict: str, count: int) -> None:
-        """Count packets whose fate is decided; kind is a type, malformed, keepalive or junk."""
-        if kind not in self._types:
-            if len(self._types) < len(LABELLED) + OTHER_TYPES:
-                self._types.add(kind)
-            else:
-                kind = "other"
-        self.packets[wire.name, kind, verdict] += count
-
-    def device(self, where: Address, now: float) -> Device | None:
-        """The device of an address, met anew or again; None if it gets no series."""
-        device = self.devices.get(where.owner)
-        if device is None:
-            device = self._meet(Device(where.owner[0], where.owner[1], now), now)
-        elif device.hidden:
-            self._name(device, now)
-        return None if device is None or device.hidden else device
-
-    def _meet(self, device: Device, now: float) -> Device | None:
-        if device.name in self.names:
-            self._name(device, now)
-            return None
-        if len(self.devices) >= self.max_devices:
-            silent = min(self.devices.values(), key=lambda other: other.good)
-            if not self.is_stale(silent.good, now):
-                text = "more devices than --sems.max-devices=%d: %s is passed on without metrics"
-                self.troubles.say("max-devices", text % (self.max_devices, device.serial), now)
-                return None
-            del self.devices[silent.kind, silent.serial]
-            self._unname(silent)
-        self.devices[device.kind, device.serial] = device
-        self.names[device.name] = device
-        log.info("new device: %s %s", device.name[1], device.serial)
-        return device
-
-    def _name(self, device: Device, now: float) -> None:
-        """Give the device the series of its name, or none if another has them."""
-        device.hidden = self.names.setdefault(device.name, device) is not device
-        if device.hidden:
-            text = "another device has the labels of %s, which gets no metrics: %s"
-            self.troubles.say("same-name", text % (device.serial, " ".join(device.name)), now)
-
-    def _unname(self, device: Device) -> None:
-        if self.names.get(device.name) is device:
-            del self.names[device.name]
-
-    def is_stale(self, since: float, now: float) -> bool:
-        """Whether what was last heard at `since` (monotonic) is too old to be shown."""
-        return bool(self.stale_after) and now - since > self.stale_after
-
-    def learn(self, device: Device, found: dict[str, str], now: float) -> None:
-        """Remember what a device says of itself; all its series move when its model becomes known."""
-        device.info.update((name, text) for name, text in found.items() if name in device.info)
-        told = found.get("model", device.told)
-        if told != device.told:
-            self._unname(device)
-            device.is_told(told)
-            self._name(device, now)
-        device.version += 1
-
-    def live(self, device: Device, packet: Packet, words: dict[int, int], now: float, wall: float) -> None:
-        """Take a live packet that counts as new."""
-        when = device_time(packet.time)
-        found = reading(family(int(packet.type[:2], 16), packet.serial), words)
-        for reason, count in device.take(found, when, now, datetime.fromtimestamp(wall)).items():
-            self.add("sems_mitm_rejected_values_total", count, label("reason", reason))
-        self.learn(device, found.info, now)
-
-    def collect(self, now: float, wall: float) -> list[dict[str, str]]:
-        """Pages for `exposition`. Only what changed is copied under the lock, and nothing is rendered there."""
-        changed, pages, ages = [], [], []
-        with self.lock:
-            for device in self.devices.values():
-                if device.hidden:
-                    continue
-                key = (device.version, self.is_stale(device.fresh, now))
-                if device.page[0] != key:
-                    changed.append((device, key, device.labels, device.samples(key[1])))
-                pages.append(device)
-                ages.append((device.labels, device.good))
-            totals: list[tuple[str, str, float]] = [(name, labels, number) for (name, labels), number in self.totals.items()]
-            totals += [("sems_mitm_packets_total", ",".join(map(label, PACKET_LABELS, key)), count) for key, count in self.packets.items()]
-            totals += [(name, "", number) for name, number in ((name, ask()) for name, ask in self.gauges.items()) if number is not None]
-        for device, key, labels, samples in changed:
-            device.page = (key, page(labels, samples))
-        up = "".join(f"sems_mitm_device_up{{{labels}}} {int(not self.is_stale(good, now))}\n" for labels, good in ages)
-        last = "".join(f"{LAST_PACKET}{{{labels}}} {wall - now + good:.3f}\n" for labels, good in ages)
-        ages_page = {"sems_mitm_device_up": up, LAST_PACKET: last} if ages else {}
-        return [page("", totals + self._process(wall)), ages_page, *(device.page[1] for device in pages)]
-
-    def _process(self, wall: float) -> list[tuple[str, str, float]]:
-        version = ",".join((label("version", VERSION), label("python", sys.version.split()[0])))
-        found = [
-            ("sems_mitm_build_info", version, 1),
-            ("sems_mitm_stale_after_seconds", "", self.stale_after),
-            ("sems_mitm_suppressed_log_lines_total", "", self.troubles.suppressed),
-            ("process_cpu_seconds_total", "", time.process_time()),
-            ("process_start_time_seconds", "", round(self.started, 2)),
-        ]
-        if self.batsignal:
-            found += zip(("batsignal_top", "batsignal_bottom"), ("", ""), bat(datetime.fromtimestamp(wall)))
-        return found + process_gauges()
+STARTED = round(time.time(), 2)
 
 
 def process_gauges() -> list[tuple[str, str, float]]:
@@ -1354,6 +1205,215 @@ def process_gauges() -> list[tuple[str, str, float]]:
         found.append(("process_open_fds", "", len(os.listdir("/dev/fd")) - 1))  # less the one that lists them
     found.append(("process_max_fds", "", resource.getrlimit(resource.RLIMIT_NOFILE)[0]))
     return found
+
+
+class FairLock:
+    """A lock that is not taken again by the thread that had it while another waits: the loop would starve a scrape."""
+
+    def __init__(self) -> None:
+        self._turn, self._lock = threading.Lock(), threading.Lock()
+
+    def __enter__(self) -> None:
+        with self._turn:
+            self._lock.acquire()
+
+    def __exit__(self, *_: object) -> None:
+        self._lock.release()
+
+
+PACKET_LABELS = ("direction", "type", "verdict")
+LABELLED = TYPES | {MALFORMED, KEEPALIVE, JUNK}
+
+
+class Store:
+    """All that the exporter shows. The loop writes and HTTP threads read, each under `lock`."""
+
+    def __init__(
+        self, stale_after: float = 300, max_devices: int = 256, batsignal: bool = False, clock: Clock = wall_clock
+    ) -> None:
+        self.lock = FairLock()
+        self.stale_after, self.max_devices, self.batsignal, self.clock = stale_after, max_devices, batsignal, clock
+        self.devices: dict[tuple[str, str], Device] = {}
+        self.names: dict[tuple[str, str, str], Device] = {}
+        self.undecoded: dict[Device, None] = {}  # devices with waiting frames, in the order of the first
+        self.readings = 0  # taken so far
+        self.totals = {(name, label(key, value) if key else ""): 0 for name, key, values in FIXED for value in values}
+        self.packets: dict[tuple[str, str, str], int] = collections.defaultdict(int)
+        self.gauges: dict[str, Callable[[], float | None]] = {}  # asked at the scrape; None is absent
+        self.troubles = Troubles()
+
+    def add(self, name: str, count: int = 1, labels: str = "") -> None:
+        """Add to a counter of FIXED."""
+        self.totals[name, labels] += count
+
+    def count(self, wire: Wire, kind: str, verdict: str, count: int = 1) -> None:
+        """Count packets whose fate is decided; kind is a type, malformed, keepalive or junk."""
+        key = (wire.name, kind, verdict)
+        if key not in self.packets and kind not in LABELLED:
+            others = {seen for _, seen, _ in self.packets} - LABELLED
+            key = key if kind in others or len(others) < OTHER_TYPES else (wire.name, "other", verdict)
+        self.packets[key] += count
+
+    def broke(self, where: str) -> None:
+        """Count and log the exception of our own that is being handled; `where` names the boundary that contains it."""
+        self.add("sems_mitm_internal_errors_total")
+        text = f"an error of our own in {where}; please report it:\n{traceback.format_exc().rstrip()}"
+        self.troubles.say(f"internal {where}", text, time.monotonic(), level=logging.ERROR)
+
+    # Packets come
+
+    def meet(self, where: Address, frame: bytes, now: float) -> None:
+        """Count a good frame of a device, and keep it if it is to be decoded."""
+        device = self.devices.get(where.owner) or self._newcomer(where, now)
+        if device is not None and device.hidden:
+            self._name(device, now)
+        if device is None or device.hidden:
+            self.add("sems_mitm_unlisted_device_packets_total")
+            return
+        function = where.function
+        device.good = now
+        device.version += 1
+        counter = PACKET_COUNTERS[device.kind].get(function)
+        if counter:
+            device.counts[counter] += 1
+        if function == BUFFERED:
+            device.counts[BUFFERED_PACKETS] += 1
+        elif function == SETTINGS or function == LIVE and device.order.is_new(frame[LONG.time : LONG.time + 6]):
+            waiting = device.waiting[function]
+            waiting.append((frame, now))
+            del waiting[:-DECODED]
+            self.undecoded[device] = None
+
+    def answered(self, owner: tuple[str, str], counter: str) -> None:
+        """Count an ACK or NACK of a device."""
+        device = self.devices.get(owner)
+        if device:
+            device.counts[counter] += 1
+            device.version += 1
+
+    def _newcomer(self, where: Address, now: float) -> Device | None:
+        """A device met for the first time; None if it gets no series."""
+        device = Device(where, now)
+        if device.name in self.names:
+            self._name(device, now)
+            return None
+        if len(self.devices) >= self.max_devices:
+            silent = min(self.devices.values(), key=lambda other: other.good)
+            if not self.is_stale(silent.good, now):
+                text = f"more devices than --sems.max-devices={self.max_devices}: {where.serial} is passed on without metrics"
+                self.troubles.say("max-devices", text, now)
+                return None
+            del self.devices[silent.kind, silent.serial]
+            self.undecoded.pop(silent, None)
+            self._unname(silent)
+        self.devices[where.owner] = device
+        self.names[device.name] = device
+        log.info("new device: %s %s", device.name[1], device.serial)
+        return device
+
+    def _name(self, device: Device, now: float) -> None:
+        """Give the device the series of its name, or none if another has them."""
+        device.hidden = self.names.setdefault(device.name, device) is not device
+        if device.hidden:
+            text = f"another device has the labels of {device.serial}, which gets no metrics: {' '.join(device.name)}"
+            self.troubles.say("same-name", text, now)
+
+    def _unname(self, device: Device) -> None:
+        if self.names.get(device.name) is device:
+            del self.names[device.name]
+
+    def is_stale(self, since: float, now: float) -> bool:
+        """Whether what was last heard at `since` (monotonic) is too old to be shown."""
+        return bool(self.stale_after) and now - since > self.stale_after
+
+    # Packets are decoded
+
+    def digest(self, now: float) -> None:
+        """Decode all that waits."""
+        while self.undecoded:
+            self.digest_one(now)
+
+    def digest_one(self, now: float) -> None:
+        """Decode what waits of one device. A reading that our own code cannot take is left out."""
+        device = next(iter(self.undecoded))
+        del self.undecoded[device]
+        for function, waiting in device.waiting.items():
+            frames = waiting[:]
+            waiting.clear()
+            for frame, came in frames:
+                try:
+                    self._decode(device, function, frame, came)
+                except ProtocolError as error:
+                    self.troubles.say("payload", f"a packet of {device.serial} cannot be read: {error}", now)
+                except Exception:
+                    self.broke("a reading")
+
+    def _decode(self, device: Device, function: int, frame: bytes, came: float) -> None:
+        packet = decode(frame, OUTBOUND)
+        words = registers(packet.clear)
+        if function == SETTINGS:
+            return self._learn(device, info(words), came)
+        found, live = reading(device.family, words), device.live
+        self.add("sems_mitm_rejected_values_total", live.take(found, came, self.clock), label("reason", "dip"))
+        self.add("sems_mitm_rejected_values_total", found.not_finite, label("reason", "not_finite"))
+        when = device_time(packet.time)
+        if when:
+            live.offset = (when - datetime.fromtimestamp(self.clock(came))).total_seconds()
+        self.readings += 1
+        self._learn(device, found.info, came)
+
+    def _learn(self, device: Device, found: dict[str, str], now: float) -> None:
+        """Remember what a device says of itself; all its series move when its model becomes known."""
+        device.info.update((name, text) for name, text in found.items() if name in device.info)
+        told = found.get("model", device.told)
+        if told != device.told:
+            self._unname(device)
+            device.is_told(told)
+            self._name(device, now)
+        device.version += 1
+
+    # A scrape
+
+    def collect(self, now: float) -> list[dict[str, str]]:
+        """Pages for `exposition`. Only what changed is copied under the lock, and nothing is rendered there."""
+        changed, shown = [], []
+        with self.lock:
+            self.digest(now)
+            for device in self.devices.values():
+                if device.hidden:
+                    continue
+                key = (device.version, self.is_stale(device.live.fresh, now))
+                if device.page[0] != key:
+                    changed.append((device, key, device.labels, device.samples(key[1])))
+                shown.append((device, device.labels, device.good))
+            totals = self._totals()
+        for device, key, labels, samples in changed:
+            device.page = (key, page(labels, samples))
+        ages = [(labels, int(not self.is_stale(good, now)), wall_clock(good)) for _, labels, good in shown]
+        up = [("sems_mitm_device_up", labels, up) for labels, up, _ in ages]
+        last = [("sems_mitm_device_last_packet_timestamp_seconds", labels, round(good, 3)) for labels, _, good in ages]
+        return [page("", totals + self._process(now) + up + last), *(device.page[1] for device, _, _ in shown)]
+
+    def _totals(self) -> list[tuple[str, str, float]]:
+        asked = ((name, ask()) for name, ask in self.gauges.items())
+        return [
+            *((name, labels, number) for (name, labels), number in self.totals.items()),
+            *(("sems_mitm_packets_total", ",".join(map(label, PACKET_LABELS, key)), count) for key, count in self.packets.items()),
+            *((name, "", number) for name, number in asked if number is not None),
+            ("sems_mitm_suppressed_log_lines_total", "", self.troubles.suppressed),
+        ]
+
+    def _process(self, now: float) -> list[tuple[str, str, float]]:
+        version = ",".join((label("version", VERSION), label("python", sys.version.split()[0])))
+        found = [
+            ("sems_mitm_build_info", version, 1),
+            ("sems_mitm_stale_after_seconds", "", self.stale_after),
+            ("process_cpu_seconds_total", "", time.process_time()),
+            ("process_start_time_seconds", "", STARTED),
+        ]
+        if self.batsignal:
+            found += zip(("batsignal_top", "batsignal_bottom"), ("", ""), bat(datetime.fromtimestamp(self.clock(now))))
+        return found + process_gauges()
 
 
 # ----------------------------------------------------------------------------------------------------------- rules
@@ -1395,573 +1455,168 @@ def answer(where: Address, local: datetime, clock: bool) -> bytes:
 
 _NAME, _OFFSET = r"(?:[A-Za-z]{3,}|<[A-Za-z0-9+-]{3,}>)", r"[+-]?(?:[01]?[0-9]|2[0-4])(?::[0-5][0-9]){0,2}"
 _DATE = r",(?:M(?:[1-9]|1[0-2])\.[1-5]\.[0-6]|J?[0-9]{1,3})(?:/[+-]?[0-9]{1,3}(?::[0-5][0-9]){0,2})?"
-ZONE_RULE = re.compile(f"{_NAME}{_OFFSET}(?:{_NAME}(?:{_OFFSET})?(?:{_DATE}{_DATE})?)?")  # POSIX, 8.3
+ZONE_RULE = f"{_NAME}{_OFFSET}(?:{_NAME}(?:{_OFFSET})?(?:{_DATE}{_DATE})?)?"  # POSIX, 8.3
 ZONE_DIRECTORIES = ("/usr/share/zoneinfo", "/usr/lib/zoneinfo", "/usr/share/lib/zoneinfo", "/etc/zoneinfo", "/var/db/timezone/zoneinfo")
 
 
 def zone_is_known(zone: str | None, exists: Callable[[str], bool]) -> bool:
     """Whether the TZ variable is one that the system understands; the C library takes any other for UTC, in silence."""
-    if zone is None or ZONE_RULE.fullmatch(zone):
+    if zone is None:
+        return exists("/etc/localtime")  # a bare container has none, and its UTC is nobody's time
+    if re.fullmatch(ZONE_RULE, zone):
         return True
     name = zone.lstrip(":")
     return bool(name) and any(exists(os.path.join(directory, name)) for directory in ZONE_DIRECTORIES)
 
 
-class Entry:
-    """Frames that wait in an outbox, or bytes that are none (whole is False); key: what answers each of the frames.
-
-    They have one size, or else 0 and a size each: what comes in small pieces is merged, as an entry costs more than a frame.
-    """
-
-    __slots__ = ("data", "size", "key", "whole", "sizes")
-
-    def __init__(self, data: bytes, size: int, key: tuple[str, str] | None = None, whole: bool = True) -> None:
-        self.data, self.size, self.key, self.whole = data, size, key, whole
-        self.sizes: list[int] = []
-
-    def each(self) -> list[int]:
-        """The size of each frame."""
-        return [self.size] * (len(self.data) // self.size) if self.size else self.sizes
-
-    def takes(self, other: Entry) -> bool:
-        """Take another entry in if it is of the same kind and both are small."""
-        if self.key != other.key or self.whole != other.whole or len(self.data) + len(other.data) > ENTRY:
-            return False
-        if self.whole and (self.size != other.size or not self.size):
-            self.size, self.sizes = 0, self.each()
-            self.sizes += other.each()
-        self.data += other.data
-        self.size = self.size if self.whole else len(self.data)
-        return True
-
-    def edge(self, offset: int) -> int:
-        """Where the frame begins that holds the byte at offset."""
-        if self.size:
-            return offset // self.size * self.size
-        edges = itertools.takewhile(lambda edge: edge <= offset, itertools.accumulate(self.sizes, initial=0))
-        return max(edges)
-
-    def split(self, edge: int) -> Entry:
-        """Take the frames before an edge out of it."""
-        front = Entry(self.data[:edge], self.size, self.key, self.whole)
-        self.data = self.data[edge:]
-        while not self.size and sum(front.sizes) < edge:
-            front.sizes.append(self.sizes.pop(0))
-        return front
-
-
-class Pool:
-    """The memory of what waits in all outboxes together; outward: the bytes of it that wait for the portal."""
-
-    def __init__(self, limit: int = QUEUES) -> None:
-        self.limit, self.size, self.outward = limit, 0, 0
-        self.outboxes: set[Outbox] = set()
-
-    def shed(self) -> int:
-        """Drop the oldest frames of the longest outbox until all fit; how many."""
-        dropped = 0
-        while self.size > self.limit:
-            part = min(self.size - self.limit, 64 << 10)  # then another may be the longest
-            longest = sorted(self.outboxes, key=lambda outbox: -outbox.size)
-            count = next(filter(None, (outbox.shed(max(outbox.size - part, 0)) for outbox in longest)), 0)
-            if not count:
-                break  # what is left is half sent
-            dropped += count
-        return dropped
-
-
 class Outbox:
-    """Bytes that wait for a peer, in order and by whole frames.
+    """Bytes that wait for a peer, in order: whole frames, or stretches of a stream."""
 
-    `offset` is how much of the first unsent entry has been sent already; with none, how much of the unfinished frame
-    that the framer still holds. Frames with a key stay, once sent, until they are answered: answers match by order.
-    """
+    __slots__ = ("_offset", "_parts", "size")
 
-    def __init__(self, pool: Pool, to_portal: bool) -> None:
-        self.pool, self.to_portal = pool, to_portal
-        self.unsent: collections.deque[Entry] = collections.deque()
-        self.offset = 0
-        self.size = 0  # bytes in unsent and flying
-        self.backlog = 0  # bytes in unsent
-        self.flying: collections.OrderedDict[int, Entry] = collections.OrderedDict()  # sent, not answered, by number
-        self.misplaced: dict[tuple[str, str], int] = {}  # answers owed to frames that were dropped after they were sent
-        self._keys: dict[tuple[str, str], collections.deque[int]] = {}  # key to its numbers in flying
-        self._number = 0
-        pool.outboxes.add(self)
-
-    def close(self) -> None:
-        """Forget everything."""
-        self._resize(-self.backlog, self.backlog - self.size, -len(self.unsent) - len(self.flying))
-        self.unsent.clear()
-        self.flying.clear()
-        self.pool.outboxes.discard(self)
+    def __init__(self) -> None:
+        self._parts: collections.deque[bytes] = collections.deque()
+        self._offset = 0  # of the first, how much is sent already
+        self.size = 0  # bytes that wait
 
     @property
-    def has_frames(self) -> bool:
-        """Whether whole frames wait, or answers are awaited; junk alone need not outlive its device."""
-        return bool(self.flying) or any(entry.whole for entry in self.unsent)
+    def weight(self) -> int:
+        """Bytes of memory that it takes, about."""
+        return self.size + OBJECT * len(self._parts)
 
-    def put(self, data: bytes, size: int, key: tuple[str, str] | None = None, whole: bool = True) -> bool:
-        """Add frames of this size, or what is no whole frame; whether all of it was sent already, while it was unfinished."""
-        if not key and not self.unsent and self.offset >= len(data):
-            self.offset -= len(data)
-            return True
-        entry = Entry(data, size, key, whole)
-        merged = bool(self.unsent) and self.unsent[-1].takes(entry)
-        if not merged:
-            self.unsent.append(entry)
-        self._resize(len(data), 0, 0 if merged else 1)
-        return False
+    def put(self, data: bytes) -> None:
+        """Let data wait behind all else."""
+        if data:
+            self._parts.append(data)
+            self.size += len(data)
 
-    def ready(self, most: int = BACKLOG) -> bytes:
-        """The next unsent bytes, `most` of them or an entry more."""
-        parts, length = [], -self.offset
-        for entry in self.unsent:
-            parts.append(entry.data)
-            length += len(entry.data)
-            if length >= most:
-                break
-        data = parts[0] if len(parts) == 1 else b"".join(parts)
-        return data[self.offset :] if self.offset else data
+    def ready(self) -> bytes:
+        """The next bytes to send: of one part, or of several small ones."""
+        first = self._parts[0][self._offset :] if self._offset else self._parts[0]
+        if len(self._parts) == 1 or len(first) >= RECV_SIZE:
+            return first
+        count, length = 1, len(first)
+        while count < len(self._parts) and length < RECV_SIZE:
+            length += len(self._parts[count])
+            count += 1
+        return b"".join([first, *itertools.islice(self._parts, 1, count)])
 
-    def took(self, count: int) -> list[Entry]:
-        """The peer took so many bytes; the entries that are sent by that."""
-        unsent, offset, sent = self.unsent, self.offset + count, []
-        before = offset
-        while unsent and offset >= len(unsent[0].data):
-            sent.append(unsent.popleft())
-            offset -= len(sent[-1].data)
-        edge = unsent[0].edge(offset) if unsent else 0
-        if edge:  # what is sent of it goes, and may be answered
-            sent.append(unsent[0].split(edge))
-            offset -= edge
-            self._resize(0, 0, 1)
-        self.offset = offset
-        self._resize(offset - before, 0, -len(sent))
-        for entry in sent:
-            if entry.key:
-                self._fly(entry)
+    def took(self, count: int) -> list[bytes]:
+        """The peer took so many bytes; the parts that are sent whole by that."""
+        sent, self.size, self._offset = [], self.size - count, self._offset + count
+        while self._parts and self._offset >= len(self._parts[0]):
+            sent.append(self._parts.popleft())
+            self._offset -= len(sent[-1])
         return sent
 
-    def _fly(self, entry: Entry) -> None:
-        """Keep sent frames until they are answered."""
-        assert entry.key
-        merged = bool(self.flying) and next(reversed(self.flying.values())).takes(entry)
-        if not merged:
-            self._number += 1
-            self.flying[self._number] = entry
-            self._keys.setdefault(entry.key, collections.deque()).append(self._number)
-        self._resize(0, len(entry.data), 0 if merged else 1)
+    def drop_oldest(self) -> bytes:
+        """Take out the first part, of which nothing may be sent yet."""
+        part = self._parts.popleft()
+        self.size -= len(part)
+        return part
 
-    def answered(self, key: tuple[str, str]) -> bool:
-        """An answer came: the oldest unanswered frame of this key is done. Whether there was one."""
-        if key in self.misplaced:
-            self.misplaced[key] -= 1
-            if not self.misplaced[key]:
-                del self.misplaced[key]
-            return False
-        if key not in self._keys:
-            return False
-        self._land(self._keys[key][0])
-        return True
+    def put_back(self, parts: list[bytes]) -> None:
+        """Let parts that were sent wait again, before all else, and what is half sent from its first byte."""
+        self.size += sum(map(len, parts)) + self._offset
+        self._offset = 0
+        self._parts.extendleft(reversed(parts))
 
-    def _land(self, number: int) -> tuple[str, str]:
-        """Take the first frame of an entry, the oldest of its key, out of those in flight; the key."""
-        entry = self.flying[number]
-        assert entry.key
-        answered = entry.split(entry.each()[0])
-        if not entry.data:
-            del self.flying[number]
-            self._keys[entry.key].popleft()
-            if not self._keys[entry.key]:
-                del self._keys[entry.key]
-        self._resize(0, -len(answered.data), 0 if entry.data else -1)
-        return entry.key
+    def take_all(self) -> tuple[bytes, int]:
+        """Take out all that waits: the bytes from the start of the first part, and how many of them are sent already."""
+        data, sent = b"".join(self._parts), self._offset
+        self._parts.clear()
+        self.size = self._offset = 0
+        return data, sent
 
-    def lost(self) -> None:
-        """The connection is gone: everything unanswered goes again, from a frame's first byte."""
-        if self.unsent:
-            self._resize(-len(self.unsent[0].split(self.unsent[0].edge(self.offset)).data))
-        self.offset = 0
-        flying = sum(len(entry.data) for entry in self.flying.values())
-        self._resize(flying, -flying)
-        self.unsent.extendleft(reversed(self.flying.values()))
-        self.flying.clear()
-        self._keys.clear()
-        self.misplaced.clear()
-
-    def start_whole(self) -> None:
-        """Let what waits begin with a whole frame: what a new connection gets first."""
-        while self.unsent and not self.unsent[0].whole:
-            self._resize(-len(self.unsent.popleft().data), 0, -1)
-
-    def shed(self, limit: int) -> int:
-        """Drop the oldest whole frames until `limit` bytes are left, but none that is half sent; how many."""
-        dropped = 0
-        while self.size > limit and self.flying:
-            key = self._land(next(iter(self.flying)))
-            self.misplaced[key] = self.misplaced.get(key, 0) + 1
-            dropped += 1
-        kept: list[Entry] = []
-        while self.size > limit and self.unsent:
-            entry = self.unsent.popleft()
-            if self.offset and not kept:  # half of its first frame is sent
-                kept.append(entry.split(entry.each()[0]))
-                self._resize(0, 0, 1)
-            edges = list(itertools.accumulate(entry.each(), initial=0))
-            count = min(bisect.bisect_left(edges, self.size - limit), len(edges) - 1)
-            entry.split(edges[count])
-            self._resize(-edges[count], 0, 0 if entry.data else -1)
-            dropped += count
-            if entry.data:
-                kept.append(entry)
-        self.unsent.extendleft(reversed(kept))
-        return dropped
-
-    def _resize(self, unsent: int, flying: int = 0, entries: int = 0) -> None:
-        self.backlog += unsent
-        self.size += unsent + flying
-        self.pool.size += unsent + flying + ENTRY_COST * entries
-        self.pool.outward += unsent + flying if self.to_portal else 0
+    def __iter__(self) -> Iterator[bytes]:
+        return iter(self._parts)
 
 
-# --------------------------------------------------------------------------------------------------------- session
+class Spool:
+    """A serial number's frames for the portal: an outbox that keeps what is sent until it is answered.
 
-
-class Exporter:
-    """What all sessions share: the settings, the store, the queues' pool, and where frames are recorded."""
-
-    def __init__(self, store: Store, mode: str = FORWARD, zone_ok: bool = True, record: Callable[..., None] | None = None) -> None:
-        self.store, self.mode, self.zone_ok, self.record = store, mode, zone_ok, record
-        self.pool = Pool()
-        self.sessions: set[Session] = set()
-        self.done: list[Session] = []  # whose connections the network is to close
-
-    def clock_ok(self, now: float, wall: float) -> bool:
-        """Whether this machine's clock is good enough to set a device's by it."""
-        if wall >= RELEASED and self.zone_ok:
-            return True
-        why = "TZ is no time zone that this system knows" if wall >= RELEASED else "this machine's own clock is wrong"
-        self.store.troubles.say("clock", f"the devices' clocks are not set: {why}", now, CLOCK_PERIOD)
-        return False
-
-    def adopt(self, heir: Session, serial: str) -> None:
-        """Give the undelivered spool of a device that has gone to its new session, so that the order stays."""
-        for session in self.sessions:
-            if session is not heir and session.device_gone and session.serial == serial:
-                session.spool_moves(heir)
-                self.done.append(session)
-
-    def is_echo(self, frame: bytes, asking: Session, now: float) -> bool:
-        """Whether another session sent this frame to the portal just now: the portal's name leads back here."""
-        mark = hash(frame)
-        up = (session for session in self.sessions if session is not asking and session.portal_up and not session.device_ended)
-        others = (session for session in up if session.attempted <= asking.accepted)  # what came earlier is no far end of ours
-        return any(mark == sent and now - when <= LOOP_WINDOW for session in others for when, sent in session.remembered())
-
-
-class Session:
-    """One device's connection and the portal's for it: bytes in, bytes out, no socket.
-
-    The network feeds `from_device` and `from_portal`, sends what `to_portal` and `to_device` hold, and calls `digest`
-    when the bytes are on their way: what is decoded there is not in a packet's way.
+    An answer names no frame: it is for the oldest unanswered one of its type.
     """
 
-    def __init__(self, exporter: Exporter, peer: str, now: float) -> None:
-        self.exporter, self.store, self.peer = exporter, exporter.store, peer
-        self.accepted = now
-        self.attempted = now  # when the portal's connection was last asked for
-        self.outward, self.inward = Framer(OUTBOUND), Framer(INBOUND)
-        self.to_portal, self.to_device = Outbox(exporter.pool, True), Outbox(exporter.pool, False)
-        self.serial = ""  # of the first good frame
-        self.classes: set[int] = set()  # that the device has sent
-        self.portal_up = False
-        self.away = False  # the last attempt to reach the portal failed, or its connection is gone
-        self.device_ended = False  # the device sends no more
-        self.device_gone = False  # and its socket is closed: only a spool goes on
-        self.refused = False  # this connection is our own, come back
-        self.opening: tuple[float, int] | None = None  # when the portal was sent its connection's first frame, and its hash
-        self.echoes: collections.deque[tuple[float, int]] = collections.deque(maxlen=ECHOES)
-        self._waiting: dict[tuple[Device, int], list[Piece]] = {}  # frames to be decoded, by function
-        exporter.sessions.add(self)
+    __slots__ = ("_numbers", "_owed", "_sent", "_sent_size", "_waiting")
 
-    # Outward: device -> portal
+    def __init__(self) -> None:
+        self._waiting = Outbox()
+        self._sent: dict[int, bytes] = {}  # sent and not answered, by number, in the order of sending
+        self._sent_size = 0
+        self._owed: dict[bytes, collections.deque[int]] = {}  # the two bytes of a type to its numbers in _sent
+        self._numbers = itertools.count()
 
-    def from_device(self, data: bytes, now: float, wall: float) -> None:
-        """Take bytes that the device has sent."""
-        self.store.add("sems_mitm_bytes_total", len(data), 'direction="outbound"')
-        for piece in self.outward.feed(data, now):
-            self._outward(piece, now, wall)
+    @property
+    def size(self) -> int:
+        """Bytes that wait to be sent."""
+        return self._waiting.size
 
-    def _outward(self, piece: Piece, now: float, wall: float) -> None:
-        """Decide what becomes of a piece from the device."""
-        kind, data, count, size = piece
-        where = None
-        if kind == "frame":
-            self.refused = self.refused or not self.serial and self.exporter.is_echo(data[:size], self, now)
-            where = self._recognised(data, count, size)
-            kind = where.type if where else "malformed"
-        if self.refused:
-            return
-        if where:
-            self._meet(where, piece, now)
-        mode = self.exporter.mode
-        answered = mode != FORWARD and where is not None and self._answer(where, count, now, wall)
-        verdict = "answered" if answered else "dropped" if mode == LOCAL else "forwarded"
-        if mode != LOCAL:
-            passed = self._drawn(data, size) if where and self.store.batsignal and draws_bat(where) else data
-            verdict = "rewritten" if passed != data and not answered else verdict
-            self._queue(passed, size, piece.kind == "frame", (where.type, where.serial) if where and answered else None, now)
-        self.store.count(OUTBOUND, kind, verdict, count)
-        if self.exporter.record:
-            self._record(OUTBOUND, kind, verdict, data, size, wall)
+    @property
+    def undelivered(self) -> int:
+        """Bytes that wait to be sent or answered."""
+        return self._waiting.size + self._sent_size
 
-    def _recognised(self, data: bytes, count: int, size: int) -> Address | None:
-        """The address of frames with a good CRC, None if they are malformed."""
-        if size > 13 and data[11] not in FUNCTIONS:  # in 13 bytes the CRC stands there
-            self.store.add("outbound_unknown_packets_total", count)
-        with contextlib.suppress(ProtocolError):
-            return address(data[: OUTBOUND.head], size, OUTBOUND)
-        return None
+    @property
+    def weight(self) -> int:
+        """Bytes of memory that it takes, about; what is sent stands in two tables."""
+        return self._waiting.weight + self._sent_size + 2 * OBJECT * len(self._sent)
 
-    def _meet(self, where: Address, piece: Piece, now: float) -> None:
-        """Count the device's good frames, and keep those that are to be decoded."""
-        self.classes.add(where.cls)
-        if not self.serial:
-            self.serial = where.serial
-            if self.exporter.mode == SPOOL:
-                self.exporter.adopt(self, where.serial)
-        device = self.store.device(where, now)
-        if device is None:
-            self.store.add("sems_mitm_unlisted_device_packets_total", piece.count)
-            return
-        function = where.function
-        device.good = now
-        device.version += 1
-        if function in PACKET_COUNTERS:
-            device.counts[PACKET_COUNTERS[function].format(device.kind)] += piece.count
-        if function == BUFFERED:
-            device.counts["sems_mitm_buffered_packets_total"] += piece.count
-        elif function in (LIVE, SETTINGS):
-            waiting = self._waiting.get((device, function))
-            if waiting is None:
-                self._waiting[device, function] = [piece]
-            else:
-                waiting.append(piece)
+    @property
+    def owed(self) -> bool:
+        """Whether the portal owes an answer."""
+        return bool(self._sent)
 
-    def _answer(self, where: Address, count: int, now: float, wall: float) -> bool:
-        """Answer packets in the portal's place; whether they have an answer."""
-        clock = where.function == SETTINGS and self.exporter.clock_ok(now, wall)
-        reply = answer(where, datetime.fromtimestamp(wall), clock)
-        if not reply:
+    def __iter__(self) -> Iterator[bytes]:
+        """All that is not delivered, in order."""
+        return itertools.chain(self._sent.values(), self._waiting)
+
+    def put(self, frame: bytes) -> None:
+        """Let a frame wait behind all else."""
+        self._waiting.put(frame)
+
+    def ready(self) -> bytes:
+        """The next bytes to send."""
+        return self._waiting.ready()
+
+    def took(self, count: int) -> None:
+        """The portal took so many bytes: keep the frames that get an answer."""
+        for frame in self._waiting.took(count):
+            if frame[11] in DATA:
+                number = next(self._numbers)
+                self._sent[number] = frame
+                self._sent_size += len(frame)
+                self._owed.setdefault(frame[10:12], collections.deque()).append(number)
+
+    def answered(self, packet_type: bytes) -> bool:
+        """An answer of this type came; whether a frame was waiting for it."""
+        owed = self._owed.get(packet_type)
+        if not owed:
             return False
-        self.to_device.put(reply * count, len(reply))
-        device = self.store.devices.get(where.owner)
-        if device:
-            device.counts["sems_mitm_acks_total"] += count
+        self._sent_size -= len(self._sent.pop(owed.popleft()))
         return True
 
-    def _drawn(self, data: bytes, size: int) -> bytes:
-        """A HomeKit 1000's frames with the bat, but for what has begun to be sent as it is."""
-        begun = 0 if self.to_portal.unsent else -(-self.to_portal.offset // size) * size
-        frames = (data[at : at + size] for at in range(begun, len(data), size))
-        return data[:begun] + b"".join([with_bat(frame) or frame for frame in frames])
+    def lost(self) -> None:
+        """The connection is gone: what is not answered goes again on the next."""
+        self._waiting.put_back(list(self._sent.values()))
+        self._sent.clear()
+        self._owed.clear()
+        self._sent_size = 0
 
-    def _queue(self, data: bytes, size: int, whole: bool, key: tuple[str, str] | None, now: float) -> None:
-        """Queue what goes to the portal; what waits for answers in small entries, which shrink with each."""
-        if key is None:
-            if self.to_portal.put(data, size, None, whole):
-                self._echo(data, size, size, now)
-        else:
-            step = max(ENTRY // size, 1) * size
-            for at in range(0, len(data), step):
-                self.to_portal.put(data[at : at + step], size, key)
-        if key or not self.portal_up:
-            self._dropped(self.to_portal.shed(QUEUE))
+    def postpone(self) -> None:
+        """Let the first frame go behind all others: the portal does not like it."""
+        self._waiting.put(self._waiting.drop_oldest())
 
-    def _dropped(self, count: int) -> None:
-        self.store.add("sems_mitm_queue_dropped_packets_total", count)
 
-    def unfinished(self, now: float) -> bytes:
-        """What of the device's unfinished frame may go to the portal already."""
-        rest = self.outward.rest
-        if self.exporter.mode != FORWARD or len(rest) <= self.to_portal.offset:
-            return b""
-        held = self.store.batsignal and not self.to_portal.offset and now - self.outward.since < HOLD and may_draw_bat(rest)
-        return b"" if held else bytes(rest[self.to_portal.offset :])
-
-    def streams(self) -> bool:
-        """Whether what the device sends may go to the portal before it is looked at: nothing older waits, nothing is rewritten."""
-        up_to_date = self.portal_up and not self.to_portal.unsent and self.to_portal.offset == len(self.outward.rest)
-        return up_to_date and self.exporter.mode == FORWARD and not self.store.batsignal
-
-    def outgoing(self, now: float) -> bytes:
-        """The next bytes for the portal."""
-        return self.to_portal.ready() or self.unfinished(now)
-
-    def portal_took(self, count: int, now: float) -> None:
-        """The portal's socket took so many bytes of `outgoing`."""
-        if self.opening is None and self.to_portal.unsent:
-            first = self.to_portal.unsent[0]
-            self.opening = (now, hash(first.data[: first.size or first.sizes[0]]))
-        for entry in self.to_portal.took(count)[-ECHOES:]:
-            self._echo(entry.data, entry.size or entry.sizes[0], entry.size or entry.sizes[-1], now)
-
-    def remembered(self) -> list[tuple[float, int]]:
-        """When frames were sent to the portal, and their hashes: the connection's first one and the latest."""
-        return [*self.echoes, self.opening] if self.opening else []
-
-    def _echo(self, sent: bytes, first: int, last: int, now: float) -> None:
-        """Remember frames that the portal was sent: the first of them and the last, by their sizes."""
-        self.echoes.append((now, hash(sent[:first])))
-        self.opening = self.opening or self.echoes[-1]
-        if len(sent) > first:
-            self.echoes.append((now, hash(sent[-last:])))
-
-    def digest(self, now: float, wall: float) -> None:
-        """Decode what came: metrics follow, and a trouble at the most.
-
-        Of a long run of packets that count, the last three that can be read are enough: the rules look no further back.
-        """
-        for (device, function), pieces in self._waiting.items():
-            count = sum(piece.count for piece in pieces)
-            if function == SETTINGS:
-                for _, words in self._read(pieces, range(count), DECODED, now):
-                    self.store.learn(device, info(words), now)
-                continue
-            if count <= EXACT:  # what cannot be read takes no part in the order
-                read = self._read(pieces, range(count), EXACT, now)
-                new = [read[i] for i in device.new_ones([packet.time for packet, _ in read])]
-            else:
-                stamps = [data[at : at + 6] for _, data, _, size in pieces for at in range(LONG.time, len(data), size)]
-                new = self._read(pieces, device.new_ones(stamps), DECODED, now)
-            for packet, words in new:
-                self.store.live(device, packet, words, now, wall)
-        self._waiting.clear()
-
-    def _read(self, pieces: list[Piece], indices: Sequence[int], most: int, now: float) -> list[tuple[Packet, dict[int, int]]]:
-        """The last `most` readable packets of those that the indices name in the pieces, in order, with their registers."""
-        starts = list(itertools.accumulate((piece.count for piece in pieces), initial=0))
-        found: list[tuple[Packet, dict[int, int]]] = []
-        for index in reversed(indices):
-            place = bisect.bisect(starts, index) - 1
-            _, data, _, size = pieces[place]
-            at = (index - starts[place]) * size
-            try:
-                packet = decode(data[at : at + size], OUTBOUND)
-                found.append((packet, registers(packet.clear)))
-            except ProtocolError as error:
-                self.store.troubles.say("payload", f"a packet of {self.serial} cannot be read: {error}", now)
-            if len(found) == most:
-                break
-        return found[::-1]
-
-    # Inward: portal -> device
-
-    def from_portal(self, data: bytes, now: float, wall: float) -> None:
-        """Take bytes that the portal has sent."""
-        self.store.add("sems_mitm_bytes_total", len(data), 'direction="inbound"')
-        for piece in self.inward.feed(data, now):
-            self._inward(piece, now, wall)
-
-    def _inward(self, piece: Piece, now: float, wall: float) -> None:
-        """Decide what becomes of a piece from the portal, of each of its frames by itself."""
-        kind, data, _, size = piece
-        where = None
-        if kind == "frame":
-            with contextlib.suppress(ProtocolError):
-                where = address(data[: INBOUND.head], size, INBOUND)
-            kind = where.type if where else "malformed"
-        for at in range(0, len(data), size):
-            part = data[at : at + size]
-            meaning = allowed(where, decode(part, INBOUND).clear, self.classes) if where else "keepalive" if kind == "keepalive" else ""
-            verdict = self._pass(where, meaning, part, now)
-            # 1 for each part, or all of a piece that is one part
-            self.store.count(INBOUND, kind, verdict, piece.count * size // len(data))
-            if not meaning:
-                if piece.kind == "frame":
-                    self.store.add("inbound_unknown_packets_total")
-                text = f"blocked what the portal sent to {self.serial or self.peer}, type {kind}: {part[:LOG_HEX].hex()}"
-                self.store.troubles.say("blocked", text, now)
-            if self.exporter.record:
-                self._record(INBOUND, kind, verdict, part, size, wall)
-
-    def _pass(self, where: Address | None, meaning: str, frame: bytes, now: float) -> str:
-        """Do with a frame from the portal what its meaning asks for; the verdict."""
-        answers = meaning in ("ack", "nack")
-        if where and answers:
-            spooling = self.exporter.mode == SPOOL
-            if spooling:
-                self.to_portal.answered((where.type, where.serial))
-            if meaning == "nack":
-                self.store.troubles.say("nack", f"the portal did not accept a packet of {where.serial} (NACK), type {where.type}", now)
-            device = self.store.devices.get(where.owner)
-            if device and (meaning == "nack" or not spooling):  # a spooled packet was acknowledged when it came
-                device.counts[f"sems_mitm_{meaning}s_total"] += 1
-                device.version += 1
-        if not meaning or self.device_gone or (self.exporter.mode == SPOOL and where):
-            return "dropped"
-        self.to_device.put(frame, len(frame))
-        return "forwarded"
-
-    # Life
-
-    def due(self, now: float) -> float:
-        """When `tick` gives an unfinished frame up, or `unfinished` lets it go without the bat; the earlier."""
-        times = [framer.since + framer.wire.patience for framer in (self.outward, self.inward) if framer.rest]
-        if self.store.batsignal and self.outward.rest and now < self.outward.since + HOLD:
-            times.append(self.outward.since + HOLD)
-        return min(times, default=math.inf)
-
-    def tick(self, now: float, wall: float) -> None:
-        """Give up unfinished frames that had their time."""
-        for framer, take in ((self.outward, self._outward), (self.inward, self._inward)):
-            if framer.rest and now >= framer.since + framer.wire.patience:
-                for piece in framer.expire(now):
-                    take(piece, now, wall)
-
-    def device_closed(self, now: float, wall: float) -> None:
-        """The device sends no more: its unfinished frame is what it is."""
-        self.device_ended = True
-        for piece in self.outward.close(now):
-            self._outward(piece, now, wall)
-
-    def portal_came(self) -> None:
-        """The portal's connection stands. After one that failed, what waited begins with a whole frame."""
-        if self.away:
-            self.to_portal.start_whole()
-        self.portal_up, self.away, self.opening = True, False, None
-
-    def portal_failed(self) -> None:
-        """An attempt failed, or the connection is gone."""
-        self.portal_up, self.away = False, True
-
-    def portal_lost(self, now: float, wall: float) -> None:
-        """The portal's connection is gone; what it has not answered or taken goes again on the next."""
-        self.portal_failed()
-        self.to_portal.lost()
-        for piece in self.inward.close(now):
-            self._inward(piece, now, wall)
-        self.inward = Framer(INBOUND)
-        self._dropped(self.to_portal.shed(QUEUE))
-
-    def spool_moves(self, heir: Session) -> None:
-        """The device is back on another connection: what is kept for the portal goes there, before its own."""
-        self.to_portal.lost()
-        for entry in self.to_portal.unsent:
-            heir.to_portal.put(entry.data, entry.size, entry.key, entry.whole)
-        self.to_portal.close()
-
-    def close(self) -> None:
-        """Forget what waits."""
-        self.to_portal.close()
-        self.to_device.close()
-        self.exporter.sessions.discard(self)
-
-    def _record(self, wire: Wire, kind: str, verdict: str, data: bytes, size: int, wall: float) -> None:
-        assert self.exporter.record
-        for at in range(0, len(data), size):
-            self.exporter.record(wall, self.peer, wire.name, kind, verdict, data[at : at + size])
+def good_frames(data: bytes, now: float, sent: int = 0) -> list[bytes]:
+    """The good frames of a device in a stretch of its stream, without those that are sent whole in its first bytes."""
+    found, end = [], 0
+    for kind, piece in Framer(OUTBOUND).feed(data, now):
+        end += len(piece)
+        with contextlib.suppress(ProtocolError):
+            if kind == FRAME and end > sent and address_of(piece, OUTBOUND):
+                found.append(piece)
+    return found
 
 
 def draws_bat(where: Address) -> bool:
@@ -1971,56 +1626,13 @@ def draws_bat(where: Address) -> bool:
 
 def may_draw_bat(rest: bytes) -> bool:
     """Whether an unfinished frame may turn out to be one that gets the bat."""
-    cls, function, serial = rest[10:11] or bytes([METER]), rest[11:12] or bytes([LIVE]), rest[LONG.serial : LONG.iv].decode("latin-1")
+    cls, function = rest[10:11] or bytes([METER]), rest[11:12] or bytes([LIVE])
+    serial = rest[LONG.serial : LONG.iv].decode("latin-1")
     fits = OUTBOUND.prefix.startswith(rest[: len(OUTBOUND.prefix)]) and cls[0] == METER and function[0] in (LIVE, BUFFERED)
-    return fits and (len(serial) < 16 or family(METER, serial) == "HK1000")
+    return fits and family(METER, serial) == "HK1000"
 
 
 # ----------------------------------------------------------------------------------------------------------- files
-
-
-class RecordFile:
-    """A file of one JSON object a line, each written at once; what cannot be written is counted and nothing else."""
-
-    def __init__(self, path: str, name: str, store: Store) -> None:
-        self.path, self.name, self.store = path, name, store
-        self._file: int | None = None
-        self._torn = False  # the last line of the file is not whole
-        self.write("")
-
-    def write(self, line: str) -> None:
-        """Append a line; an empty one only opens the file."""
-        try:
-            if self._file is None:
-                self._file = os.open(self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NONBLOCK, 0o640)
-                with contextlib.suppress(OSError):  # not a regular file: nothing to look at
-                    end = os.lseek(self._file, 0, os.SEEK_END)
-                    self._torn = end > 0 and os.pread(self._file, 1, end - 1) != b"\n"
-            data = ("\n" if self._torn and line else "").encode() + line.encode()
-            written = os.write(self._file, data) if data else 0
-            if written < len(data):
-                self._torn = written > 0 or self._torn
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            self._torn = self._torn and not line
-        except OSError as error:
-            self.store.add("sems_mitm_file_errors_total", 1, label("file", self.name))
-            self.store.troubles.say(self.name, f"cannot write --sems.{self.name} {self.path}: {error.strerror}", time.monotonic())
-
-
-class Files:
-    """Where frames are recorded: all of them in the capture, buffered readings in the backfill file."""
-
-    def __init__(self, store: Store, capture: str = "", backfill: str = "") -> None:
-        self.capture = RecordFile(capture, "capture", store) if capture else None
-        self.backfill = RecordFile(backfill, "backfill", store) if backfill else None
-
-    def record(self, wall: float, peer: str, direction: str, kind: str, verdict: str, data: bytes) -> None:
-        """Write a frame, or what is none, to the capture, and to the backfill file if it is buffered data."""
-        line = capture_line(wall, peer, direction, verdict, data)
-        if self.capture:
-            self.capture.write(line)
-        if self.backfill and direction == OUTBOUND.name and kind.endswith(f"{BUFFERED:02x}"):
-            self.backfill.write(line)
 
 
 def capture_line(wall: float, peer: str, direction: str, verdict: str, data: bytes) -> str:
@@ -2029,7 +1641,243 @@ def capture_line(wall: float, peer: str, direction: str, verdict: str, data: byt
     return json.dumps({"time": when, "peer": peer, "direction": direction, "verdict": verdict, "hex": data.hex()}) + "\n"
 
 
-# --------------------------------------------------------------------------------------------------------- network
+class Appender:
+    """An open file to which lines are appended, several in one call; a last line that was torn is ended first."""
+
+    def __init__(self, file: int) -> None:
+        self.file = file
+        self._torn = False
+        with contextlib.suppress(OSError):  # not a regular file: nothing to look at
+            end = os.lseek(file, 0, os.SEEK_END)
+            self._torn = end > 0 and os.pread(file, 1, end - 1) != b"\n"
+
+    def append(self, lines: list[str]) -> int:
+        """Write lines; how many bytes they are. Raises OSError if the file does not take them all."""
+        data = "".join(["\n" if self._torn else "", *lines]).encode()
+        written = os.write(self.file, data)
+        self._torn = data[written - 1 : written] != b"\n" if written else self._torn
+        if written < len(data):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return written
+
+
+def count_file_error(store: Store, name: str, path: str, error: OSError, count: int, more: str = "") -> None:
+    """Count lines that a file did not take, and say so once a minute."""
+    with store.lock:
+        store.add("sems_mitm_file_errors_total", count, label("file", name))
+        text = f"cannot write --sems.{name}{'-file' if name == 'spool' else ''} {path}: {error.strerror}{more}"
+        store.troubles.say(f"file {name}", text, time.monotonic())
+
+
+class RecordFile:
+    """A file of lines; what it does not take is counted, said once a minute, and nothing else."""
+
+    def __init__(self, path: str, name: str, store: Store) -> None:
+        self.path, self.name, self.store = path, name, store
+        self._appender: Appender | None = None
+        self._lines: list[str] = []  # of this round
+        self.reopen()
+
+    def put(self, line: str) -> None:
+        """Append a line at the end of the round."""
+        self._lines.append(line)
+
+    def flush(self) -> None:
+        """Write the lines of this round."""
+        lines, self._lines = self._lines, []
+        try:
+            if lines:
+                self._opened().append(lines)
+        except OSError as error:
+            count_file_error(self.store, self.name, self.path, error, len(lines))
+
+    def reopen(self) -> None:
+        """Open the file anew: another may stand under its name now."""
+        old, self._appender = self._appender, None
+        try:
+            if old:
+                os.close(old.file)
+            self._opened()
+        except OSError as error:
+            count_file_error(self.store, self.name, self.path, error, 0)
+
+    def _opened(self) -> Appender:
+        if self._appender is None:
+            flags = os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NONBLOCK
+            self._appender = Appender(os.open(self.path, flags, 0o640))
+        return self._appender
+
+
+class Files:
+    """Where frames are recorded: all of them in the capture, buffered readings in the backfill file."""
+
+    def __init__(self, store: Store, capture: str = "", backfill: str = "") -> None:
+        self.capture = RecordFile(capture, "capture", store) if capture else None
+        self.backfill = RecordFile(backfill, "backfill", store) if backfill else None
+        self.open = [file for file in (self.capture, self.backfill) if file]
+        self.are_rotated = False  # others stand under the names now
+
+    def record(self, peer: str, wire: Wire, kind: str, verdict: str, data: bytes) -> None:
+        """Record a piece of a stream; kind is its type, or what else it is."""
+        if not self.open:
+            return
+        line = capture_line(time.time(), peer, wire.name, verdict, data)
+        if self.capture:
+            self.capture.put(line)
+        if self.backfill and wire is OUTBOUND and kind.endswith(f"{BUFFERED:02x}"):
+            self.backfill.put(line)
+
+    def flush(self) -> None:
+        """At the end of a round: open anew what was rotated, write what was recorded."""
+        are_rotated, self.are_rotated = self.are_rotated, False
+        for file in self.open:
+            if are_rotated:
+                file.reopen()
+            file.flush()
+
+
+def synced(file: int) -> None:
+    """Have the disk itself take what was written to a file. Raises OSError."""
+    if hasattr(fcntl, "F_FULLFSYNC"):  # macOS: its fsync stops at the disk's own cache
+        fcntl.fcntl(file, fcntl.F_FULLFSYNC)
+    else:
+        os.fdatasync(file)
+
+
+class Journal:
+    """What the spools have not delivered, on the disk: a capture file that is a spool's memory after a power cut.
+
+    A frame is put, and is on the disk after `commit`; whoever acknowledges it must do so later. Nothing marks a frame as
+    delivered: the file is emptied when all are, and now and then it is written anew with those that are not.
+    """
+
+    def __init__(self, path: str, store: Store) -> None:
+        """Raises StartError if the file cannot be had, or another process has it."""
+        self.path, self.store = path, store
+        self.undelivered: Callable[[], Iterable[bytes]] = tuple  # asked when the file is written anew
+        self._lines: list[str] = []  # of this round
+        self._broken = False  # a write failed: frames are in memory alone until the file is written anew
+        self._next = 0.0  # when that may be tried again
+        try:
+            self._appender = Appender(self._locked())
+            self.size = os.fstat(self._appender.file).st_size
+        except OSError as error:
+            raise StartError(f"--sems.spool-file={path}: {error.strerror}") from None
+
+    def _locked(self) -> int:
+        """The file, opened and locked, so that no other process writes it. Raises OSError."""
+        while True:
+            file = os.open(self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NONBLOCK, 0o600)
+            try:
+                if not stat.S_ISREG(os.fstat(file).st_mode):
+                    raise OSError(errno.EINVAL, "not a regular file")
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if os.path.samestat(os.fstat(file), os.stat(self.path)):  # else it was written anew meanwhile
+                    return file
+            except BlockingIOError:
+                os.close(file)
+                raise OSError(errno.EBUSY, "another process has it") from None
+            except OSError:
+                os.close(file)
+                raise
+            os.close(file)
+
+    def load(self) -> list[bytes]:
+        """The good frames in the file, in order. A line that holds none is passed over and counted."""
+        found, bad = [], 0
+        with open(self.path, "rb") as file:
+            for line in file:
+                try:
+                    frames = good_frames(bytes.fromhex(json.loads(line)["hex"]), 0.0)
+                except (ValueError, TypeError, KeyError, RecursionError):
+                    frames = []
+                bad += not frames
+                found += frames
+        if bad:
+            with self.store.lock:
+                self.store.add("sems_mitm_file_errors_total", bad, label("file", "spool"))
+            log.warning("%d lines of --sems.spool-file %s hold no frame", bad, self.path)
+        return found
+
+    def put(self, peer: str, frame: bytes) -> None:
+        """Append a frame with the next `commit`."""
+        self._lines.append(capture_line(time.time(), peer, OUTBOUND.name, "answered", frame))
+
+    def commit(self) -> None:
+        """Have all frames of this round on the disk."""
+        lines, self._lines = self._lines, []
+        if not lines or self._broken:  # then the spools have them, and so will the file when it is written anew
+            return
+        try:
+            self.size += self._appender.append(lines)
+            synced(self._appender.file)
+        except OSError as error:
+            self._broken = True
+            self._failed(error)
+
+    def empty(self) -> None:
+        """Nothing is undelivered."""
+        if self.size and not self._broken:
+            try:
+                os.ftruncate(self._appender.file, 0)
+                self._appender, self.size = Appender(self._appender.file), 0
+            except OSError as error:
+                self._broken = True
+                self._failed(error)
+
+    def tend(self, now: float) -> None:
+        """Write the file anew if it is time to; once a second."""
+        if now >= self._next and (self._broken or self._has_grown()):
+            self.rewrite()
+
+    def _has_grown(self) -> bool:
+        if self.size <= JOURNAL_MIN:
+            return False
+        return self.size > JOURNAL_GROWTH * sum(2 * len(frame) + JOURNAL_LINE for frame in self.undelivered())
+
+    def rewrite(self) -> None:
+        """Write the file anew, beside itself, with what is undelivered."""
+        new = f"{self.path}.new"
+        try:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(new)
+            file = os.open(new, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                with open(file, "wb", closefd=False) as buffered:
+                    for frame in self.undelivered():
+                        line = capture_line(time.time(), "spool", OUTBOUND.name, "answered", frame)
+                        buffered.write(line.encode())
+                synced(file)
+                os.rename(new, self.path)
+            except OSError:
+                os.close(file)
+                os.unlink(new)
+                raise
+            old, self._appender = self._appender, Appender(file)
+            self.size, self._broken = os.fstat(file).st_size, False
+            os.close(old.file)
+            self._sync_directory()
+        except OSError as error:
+            self._failed(error)
+
+    def _sync_directory(self) -> None:
+        directory = os.open(os.path.dirname(os.path.abspath(self.path)), os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            os.fsync(directory)
+        finally:
+            os.close(directory)
+
+    def _failed(self, error: OSError) -> None:
+        self._next = time.monotonic() + JOURNAL_RETRY
+        count_file_error(self.store, "spool", self.path, error, 1, "; the spool is in memory meanwhile")
+
+    def close(self) -> None:
+        """Let another process have the file."""
+        os.close(self._appender.file)
+
+
+# ------------------------------------------------------------------------------------------------- network: names
 
 Endpoint = collections.namedtuple("Endpoint", "family sockaddr")
 
@@ -2040,17 +1888,38 @@ def plain(host: str) -> str:
     return host[7:] if host.lower().startswith("::ffff:") and "." in host else host
 
 
+def endpoint_text(sockaddr: tuple) -> str:
+    """HOST:PORT of a socket's address."""
+    host = plain(sockaddr[0])
+    return f"[{host}]:{sockaddr[1]}" if ":" in host else f"{host}:{sockaddr[1]}"
+
+
 def is_global(host: str) -> bool:
     """Whether an address is one of the internet's."""
     address = ipaddress.ip_address(plain(host))
     return address.is_global and not address.is_multicast
 
 
+def is_literal(host: str) -> bool:
+    """Whether a host is an address, or the one name that every system knows."""
+    with contextlib.suppress(ValueError):
+        return bool(ipaddress.ip_address(host.partition("%")[0]))
+    return host.lower() == "localhost"
+
+
 def is_this_machine(host: str) -> bool:
-    """Whether an address is one of this machine's: then a socket can be bound to it."""
-    with contextlib.suppress(OSError), socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        probe.bind((host, 0))
+    """Whether an address is one of this machine's: from there the kernel would talk to it.
+
+    Whether a socket can be bound to it tells nothing where ip_nonlocal_bind is set.
+    """
+    address = ipaddress.ip_address(plain(host))
+    if address.is_loopback or address.is_unspecified:
         return True
+    with contextlib.suppress(OSError), socket.socket(
+        socket.AF_INET6 if address.version == 6 else socket.AF_INET, socket.SOCK_DGRAM
+    ) as probe:
+        probe.connect((str(address), 9))  # sends nothing
+        return plain(probe.getsockname()[0]) == str(address)
     return False
 
 
@@ -2069,6 +1938,13 @@ def dns_query(name: str, number: int) -> bytes:
     return struct.pack(">6H", number, 0x0100, 1, 0, 0, 0) + question
 
 
+def _dns_name_end(data: bytes, pos: int) -> int:
+    """Where the name at pos ends; a pointer ends it. Raises IndexError."""
+    while 0 < data[pos] < 0xC0:
+        pos += 1 + data[pos]
+    return pos + (2 if data[pos] else 1)
+
+
 def dns_answer(data: bytes, query: bytes) -> list[str] | None:
     """The IPv4 addresses in the answer to a query, [] if the name does not exist, None if it tells nothing.
 
@@ -2076,46 +1952,19 @@ def dns_answer(data: bytes, query: bytes) -> list[str] | None:
     """
     if data[:2] != query[:2] or len(data) < 12 or not data[2] & 0x80 or data[12 : len(query)].lower() != query[12:].lower():
         raise ProtocolError("not the answer to the question", data)
-    if data[3] & 0x0F == 3:
-        return []
+    if data[3] & 0x0F:
+        return [] if data[3] & 0x0F == 3 else None
+    found, pos = [], len(query)
     try:
-        name, pos = _dns_name(data, 12)
-        names, found, pos = {name}, [], pos + 4
-        for _ in range(struct.unpack_from(">H", data, 6)[0] if data[3] & 0x0F == 0 else 0):
-            owner, pos = _dns_name(data, pos)
-            kind, cls, _, size = struct.unpack_from(">HHIH", data, pos)
-            pos += 10 + size
-            if pos > len(data):
-                raise ProtocolError("a record runs past the end", data)
-            if owner in names and cls == 1 and kind == 5:  # CNAME
-                names.add(_dns_name(data, pos - size)[0])
-            elif owner in names and cls == 1 and kind == 1 and size == 4:
-                found.append(socket.inet_ntoa(data[pos - 4 : pos]))
-    except struct.error:
+        for _ in range(struct.unpack_from(">H", data, 6)[0]):
+            pos = _dns_name_end(data, pos) + 10
+            kind, cls, _, size = struct.unpack_from(">HHIH", data, pos - 10)
+            if kind == 1 and cls == 1 and size == 4:
+                found.append(socket.inet_ntoa(data[pos : pos + 4]))
+            pos += size
+    except (struct.error, IndexError, OSError):
         raise ProtocolError("a record runs past the end", data) from None
     return found or None
-
-
-def _dns_name(data: bytes, pos: int) -> tuple[bytes, int]:
-    """The name at pos, in lower case, and where it ends. A pointer leads back only, so it leads to an end."""
-    parts, end, limit = [], 0, pos
-    while True:
-        if pos >= len(data):
-            raise ProtocolError("a name runs past the end", data)
-        length = data[pos]
-        if length >= 0xC0 and pos + 1 < len(data):
-            target = (length & 0x3F) << 8 | data[pos + 1]
-            end = end or pos + 2
-            if target >= limit:
-                raise ProtocolError("a name that points forward", data)
-            pos = limit = target
-        elif length > 63 or pos + 1 + length > len(data):
-            raise ProtocolError("a name that is none", data)
-        elif length:
-            parts.append(data[pos + 1 : pos + 1 + length].lower())
-            pos += 1 + length
-        else:
-            return b".".join(parts), end or pos + 1
 
 
 def ask_dns(server: tuple[str, int], name: str, timeout: float = 2) -> list[str] | None:
@@ -2141,16 +1990,9 @@ def system_addresses(host: str, port: int) -> list[Endpoint]:
     """What the system's name service says, [] for nothing."""
     try:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
-    except (OSError, UnicodeError):
+    except (OSError, ValueError):  # the system's resolver has its own ideas of what a name is
         return []
     return [Endpoint(family, sockaddr) for family, _, _, _, sockaddr in found]
-
-
-def is_literal(host: str) -> bool:
-    """Whether a host is an address, or the one name that every system knows."""
-    with contextlib.suppress(ValueError):
-        return bool(ipaddress.ip_address(host.partition("%")[0]))
-    return host.lower() == "localhost"
 
 
 def resolve(host: str, port: int, servers: list[tuple[str, int]]) -> list[Endpoint]:
@@ -2179,52 +2021,29 @@ def resolve(host: str, port: int, servers: list[tuple[str, int]]) -> list[Endpoi
     if good:  # beside the override: an IPv6 address, say
         return good
     if unroutable:
-        raise Unresolved(
-            "loop",
-            f"{host} is overridden at --sems.upstream-dns too: name a server there that knows its real address, or give that as --sems.upstream",
-        )
+        mend = "name a server there that knows its real address, or give that as --sems.upstream"
+        raise Unresolved("loop", f"{host} is overridden at --sems.upstream-dns too: {mend}")
     why = f" that can be used: here it is {system[0].sockaddr[0]}, and --sems.upstream-dns does not help" if system else ""
     raise Unresolved("dns", f"{host} has no address{why}")
 
-
-class Resolver:
-    """Looks the portal's name up, one request at a time, in a thread of its own: a look-up may take long."""
-
-    def __init__(
-        self, upstream: tuple[str, int], servers: list[tuple[str, int]], wanted: Callable[..., bool], done: Callable[..., None]
-    ) -> None:
-        self.upstream, self.servers, self.wanted, self.done = upstream, servers, wanted, done
-        self._asked: queue.SimpleQueue[object] = queue.SimpleQueue()
-        self._thread: threading.Thread | None = None
-
-    def ask(self, who: object) -> None:
-        """Have done(who, addresses or Unresolved) called, from the resolver's thread."""
-        if self._thread is None:
-            self._thread = threading.Thread(target=self._run, name="resolver", daemon=True)
-            self._thread.start()
-        self._asked.put(who)
-
-    def _run(self) -> None:
-        while True:
-            who = self._asked.get()
-            if not self.wanted(who):  # it has gone while others waited for a slow answer
-                continue
-            try:
-                self.done(who, resolve(*self.upstream, self.servers))
-            except Unresolved as error:
-                self.done(who, error)
-            except (OSError, ValueError) as error:  # the system's resolver has its own ideas of what a name is
-                self.done(who, Unresolved("dns", str(error)))
+# ----------------------------------------------------------------------------------------------- network: sockets
 
 
-def tuned(sock: socket.socket) -> socket.socket:
-    """A stream socket that does not block, does not wait for more to send, and notices a peer that is gone."""
+def tuned(sock: socket.socket, idle: int, interval: int, patience: float = 0) -> socket.socket:
+    """A stream socket that does not block, does not wait for more to send, and notices a peer that is gone.
+
+    idle, interval: s of silence before keep-alives, and between them; patience: s that what is sent may stay unacknowledged.
+    """
     sock.setblocking(False)
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    for name, seconds in (("TCP_KEEPIDLE", 120), ("TCP_KEEPINTVL", 30), ("TCP_KEEPCNT", 4)):
+    options = (
+        ("TCP_KEEPIDLE", idle), ("TCP_KEEPALIVE", idle), ("TCP_KEEPINTVL", interval), ("TCP_KEEPCNT", 4),
+        ("TCP_USER_TIMEOUT", int(1000 * patience)),
+    )  # fmt: skip
+    for name, value in options:
         if hasattr(socket, name):
-            sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), seconds)
+            sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
     return sock
 
 
@@ -2257,674 +2076,1548 @@ def listeners(host: str, port: int) -> list[socket.socket]:
     return found
 
 
-def endpoint_text(sockaddr: tuple) -> str:
-    """HOST:PORT of a socket's address."""
-    host = plain(sockaddr[0])
-    return f"[{host}]:{sockaddr[1]}" if ":" in host else f"{host}:{sockaddr[1]}"
+# What the selector holds: ready(events, now) is called when a socket is, on behalf of an owner (a mode, or None).
+Handler = collections.namedtuple("Handler", "ready owner")
 
 
-class Leg:
-    """One socket of a link, in the selector with what it waits for."""
+class Connection:
+    """A socket that does not block, with what waits for its peer; once closed, it does nothing.
 
-    def __init__(self, network: Network, sock: socket.socket, ready: Callable[[int], None]) -> None:
-        self.network, self.sock, self.ready = network, sock, ready
-        self.events = 0
-        self.progress: float | None = None  # since when bytes wait for the peer, or when it last took some
+    on_data(data, now) is told what came, on_end(error or None, now) that no more will. Both only put; `flush` sends.
+    """
 
-    def watch(self, reading: bool, writing: bool) -> None:
-        """Wait for these events from now on."""
-        events = (selectors.EVENT_READ if reading else 0) | (selectors.EVENT_WRITE if writing else 0)
-        if events == self.events:
+    __slots__ = ("_events", "_handler", "_progress", "_room", "_selector", "is_open", "on_data", "on_end", "outbox", "sock")
+
+    def __init__(
+        self, selector: selectors.BaseSelector, sock: socket.socket, outbox: Outbox | Spool, handler: Handler,
+        on_data: Callable[[bytes, float], None], on_end: Callable[[OSError | None, float], None],
+    ) -> None:  # fmt: skip
+        self._selector, self.sock, self.outbox, self._handler = selector, sock, outbox, handler
+        self.on_data, self.on_end = on_data, on_end
+        self.is_open = True
+        self._events = 0  # that the selector waits for
+        self._room = 0  # how many bytes may come at once
+        self._progress: float | None = None  # since when bytes wait for the peer, or when it last took some
+
+    @property
+    def backlog(self) -> int:
+        """Bytes that wait for the peer."""
+        return self.outbox.size if self.is_open else 0
+
+    def watch(self, room: int, writing: bool = False) -> None:
+        """Wait for the peer to speak, if there is room for so many bytes, and to take what waits (or, writing, to connect)."""
+        self._room = min(room, RECV_SIZE)
+        wants_write = writing or self.backlog > 0
+        events = (selectors.EVENT_READ if room > 0 else 0) | (selectors.EVENT_WRITE if wants_write else 0)
+        if events == self._events or not self.is_open:
             return
-        selector = self.network.selector
         if not events:
-            selector.unregister(self.sock)
-        elif self.events:
-            selector.modify(self.sock, events, self.ready)
+            self._selector.unregister(self.sock)
+        elif self._events:
+            self._selector.modify(self.sock, events, self._handler)
         else:
-            selector.register(self.sock, events, self.ready)
-        self.events = events
+            self._selector.register(self.sock, events, self._handler)
+        self._events = events
 
-    def waits(self, backlog: bool, now: float) -> float:
-        """When the peer counts as lost if it takes nothing of what waits for it."""
-        self.progress = (self.progress or now) if backlog else None
-        return self.progress + STALL if self.progress else math.inf
-
-    def send(self, data: bytes, now: float) -> int:
-        """How much of data the socket took. Raises OSError if the peer is gone."""
+    def receive(self, now: float) -> bool:
+        """Read once, if there is room, and tell what came; whether more may have."""
+        if self._room <= 0:  # paused in the very round that found it ready
+            return False
         try:
-            count = self.sock.send(data)
+            data = self.sock.recv(self._room)
         except (BlockingIOError, InterruptedError):
-            return 0
-        self.progress = now
-        return count
+            return False
+        except OSError as error:
+            self.on_end(error, now)
+            return False
+        if not data:
+            self.on_end(None, now)
+            return False
+        self.on_data(data, now)
+        return True
 
-    def read(self) -> bytes | None:
-        """What the peer sent: nothing at the end, None if there is nothing yet. Raises OSError if it is gone."""
-        buffer = self.network.buffer  # one for all: to allocate it for each packet costs more than to copy the packet
+    def flush(self, now: float) -> None:
+        """Send what the peer takes. If it is gone: what it still gave, then `on_end`."""
         try:
-            return bytes(buffer[: self.sock.recv_into(buffer)])
+            while self.backlog:
+                data = self.outbox.ready()
+                count = self.sock.send(data)
+                self.outbox.took(count)
+                self._progress = now
+                if count < len(data):
+                    break
         except (BlockingIOError, InterruptedError):
-            return None
+            pass
+        except OSError as error:
+            self._room = RECV_SIZE
+            while self.is_open and self.receive(now):
+                pass
+            if self.is_open:
+                self.on_end(error, now)
+        self._progress = (self._progress or now) if self.backlog else None
+
+    def is_stalled(self, now: float) -> bool:
+        """Whether the peer has taken nothing of what waits for it for too long."""
+        return self._progress is not None and now - self._progress >= STALL
 
     def close(self) -> None:
         """Close the socket, and wait for it no more."""
-        self.watch(False, False)
-        self.sock.close()
+        if self.is_open:
+            if self._events:
+                self._selector.unregister(self.sock)
+            self.is_open = False
+            self.sock.close()
 
 
-class Link:
-    """A session with its sockets: the device's, and the portal's when there is one."""
-
-    def __init__(self, network: Network, sock: socket.socket, peer: str, now: float) -> None:
-        self.network, self.session = network, Session(network.exporter, peer, now)
-        self.device: Leg | None = Leg(network, sock, self.on_device)
-        self.portal: Leg | None = None
-        self.connecting = False  # the portal's socket is
-        self.own_end = ""  # our end of the portal's connection
-        self.asking = False  # the resolver is
-        self.endpoints: list[Endpoint] = []  # of the portal, not tried in this attempt
-        self.backoff: float = BACKOFF[0]
-        self.retry = math.inf  # when to try the portal again
-        self.since = now  # when the attempt to reach the portal, or its connection, began
-        self.answered = now  # when the portal last answered what is kept for it, or the device went
-        self.heard = now  # when the device last sent something
-        self.ended = math.inf  # when all ends, after the device's last byte
-        self.closing = False  # the device sends no more
-        self.sent = False  # the portal was sent something
-        self.alarm = math.inf  # when the network wakes it
-
-    @property
-    def local(self) -> bool:
-        """Whether there is no portal."""
-        return self.network.exporter.mode == LOCAL
-
-    @property
-    def spools(self) -> bool:
-        """Whether what is sent is kept until the portal has answered it."""
-        return self.network.exporter.mode == SPOOL
-
-    # Device
-
-    def on_device(self, events: int) -> None:
-        """The device's socket is ready."""
-        now, wall = time.monotonic(), time.time()
-        if events & selectors.EVENT_READ and self.device and not self.closing:
-            try:
-                data = self.device.read()
-            except OSError:
-                return self.device_lost(now, wall)
-            if data == b"":
-                self.device_closed(now, wall)
-            elif data:
-                self.heard = now
-                if self.session.streams():
-                    self.stream(data, now, wall)
-                with self.network.exporter.store.lock:  # a scrape sees a packet's count and its values, or neither
-                    self.session.from_device(data, now, wall)
-                    if self.session.refused:
-                        return self.refuse()
-                    self.flush(now, wall)
-                    self.session.digest(now, wall)
-                self.reach(now)
-        if events & selectors.EVENT_WRITE:
-            self.flush(now, wall)
-        self.settle(now)
-
-    def device_closed(self, now: float, wall: float) -> None:
-        """The device sends no more; it may still read."""
-        self.closing = True
-        with self.network.exporter.store.lock:
-            self.session.device_closed(now, wall)
-            self.session.digest(now, wall)
-        self.ended = now + STALL
-
-    def device_lost(self, now: float, wall: float) -> None:
-        """The device's socket is of no use any more."""
-        if not self.closing:
-            self.device_closed(now, wall)
-        self.drop_device()
-        self.settle(now)
-
-    def drop_device(self) -> None:
-        """Close the device's socket; the portal may still have something to take."""
-        if self.device:
-            self.device.close()
-            self.answered = time.monotonic()
-        self.device = None
-        self.session.device_gone = True
-
-    def refuse(self) -> None:
-        """The device is this exporter."""
-        self.network.refuse("loop", self.session.peer)
-        self.end()
-
-    # Portal
-
-    def reach(self, now: float) -> None:
-        """Begin an attempt to reach the portal, unless there is one or its time has not come."""
-        if self.local or self.portal or self.asking or now < self.retry < math.inf:
-            return
-        self.retry, self.since = math.inf, now
-        self.asking = True
-        self.network.look_up(self)
-
-    def on_lookup(self, found: list[Endpoint] | Unresolved) -> None:
-        """The resolver has an answer."""
-        self.asking = False
-        now = time.monotonic()
-        if isinstance(found, Unresolved):
-            self.failed(found.reason, str(found), now)
-        else:
-            self.endpoints = list(found)
-            self.connect(now)
-        self.settle(now)
-
-    def connect(self, now: float) -> None:
-        """Try the next of the portal's addresses."""
-        endpoint = self.endpoints.pop(0)
-        self.since = self.session.attempted = now
-        if self.network.is_own(endpoint):
-            text = f"the portal's address {endpoint_text(endpoint.sockaddr)} is this exporter's own"
-            return self.failed("loop", text + ": check --sems.upstream and --sems.upstream-dns", now)
-        try:
-            sock = tuned(socket.socket(endpoint.family, socket.SOCK_STREAM))
-        except OSError as error:
-            return self.failed("other", f"no socket: {error.strerror}", now)
-        self.portal, self.connecting = Leg(self.network, sock, self.on_portal), True
-        try:
-            sock.connect(endpoint.sockaddr)
-        except BlockingIOError:
-            pass
-        except OSError as error:
-            return self.failed(reason_of(error.errno), error.strerror or str(error), now)
-        self.own_end = endpoint_text(sock.getsockname())
-        self.network.own_ends.add(self.own_end)
-
-    def failed(self, reason: str, text: str, now: float) -> None:
-        """An address of the portal could not be reached."""
-        self.drop_portal()
-        if self.endpoints:
-            return self.connect(now)
-        self.session.portal_failed()
-        store = self.network.exporter.store
-        with store.lock:
-            store.add("sems_mitm_upstream_connect_failures_total", 1, label("reason", reason))
-            self.network.upstream_up = 0
-            store.troubles.say(f"portal {reason}", f"cannot reach the portal {self.network.settings.upstream_text}: {text}", now)
-        self.later(now)
-
-    def later(self, now: float) -> None:
-        """Try again after the back-off; a device that has gone and spooled nothing is done."""
-        self.retry = now + self.backoff * random.uniform(0.7, 1)
-        self.backoff = min(2 * self.backoff, BACKOFF[1])
-        if self.closing and not self.spools:
-            self.end()
-
-    def on_portal(self, events: int) -> None:
-        """The portal's socket is ready."""
-        now, wall = time.monotonic(), time.time()
-        if self.connecting:
-            if not self.connected(now):
-                return self.settle(now)
-        elif events & selectors.EVENT_READ and self.portal:
-            try:
-                data = self.portal.read()
-            except OSError:
-                data = b""
-            if data == b"":
-                self.portal_lost(now, wall)
-            elif data:
-                self.backoff = BACKOFF[0]
-                kept = self.session.to_portal.size
-                with self.network.exporter.store.lock:
-                    self.session.from_portal(data, now, wall)
-                if self.session.to_portal.size < kept:
-                    self.answered = now
-        self.flush(now, wall)
-        self.settle(now)
-
-    def connected(self, now: float) -> bool:
-        """Whether the portal's connection stands now."""
-        assert self.portal
-        code = self.portal.sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
-        if code:
-            self.failed(reason_of(code), os.strerror(code), now)
-            return False
-        self.connecting, self.since, self.answered = False, now, now
-        self.session.portal_came()
-        self.endpoints.clear()
-        if not self.network.upstream_up:
-            text = f"the portal is there: {endpoint_text(self.portal.sock.getpeername())}"
-            self.network.exporter.store.troubles.say("portal there", text, now, level=logging.INFO)
-        self.network.upstream_up = 1
-        return True
-
-    def portal_lost(self, now: float, wall: float) -> None:
-        """The portal's connection is gone; the device's stays."""
-        if now - self.since >= PROVEN:
-            self.backoff = BACKOFF[0]
-        with self.network.exporter.store.lock:
-            self.session.portal_lost(now, wall)
-        self.drop_portal()
-        self.flush(now, wall)
-        self.later(now)
-
-    def drop_portal(self) -> None:
-        """Close the portal's socket, connected or not."""
-        self.network.own_ends.discard(self.own_end)
-        if self.portal:
-            self.portal.close()
-        self.portal, self.connecting = None, False
-
-    # Both
-
-    def stream(self, data: bytes, now: float, wall: float) -> None:
-        """Pass on what came from the device at once, as much as the portal's socket takes."""
-        assert self.portal
-        try:
-            self.session.portal_took(self.portal.send(data, now), now)
-            self.sent = True
-        except OSError:
-            self.portal_lost(now, wall)
-
-    def flush(self, now: float, wall: float) -> None:
-        """Send what the sockets take."""
-        session = self.session
-        try:
-            while self.portal and not self.connecting and (data := session.outgoing(now)):
-                count = self.portal.send(data, now)
-                self.sent = self.sent or count > 0
-                session.portal_took(count, now)
-                if count < len(data):
-                    break
-        except OSError:
-            return self.portal_lost(now, wall)
-        try:
-            while self.device and (data := session.to_device.ready()):
-                count = self.device.send(data, now)
-                session.to_device.took(count)
-                if count < len(data):
-                    break
-        except OSError:
-            self.device_lost(now, wall)
-
-    def settle(self, now: float) -> None:
-        """What the sockets wait for now, and when to look again at the latest."""
-        if self not in self.network.links:
-            return
-        session, mode = self.session, self.network.exporter.mode
-        if self.portal and len(session.to_portal.misplaced) > MISPLACED:
-            return self.portal_lost(now, time.time())
-        up = self.portal is not None and not self.connecting
-        to_portal, to_device = session.to_portal.backlog, session.to_device.backlog
-        outgoing = up and bool(to_portal or session.unfinished(now))
-        if self.closing and self.done(now, outgoing, bool(to_device)):
-            return self.end()
-        times = [self.alarm, session.due(now), math.inf if self.network.stopping else self.retry, math.inf if self.spools else self.ended]
-        if self.portal:
-            self.portal.watch(self.connecting or to_device < BACKLOG, self.connecting or outgoing)
-            times.append(self.since + CONNECT_TIMEOUT if self.connecting else self.portal.waits(outgoing, now))
-        if self.device:
-            room = (not up or to_portal < BACKLOG) and (mode == FORWARD or to_device < BACKLOG)
-            self.device.watch(room and not self.closing, to_device > 0)
-            times += [self.device.waits(to_device > 0, now), self.heard + SILENCE]
-        elif up and self.spools:
-            times.append(self.answered + ANSWER_TIMEOUT)
-        self.network.wake(self, min(times))
-
-    def done(self, now: float, outgoing: bool, incoming: bool) -> bool:
-        """Whether nothing is left to do for a device that sends no more; sees to the next step if something is."""
-        if self.local or self.spools and self.device:
-            if incoming and self.device:
-                return False
-            self.drop_device()
-        if self.local:
-            return True
-        if self.spools:
-            return not self.session.to_portal.has_frames and not outgoing
-        if not self.portal:
-            return not self.asking
-        if self.connecting or outgoing:
-            return False
-        if self.ended > now + LINGER:
-            self.ended = now + LINGER
-            with contextlib.suppress(OSError):
-                self.portal.sock.shutdown(socket.SHUT_WR)
-        return not self.sent
-
-    def on_alarm(self, now: float, wall: float) -> None:
-        """One of the times of `settle` has come."""
-        with self.network.exporter.store.lock:
-            self.session.tick(now, wall)
-            self.session.digest(now, wall)
-        if self.closing and now >= self.ended and not self.spools:
-            return self.end()
-        if self.device and (now >= self.heard + SILENCE or self.device.progress and now >= self.device.progress + STALL):
-            return self.device_lost(now, wall)
-        stalled = self.portal and self.portal.progress and now >= self.portal.progress + STALL
-        unanswered = self.spools and self.session.portal_up and not self.device and now >= self.answered + ANSWER_TIMEOUT
-        if self.connecting and now >= self.since + CONNECT_TIMEOUT:
-            self.failed("timeout", f"no answer for {CONNECT_TIMEOUT} s", now)
-        elif stalled or unanswered:
-            self.portal_lost(now, wall)
-        elif now >= self.retry and not self.network.stopping:
-            self.reach(now)
-        self.flush(now, wall)
-        self.settle(now)
-
-    def unsent(self) -> bool:
-        """Whether a socket may still take something that waits."""
-        to_portal, to_device = self.session.to_portal.backlog, self.session.to_device.backlog
-        return bool(self.device and to_device or self.portal and to_portal)
-
-    def end(self) -> None:
-        """Close both sockets and forget the session."""
-        self.drop_device()
-        self.drop_portal()
-        with self.network.exporter.store.lock:
-            self.session.close()
-        self.network.links.discard(self)
-        self.alarm = math.inf  # the network may forget it
+# --------------------------------------------------------------------------------- network: the way to the portal
 
 
-def reason_of(code: int | None) -> str:
-    """The label of a failure for an errno of connect."""
-    return "refused" if code == errno.ECONNREFUSED else "timeout" if code == errno.ETIMEDOUT else "other"
+def reason_of(error: OSError) -> str:
+    """The label of the failures counter for an error of connect."""
+    told = {errno.ECONNREFUSED: "refused", errno.ETIMEDOUT: "timeout"}.get(error.errno or 0, "other")
+    return getattr(error, "reason", told)
 
 
-class Network:
-    """The loop: accepts devices, wakes links, stops in good order. All of it in one thread."""
+class Upstream:
+    """The portal, as all lines to it see it: its name and addresses, whether it is there, our ends of the connections to it."""
 
-    def __init__(self, exporter: Exporter, settings: Settings) -> None:
-        self.exporter, self.settings = exporter, settings
-        self.selector = selectors.DefaultSelector()
-        self.links: set[Link] = set()
-        self.buffer = memoryview(bytearray(RECV_SIZE))
-        self.own_ends: set[str] = set()  # our ends of the portal's connections
-        self.upstream_up: int | None = None
-        self.listening = listeners(*settings.listen_address)
-        self.port: int = self.listening[0].getsockname()[1]  # where devices connect
-        self.listening_at = {sock.getsockname()[:2] for sock in self.listening}  # and where HTTP does
-        self.resolver = Resolver(settings.upstream, settings.upstream_dns, self.links.__contains__, self._found)
-        self._alarms: list[tuple[float, int, Link]] = []
-        self._order = 0
-        self._paused = math.inf  # when accepting goes on
-        self._answers: collections.deque[tuple[Link, list[Endpoint] | Unresolved]] = collections.deque()
-        self._wake_in, self._wake_out = socket.socketpair()
-        for sock in (*self.listening, self._wake_in, self._wake_out):
-            sock.setblocking(False)
-        self.selector.register(self._wake_in, selectors.EVENT_READ, self._on_wake)
-        self._accepting(True)
-        self.stopping = False
-        gauges = exporter.store.gauges
-        gauges["sems_mitm_queue_bytes"] = lambda: exporter.pool.outward
-        gauges["sems_mitm_device_connections"] = lambda: len(self.links)
-        gauges["sems_mitm_upstream_connections"] = lambda: sum(session.portal_up for session in list(exporter.sessions))
-        gauges["sems_mitm_upstream_up"] = lambda: self.upstream_up
+    def __init__(
+        self, settings: argparse.Namespace, store: Store, selector: selectors.BaseSelector, later: Callable[..., None]
+    ) -> None:
+        """later(work, owner): have the loop call work(now) on behalf of an owner or None; from any thread."""
+        self.settings, self.store, self.selector, self._later = settings, store, selector, later
+        self.up: int | None = None  # whether the last attempt of any line succeeded
+        self.lines: set[Line] = set()  # that have a connection, standing or under way
+        self.own_addresses: set[tuple[str, int]] = set()  # where this exporter listens
+        self._waiting: list[Line] = []  # for the look-up that is under way
 
-    def wake(self, link: Link, when: float) -> None:
-        """Call the link's on_alarm at that time, or earlier if it is to be woken earlier anyway."""
-        if when < link.alarm:
-            link.alarm = when
-            self._order += 1
-            heapq.heappush(self._alarms, (when, self._order, link))
-            if len(self._alarms) > 64 + 4 * len(self.links):  # mostly times that were overtaken by earlier ones
-                self._alarms = [entry for entry in self._alarms if entry[2].alarm == entry[0]]
-                heapq.heapify(self._alarms)
-
-    def look_up(self, link: Link) -> None:
-        """Have the link's on_lookup called with the portal's addresses."""
+    def look_up(self, line: Line, now: float) -> None:
+        """Have the line's on_addresses called with the portal's addresses, or with Unresolved. One look-up serves all that wait."""
         host, port = self.settings.upstream
-        if is_literal(host) and host.lower() != "localhost":
-            family = socket.AF_INET6 if ":" in host else socket.AF_INET
-            link.on_lookup([Endpoint(family, (host, port))])
-        else:
-            self.resolver.ask(link)
+        with contextlib.suppress(ValueError):
+            family = socket.AF_INET6 if ipaddress.ip_address(host.partition("%")[0]).version == 6 else socket.AF_INET
+            return line.on_addresses([Endpoint(family, (host, port))], now)
+        self._waiting.append(line)
+        if len(self._waiting) == 1:
+            try:
+                threading.Thread(target=self._resolve, name="resolver", daemon=True).start()
+            except RuntimeError:  # no thread to be had
+                self._found(Unresolved("dns", "there is no thread for the look-up"))
 
-    def _found(self, link: Link, found: list[Endpoint] | Unresolved) -> None:
-        self._answers.append((link, found))
-        self.interrupt()
+    def _resolve(self) -> None:
+        """In a thread of its own: a look-up may take long."""
+        found: list[Endpoint] | Unresolved
+        try:
+            host, port = self.settings.upstream
+            found = resolve(host, port, self.settings.upstream_dns)
+        except Unresolved as error:
+            found = error
+        except Exception:
+            with self.store.lock:
+                self.store.broke("a look-up's result")
+            found = Unresolved("other", "the look-up failed")
+        self._later(lambda now: self._found(found), None)
 
-    def interrupt(self) -> None:
-        """Wake the loop, from any thread."""
-        with contextlib.suppress(OSError):
-            self._wake_out.send(b"\0")
-
-    def _on_wake(self, _: int) -> None:
-        with contextlib.suppress(BlockingIOError):
-            while self._wake_in.recv(4096):
-                pass
-        while self._answers:
-            link, found = self._answers.popleft()
-            if link in self.links:
-                link.on_lookup(found)
+    def _found(self, found: list[Endpoint] | Unresolved) -> None:
+        """Tell all that wait, each as an event of its own."""
+        waiting, self._waiting = self._waiting, []
+        for line in waiting:
+            self._later(functools.partial(line.on_addresses, found), line.owner)
 
     def is_own(self, endpoint: Endpoint) -> bool:
         """Whether an address is one where this exporter listens."""
-        host, port = endpoint.sockaddr[:2]
-        return any((own, port) in self.listening_at for own in ("0.0.0.0", "::", plain(host))) and is_this_machine(host)
+        host, port = plain(endpoint.sockaddr[0]), endpoint.sockaddr[1]
+        return any((own, port) in self.own_addresses for own in ("0.0.0.0", "::", host)) and is_this_machine(host)
 
-    def refuse(self, reason: str, peer: str) -> None:
-        """Count and log a device connection that is refused."""
-        text = {
-            "limit": f"more than --sems.max-connections={self.settings.max_connections}",
-            "not_allowed": "its address is not in --sems.allow-from",
-            "loop": "it is our own connection to the portal that came back; let --sems.upstream lead to the real portal,"
-            " and redirect only what the devices send, not this machine",
-        }[reason]
-        store = self.exporter.store
-        with store.lock:
-            store.add("sems_mitm_refused_connections_total", 1, label("reason", reason))
-            store.troubles.say(f"refused {reason}", f"refused the connection from {peer}: {text}", time.monotonic())
+    def is_far_end(self, peer: str) -> bool:
+        """Whether a device's connection is one of ours to the portal, come back."""
+        return any(line.own_end == peer for line in self.lines)
 
-    def _accepting(self, yes: bool) -> None:
-        for sock in self.listening:
-            if yes:
-                self.selector.register(sock, selectors.EVENT_READ, functools.partial(self._on_accept, sock))
-            else:
-                self.selector.unregister(sock)
-        self._paused = math.inf if yes else time.monotonic() + 1
+    def began_with(self, frame: bytes, now: float) -> bool:
+        """Whether one of our connections began with this frame just now. It says so once: a device may repeat itself."""
+        for line in self.lines:
+            is_fresh = line.up and now - line.since <= LOOP_WINDOW and not line.owner.has_ended
+            if is_fresh and line.opening.startswith(frame[:OPENING]):
+                line.opening = b""
+                return True
+        return False
 
-    def _on_accept(self, listening: socket.socket, _: int) -> None:
-        for _ in range(64):  # then the others have their turn
+    def came(self, now: float) -> None:
+        """A connection stands."""
+        if not self.up:
+            text = f"the portal is there: {self.settings.upstream_text}"
+            self.store.troubles.say("portal there", text, now, level=logging.INFO)
+        self.up = 1
+
+    def failed(self, reason: str, text: str, now: float) -> None:
+        """An attempt failed."""
+        self.up = 0
+        self.store.add("sems_mitm_upstream_connect_failures_total", 1, label("reason", reason))
+        where = f"cannot reach the portal {self.settings.upstream_text}: {text}"
+        self.store.troubles.say(f"portal {reason}", where, now)
+
+
+class Line:
+    """The way of one relay or courier to the portal: an attempt, a connection, the back-off until the next.
+
+    Its owner has `on_portal_data`, `on_portal_up`, `on_portal_down`, `has_ended`, and an outbox that outlives connections.
+    """
+
+    def __init__(self, upstream: Upstream, owner: Relay | Courier, outbox: Outbox | Spool) -> None:
+        self.upstream, self.owner, self.outbox = upstream, owner, outbox
+        self.connection: Connection | None = None
+        self.up = False  # it stands
+        self.since = 0.0  # when it did, or its attempt began
+        self.own_end = ""  # our HOST:PORT of it
+        self.opening = b""  # the first bytes sent on it, for a moment
+        self.sent = False  # something was ever sent
+        self.trying = False  # an attempt is under way: a look-up, or a connection that does not stand yet
+        self._addresses: list[Endpoint] = []  # still to be tried in it
+        self._patience = 0.0  # s for each
+        self._backoff: float = BACKOFF[0]
+        self._retry = 0.0  # when the next attempt may begin
+
+    def reach(self, now: float) -> None:
+        """Begin an attempt, unless there is one, or a connection, or its time has not come."""
+        if not self.trying and not self.connection and now >= self._retry:
+            self.trying, self.since = True, now
+            self.upstream.look_up(self, now)
+
+    def on_addresses(self, found: list[Endpoint] | Unresolved, now: float) -> None:
+        """The look-up has an answer."""
+        if not self.trying or self.connection:  # nobody waits for it any more
+            return
+        if isinstance(found, Unresolved):
+            return self.failed(found.reason, str(found), now)
+        self._addresses = list(found[:ADDRESSES])
+        self._patience = CONNECT_TIMEOUT / len(self._addresses)
+        self._try_next("other", "no address", now)
+
+    def _try_next(self, reason: str, text: str, now: float) -> None:
+        """Connect to the next address; after the last, the attempt has failed for the reason given."""
+        self._disconnect()
+        while self._addresses:
+            endpoint, self.since = self._addresses.pop(0), now
+            try:
+                return self._connect(endpoint)
+            except OSError as error:
+                self._disconnect()
+                reason, text = reason_of(error), error.strerror or str(error)
+        self.failed(reason, text, now)
+
+    def _connect(self, endpoint: Endpoint) -> None:
+        """Begin to connect. Raises OSError."""
+        if self.upstream.is_own(endpoint):
+            where = endpoint_text(endpoint.sockaddr)
+            raise Unresolved("loop", f"its address {where} is this exporter's own: check --sems.upstream and --sems.upstream-dns")
+        sock = socket.socket(endpoint.family, socket.SOCK_STREAM)
+        handler, on_data = Handler(self._on_ready, self.owner), self.owner.on_portal_data
+        self.connection = Connection(self.upstream.selector, sock, self.outbox, handler, on_data, self._on_end)
+        self.upstream.lines.add(self)
+        tuned(sock, 20, 10, STALL)
+        code = sock.connect_ex(endpoint.sockaddr)
+        if code not in (0, errno.EINPROGRESS):
+            raise OSError(code, os.strerror(code))
+        self.own_end = endpoint_text(sock.getsockname())
+        self.connection.watch(0, writing=True)
+
+    def _on_ready(self, events: int, now: float) -> None:
+        assert self.connection
+        if self.trying:
+            code = self.connection.sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+            if code:
+                return self._try_next(reason_of(OSError(code, "")), os.strerror(code), now)
+            self.trying, self.up, self.since, self.opening = False, True, now, b""
+            self.upstream.came(now)
+            self.owner.on_portal_up(now)
+        elif events & selectors.EVENT_READ:
+            self.connection.receive(now)
+
+    def proven(self) -> None:
+        """The portal has sent something: the next attempt need not wait long."""
+        self._backoff = BACKOFF[0]
+
+    def flush(self, now: float) -> None:
+        """Send what the portal takes, if it is there."""
+        if self.connection and self.up and self.outbox.size:
+            self.sent = True
+            if now - self.since <= LOOP_WINDOW and len(self.opening) < OPENING:
+                self.opening += self.outbox.ready()[:OPENING]
+            self.connection.flush(now)
+
+    def watch(self, room: int) -> None:
+        """Wait for the portal: that it connects, speaks if there is room for so many bytes, takes what waits."""
+        if self.connection:
+            self.connection.watch(room if self.up else 0, writing=self.trying)
+
+    def look(self, now: float) -> None:
+        """See to deadlines: an attempt that takes too long, a portal that takes nothing."""
+        if self.connection and self.trying and now - self.since >= self._patience:
+            self._try_next("timeout", f"no answer for {self._patience:.0f} s", now)
+        elif self.connection and self.up and self.connection.is_stalled(now):
+            self._on_end(TimeoutError(errno.ETIMEDOUT, "it takes nothing"), now)
+
+    def _on_end(self, error: OSError | None, now: float) -> None:
+        """The connection is gone."""
+        if error:
+            self.upstream.up = 0
+        self.failed("", "", now)
+
+    def failed(self, reason: str, text: str, now: float) -> None:
+        """The attempt has failed, or (without a reason) a connection has ended: the next waits for the back-off."""
+        if reason:
+            self.upstream.failed(reason, text, now)
+        self.drop(now)
+        self.owner.on_portal_down(now)
+
+    def drop(self, now: float) -> None:
+        """Have no connection, and no attempt before the back-off is over."""
+        self._retry = now + self._backoff * random.uniform(0.7, 1)
+        self._backoff = min(2 * self._backoff, BACKOFF[1])
+        self._disconnect()
+        self.trying = False
+
+    def _disconnect(self) -> None:
+        if self.connection:
+            self.connection.close()
+        self.upstream.lines.discard(self)
+        self.connection, self.up, self.own_end = None, False, ""
+
+
+# ----------------------------------------------------------------------------------------------------------- modes
+#
+# Three small things, each with its sockets and told by the loop what came:
+#
+#     Relay      forward: a device's connection and its portal connection, a pipe with a filter
+#     Answerer   local, spool: a device's connection that the exporter answers; in spool it hands good frames to a courier
+#     Courier    spool: what a serial number has for the portal, and its portal connection; it knows no device's connection
+#
+# A handler only puts. At the end of a round the loop has the journal on the disk, then calls `end_round` of each that was
+# touched; `look` once a second. `close` ends it at once and feeds nothing to a handler again, so it may follow a fault of our own.
+
+
+Taken = tuple  # what a reader makes of a piece: (kind, bytes, address of a good frame or None[, its meaning]); kind is its type
+
+
+class Outward:
+    """The reader of a device's connection: its stream as pieces, recognised, its good frames met by the store."""
+
+    def __init__(self, loop: Loop, peer: str) -> None:
+        self.store, self.files, self.upstream, self.peer = loop.store, loop.files, loop.upstream, peer
+        self.framer = Framer(OUTBOUND)
+        self.classes: set[int] = set()  # that the device has sent
+        self.is_loop = False  # its first good frame is one with which we began to talk to the portal just now
+
+    def feed(self, data: bytes, now: float) -> list[Taken]:
+        """What data completes."""
+        self.store.add("sems_mitm_bytes_total", len(data), 'direction="outbound"')
+        return self._recognised(self.framer.feed(data, now), now)
+
+    def expired(self, now: float) -> list[Taken]:
+        """What a frame was that is unfinished for too long."""
+        if not self.framer.rest or now - self.framer.since < OUTBOUND.patience:
+            return []
+        return self._recognised(self.framer.expire(now), now)
+
+    def closed(self, now: float) -> list[Taken]:
+        """What is left when the stream has ended."""
+        return self._recognised(self.framer.close(now), now)
+
+    def _recognised(self, pieces: list[Piece], now: float) -> list[Taken]:
+        found: list[Taken] = []
+        for kind, piece in pieces:
+            where = None
+            if kind == FRAME:
+                if len(piece) > 13 and piece[11] not in FUNCTIONS:  # in 13 bytes the CRC stands there
+                    self.store.add("outbound_unknown_packets_total")
+                try:
+                    where = address(piece[: OUTBOUND.head], len(piece), OUTBOUND)
+                    kind = where.type
+                except ProtocolError:
+                    kind = MALFORMED
+            if where:
+                if not self.classes and self.upstream.began_with(piece, now):
+                    self.is_loop = True
+                    break
+                self.classes.add(where.cls)
+                self.store.meet(where, piece, now)
+            found.append((kind, piece, where))
+        return found
+
+    def decide(self, kind: str, verdict: str, piece: bytes) -> None:
+        """Count and record a piece whose fate is decided."""
+        if kind:
+            self.store.count(OUTBOUND, kind, verdict)
+        self.files.record(self.peer, OUTBOUND, kind, verdict, piece)
+
+
+class Inward:
+    """The reader of a portal's connection: its stream as pieces, each with a meaning: that of `allowed`, or keepalive.
+
+    A piece without one may not pass. classes: those that the device has sent.
+    """
+
+    def __init__(self, loop: Loop, peer: str) -> None:
+        self.store, self.files, self.peer = loop.store, loop.files, peer
+        self.framer = Framer(INBOUND)
+
+    def feed(self, data: bytes, classes: set[int], now: float) -> list[Taken]:
+        """What data completes."""
+        self.store.add("sems_mitm_bytes_total", len(data), 'direction="inbound"')
+        return [self._read(kind, piece, classes) for kind, piece in self.framer.feed(data, now)]
+
+    def _read(self, kind: str, piece: bytes, classes: set[int]) -> Taken:
+        if kind != FRAME:
+            return kind, piece, None, KEEPALIVE if kind == KEEPALIVE else ""
+        try:
+            where = address_of(piece, INBOUND)
+            kind, meaning = where.type, allowed(where, decode(piece, INBOUND).clear, classes)
+        except ProtocolError:
+            kind, where, meaning = MALFORMED, None, ""
+        if not meaning:
+            self.store.add("inbound_unknown_packets_total")
+        return kind, piece, where, meaning
+
+    def expired(self, classes: set[int], now: float) -> list[Taken]:
+        """What a frame was that is unfinished for too long."""
+        if not self.framer.rest or now - self.framer.since < INBOUND.patience:
+            return []
+        return [self._read(kind, piece, classes) for kind, piece in self.framer.expire(now)]
+
+    def closed(self, classes: set[int], now: float) -> list[Taken]:
+        """What is left when the stream has ended; the next begins anew."""
+        pieces, self.framer = self.framer.close(now), Framer(INBOUND)
+        return [self._read(kind, piece, classes) for kind, piece in pieces]
+
+    def decide(self, kind: str, verdict: str, piece: bytes, meaning: str, now: float) -> None:
+        """Count and record a piece whose fate is decided, and say what was blocked."""
+        if kind:
+            self.store.count(INBOUND, kind, verdict, len(piece) // 2 if kind == KEEPALIVE else 1)
+        if not meaning:
+            what = f"blocked what the portal sent to {self.peer}, type {kind or JUNK}: {piece[:LOG_HEX].hex()}"
+            self.store.troubles.say("blocked", what, now)
+        self.files.record(self.peer, INBOUND, kind, verdict, piece)
+
+    def nacked(self, where: Address, now: float) -> None:
+        """The portal did not accept a packet."""
+        text = f"the portal did not accept a packet of {where.serial} (NACK), type {where.type}"
+        self.store.troubles.say("nack", text, now)
+
+
+class DeviceEnd:
+    """A device's connection, and its life: it may fall silent, take nothing, send its end and still read."""
+
+    def __init__(self, loop: Loop, sock: socket.socket, now: float, owner: Relay | Answerer) -> None:
+        handler = Handler(self._on_ready, owner)
+        self.connection = Connection(loop.selector, sock, Outbox(), handler, owner.on_device_data, self._on_end)
+        self.ended = False  # it sends no more
+        self._owner, self._heard = owner, now
+
+    def _on_ready(self, events: int, now: float) -> None:
+        if events & selectors.EVENT_READ:
+            self._heard = now
+            self.connection.receive(now)
+
+    def _on_end(self, error: OSError | None, now: float) -> None:
+        if error:
+            self.connection.close()
+        if not self.ended:
+            self.ended = True
+            self._owner.on_device_end(now)
+
+    def watch(self, room: int) -> None:
+        """Wait for the device: that it speaks if there is room for so many bytes, takes what waits."""
+        self.connection.watch(0 if self.ended else room)
+
+    def look(self, now: float) -> None:
+        """See to deadlines: a device that is silent or takes nothing is gone."""
+        if self.connection.is_open and (now - self._heard >= SILENCE or self.connection.is_stalled(now)):
+            self._on_end(TimeoutError(), now)
+
+
+class Relay:
+    """Mode forward: a device's connection and its portal connection, a pipe with a filter.
+
+    While the portal is there, and while the first attempt to reach it is under way, bytes go (or wait) as they came; else
+    only whole good frames wait.
+    """
+
+    def __init__(self, loop: Loop, sock: socket.socket, peer: str, now: float) -> None:
+        self.loop, self.peer = loop, peer
+        self.outward, self.inward = Outward(loop, peer), Inward(loop, peer)
+        self.device = DeviceEnd(loop, sock, now, self)
+        self.outbox = Outbox()  # for the portal
+        self.line = Line(loop.upstream, self, self.outbox)
+        self._bat = loop.store.batsignal
+        self._piping = True
+        self._ahead = 0  # with the bat: how much of the unfinished frame is in the outbox already
+        self._deadline: float | None = None  # when all ends, after the device's last byte
+        self._half_closed = False  # the portal is told of the end
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether the device sends no more."""
+        return self.device.ended
+
+    @property
+    def weight(self) -> int:
+        """Bytes of memory that wait."""
+        return self.outbox.weight + self.device.connection.outbox.weight
+
+    @property
+    def for_portal(self) -> int:
+        """Bytes that wait for the portal."""
+        return self.outbox.size
+
+    # Outward: device -> portal
+
+    def on_device_data(self, data: bytes, now: float) -> None:
+        """Bytes came from the device."""
+        pieces = self.outward.feed(data, now)
+        if self.outward.is_loop:
+            self.loop.door.refuse("loop", self.peer, now)
+            return self.close()
+        if self._piping and not self._bat:
+            self.outbox.put(data)
+        self._decide(pieces, now)
+        self.line.reach(now)
+
+    def _decide(self, pieces: list[Taken], now: float) -> None:
+        """Decide what becomes of pieces; a pipe without the bat has their bytes already."""
+        if self._piping and not self._bat:
+            for kind, piece, _ in pieces:
+                self.outward.decide(kind, "forwarded", piece)
+        else:
+            self._queue(pieces, now)
+
+    def _queue(self, pieces: list[Taken], now: float) -> None:
+        """The same where bytes do not just pass: the portal is away, or there is the bat."""
+        for kind, piece, where in pieces:
+            drawn = with_bat(piece) if self._bat and where and draws_bat(where) and not self._ahead else None
+            verdict = "rewritten" if drawn else "forwarded" if self._piping or where else "dropped"
+            if self._piping:
+                self.outbox.put((drawn or piece)[self._ahead :])
+                self._ahead = max(self._ahead - len(piece), 0)
+            elif where:
+                self.outbox.put(drawn or piece)
+                self._shed(self.outbox.size - QUEUE)
+            self.outward.decide(kind, verdict, piece)
+        self._pass_rest(now)
+
+    def _pass_rest(self, now: float) -> None:
+        """With the bat: pass on an unfinished frame that does not wait for it."""
+        framer = self.outward.framer
+        if self._piping and self._bat and framer.rest:
+            if self._ahead or now - framer.since >= HOLD or not may_draw_bat(framer.rest):
+                self.outbox.put(framer.rest[self._ahead :])
+                self._ahead = len(framer.rest)
+
+    def on_device_end(self, now: float) -> None:
+        """The device sends no more: its unfinished frame is what it is."""
+        self._decide(self.outward.closed(now), now)
+        self._deadline = None if self.line.up else now + LAST_ATTEMPT
+
+    # Inward: portal -> device
+
+    def on_portal_data(self, data: bytes, now: float) -> None:
+        """Bytes came from the portal."""
+        self.line.proven()
+        self._let_through(self.inward.feed(data, self.outward.classes, now), now)
+
+    def _let_through(self, pieces: list[Taken], now: float) -> None:
+        for kind, piece, where, meaning in pieces:
+            passes = bool(meaning) and self.device.connection.is_open
+            if passes:
+                self.device.connection.outbox.put(piece)
+            if where and meaning in ("ack", "nack"):
+                self.loop.store.answered(where.owner, ACKS if meaning == "ack" else NACKS)
+            if where and meaning == "nack":
+                self.inward.nacked(where, now)
+            self.inward.decide(kind, "forwarded" if passes else "dropped", piece, meaning, now)
+
+    # Portal
+
+    def on_portal_up(self, now: float) -> None:
+        """The portal is there: first what waited, then what comes."""
+        if not self._piping:
+            self._piping = True
+            self._pass_rest(now)
+            if not self._bat:
+                self.outbox.put(self.outward.framer.rest)
+        if self.device.ended:
+            self._deadline = None
+
+    def on_portal_down(self, now: float) -> None:
+        """An attempt failed, or the connection is gone: from now on only whole good frames wait."""
+        self._let_through(self.inward.closed(self.outward.classes, now), now)
+        if self._piping:
+            data, sent = self.outbox.take_all()
+            for frame in good_frames(data, now, sent):
+                self.outbox.put(frame)
+            self._piping, self._ahead = False, 0
+        self._shed(self.outbox.size - QUEUE)
+
+    def _shed(self, excess: int) -> None:
+        """Drop the oldest frames, so many bytes of them."""
+        while excess > 0 and self.outbox.size:
+            excess -= len(self.outbox.drop_oldest())
+            self.loop.store.add("sems_mitm_queue_dropped_packets_total")
+
+    def lighten(self, excess: int, now: float) -> None:
+        """All queues together are too heavy, and this one is the heaviest: drop its oldest frames."""
+        if self.device.connection.outbox.weight > self.outbox.weight:
+            return self.close()
+        if self._piping:  # the portal takes nothing; what is sent of a frame cannot be taken back
+            self.line.failed("", "", now)
+        self._shed(min(excess, self.outbox.size))
+
+    # Life
+
+    def end_round(self, now: float) -> None:
+        """Send what waits, both ways; wait for what may come next, or end."""
+        self.line.flush(now)
+        self.device.connection.flush(now)
+        if self.device.ended and self._is_done(now):
+            return self.close()
+        limit = BACKLOG if self.line.up else FIRST_ATTEMPT if self._piping else 2 * QUEUE
+        self.device.watch(limit - self.outbox.size)
+        self.line.watch(BACKLOG - self.device.connection.backlog)
+
+    def _is_done(self, now: float) -> bool:
+        """Whether nothing is left to do for a device that sends no more; sees to the next step if something is."""
+        if not self.line.up:
+            return not self.line.trying
+        if self.outbox.size or self._half_closed:
+            return False
+        if not self.line.sent:
+            return True
+        assert self.line.connection
+        self._half_closed, self._deadline = True, now + LINGER
+        with contextlib.suppress(OSError):
+            self.line.connection.sock.shutdown(socket.SHUT_WR)
+        return False
+
+    def look(self, now: float) -> None:
+        """See to deadlines."""
+        if self._deadline is not None and now >= self._deadline:
+            return self.close()
+        self._decide(self.outward.expired(now), now)
+        self._let_through(self.inward.expired(self.outward.classes, now), now)
+        self._pass_rest(now)
+        self.device.look(now)
+        self.line.look(now)
+        if self.line.since:  # the device has sent something
+            self.line.reach(now)
+
+    def close(self) -> None:
+        """Close both sockets, and be forgotten."""
+        self.device.connection.close()
+        self.line.drop(time.monotonic())
+        self.loop.forget(self)
+
+
+class Answerer:
+    """Modes local and spool: a device's connection that the exporter answers."""
+
+    for_portal = 0
+
+    def __init__(self, loop: Loop, sock: socket.socket, peer: str, now: float) -> None:
+        self.loop, self.peer = loop, peer
+        self.outward = Outward(loop, peer)
+        self.device = DeviceEnd(loop, sock, now, self)
+
+    @property
+    def weight(self) -> int:
+        """Bytes of memory that wait."""
+        return self.device.connection.outbox.weight
+
+    def on_device_data(self, data: bytes, now: float) -> None:
+        """Bytes came from the device."""
+        pieces = self.outward.feed(data, now)
+        if self.outward.is_loop:
+            self.loop.door.refuse("loop", self.peer, now)
+            return self.close()
+        self._answer(pieces, now)
+
+    def _answer(self, pieces: list[Taken], now: float) -> None:
+        local = datetime.fromtimestamp(self.loop.store.clock(now))
+        for kind, piece, where in pieces:
+            verdict = "dropped"
+            if where and self._is_kept(piece, where, now):
+                clock = where.function == SETTINGS and self.loop.clock_ok(now)
+                reply = answer(where, local, clock)
+                if reply:
+                    self.device.connection.outbox.put(reply)
+                    self.loop.store.answered(where.owner, ACKS)
+                    verdict = "answered"
+                elif self.loop.settings.mode == SPOOL:
+                    verdict = "forwarded"
+            self.outward.decide(kind, verdict, piece)
+
+    def _is_kept(self, frame: bytes, where: Address, now: float) -> bool:
+        """Whether a good frame may be answered: in mode spool if it is kept for the portal."""
+        if self.loop.settings.mode == LOCAL:
+            return True
+        if self.loop.depot.take(frame, where, now):
+            return True
+        text = f"the spool has no room for a packet of {where.serial}: it is not acknowledged, and stays the device's"
+        self.loop.store.troubles.say("spool full", text, now)
+        return False
+
+    def on_device_end(self, now: float) -> None:
+        """The device sends no more."""
+        self._answer(self.outward.closed(now), now)
+
+    def lighten(self, excess: int, now: float) -> None:
+        """All queues together are too heavy: this device takes none of its answers."""
+        self.close()
+
+    def end_round(self, now: float) -> None:
+        """Send what waits; wait for what may come next, or end."""
+        self.device.connection.flush(now)
+        if self.device.ended and not self.device.connection.backlog:
+            return self.close()
+        self.device.watch(FIRST_ATTEMPT - self.weight)
+
+    def look(self, now: float) -> None:
+        """See to deadlines."""
+        self._answer(self.outward.expired(now), now)
+        self.device.look(now)
+
+    def close(self) -> None:
+        """Close the socket, and be forgotten."""
+        self.device.connection.close()
+        self.loop.forget(self)
+
+
+class Courier:
+    """Mode spool: what a serial number has for the portal, and the portal connection that delivers it."""
+
+    has_ended = False
+
+    def __init__(self, loop: Loop, serial: str, now: float) -> None:
+        self.loop, self.serial = loop, serial
+        self.spool = Spool()
+        self.line = Line(loop.upstream, self, self.spool)
+        self.inward = Inward(loop, serial)
+        self.classes: set[int] = set()  # that the device has sent
+        self.heard = now  # when its device's last frame came
+        self._since = now  # when the portal last answered, or was first sent what it owes an answer to
+
+    @property
+    def weight(self) -> int:
+        """Bytes of memory that wait."""
+        return self.spool.weight
+
+    @property
+    def for_portal(self) -> int:
+        """Bytes that wait for the portal, or for its answer."""
+        return self.spool.undelivered
+
+    def keep(self, frame: bytes, where: Address) -> None:
+        """Keep a frame, come what may: it is acknowledged."""
+        self.classes.add(where.cls)
+        drawn = with_bat(frame) if self.loop.store.batsignal and draws_bat(where) else None
+        self.spool.put(drawn or frame)
+
+    def on_portal_data(self, data: bytes, now: float) -> None:
+        """Bytes came from the portal: nothing of it reaches a device."""
+        self.line.proven()
+        self._note(self.inward.feed(data, self.classes, now), now)
+
+    def _note(self, pieces: list[Taken], now: float) -> None:
+        for kind, piece, where, meaning in pieces:
+            if where and meaning in ("ack", "nack") and self.spool.answered(piece[6:8]):
+                self._since = now
+            if where and meaning == "nack":
+                self.loop.store.answered(where.owner, NACKS)
+                self.inward.nacked(where, now)
+            self.inward.decide(kind, "dropped", piece, meaning, now)
+
+    def on_portal_up(self, now: float) -> None:
+        """The portal is there."""
+
+    def on_portal_down(self, now: float) -> None:
+        """An attempt failed, or the connection is gone: what is not answered goes again."""
+        self._note(self.inward.closed(self.classes, now), now)
+        self.spool.lost()
+
+    def end_round(self, now: float) -> None:
+        """Send what waits; go on, or wait for what may come next."""
+        owed = self.spool.owed
+        self.line.flush(now)
+        self._since = self._since if owed else now
+        if self.spool.undelivered:
+            self.line.reach(now)
+        self.line.watch(RECV_SIZE)
+
+    def look(self, now: float) -> None:
+        """See to deadlines."""
+        if not self.spool.undelivered and now - self.heard >= SILENCE:
+            self.line.drop(now)
+            return self.loop.depot.forget(self)
+        self._note(self.inward.expired(self.classes, now), now)
+        self.line.look(now)
+        if self.line.up and self.spool.owed and now - self._since >= ANSWER_TIMEOUT:
+            self.line.failed("timeout", f"no answer to a packet of {self.serial} for {ANSWER_TIMEOUT} s", now)
+            self.spool.postpone()
+
+    def close(self) -> None:
+        """After an error of our own: the connection goes, what is spooled stays."""
+        self.line.drop(time.monotonic())
+        self.spool.lost()
+
+
+# ------------------------------------------------------------------------------------------------------------ loop
+
+REFUSALS = {
+    "limit": "there are --sems.max-connections={max_connections} already",
+    "not_allowed": "its address is not in --sems.allow-from",
+    "loop": "it is our own connection to the portal that came back; let --sems.upstream lead to the real portal,"
+    " and redirect only what the devices send, not this machine",
+}
+
+
+class Door:
+    """Where devices come in. Out of descriptors it is shut for a moment, and the connections there are go on."""
+
+    def __init__(self, loop: Loop) -> None:
+        self.loop = loop
+        self.is_shut = True
+        for sock in loop.listening:
+            sock.setblocking(False)
+
+    def open(self) -> None:
+        """Let devices in."""
+        if self.is_shut:
+            self.is_shut = False
+            for sock in self.loop.listening:
+                handler = Handler(functools.partial(self._on_ready, sock), None)
+                self.loop.selector.register(sock, selectors.EVENT_READ, handler)
+
+    def shut(self) -> None:
+        """Let nobody in."""
+        if not self.is_shut:
+            self.is_shut = True
+            for sock in self.loop.listening:
+                self.loop.selector.unregister(sock)
+
+    def _on_ready(self, listening: socket.socket, _: int, now: float) -> None:
+        for _ in range(EVENTS):  # then the others have their turn
             try:
                 sock, sockaddr = listening.accept()
             except (BlockingIOError, InterruptedError, ConnectionAbortedError):
                 return
-            except OSError as error:  # out of descriptors or memory: the connections there are go on
-                self.exporter.store.troubles.say("accept", f"cannot accept a connection: {error.strerror}", time.monotonic())
-                return self._accepting(False)
-            peer = endpoint_text(sockaddr)
-            reason = self._objection(ipaddress.ip_address(plain(sockaddr[0])), peer)
-            if reason:
-                sock.close()
-                self.refuse(reason, peer)
-                continue
-            now = time.monotonic()
-            try:
-                link = Link(self, tuned(sock), peer, now)
-            except OSError:  # gone already
-                sock.close()
-                continue
-            self.links.add(link)
-            link.settle(now)
+            except OSError as error:  # out of descriptors or memory
+                text = f"cannot accept a connection: {error.strerror}"
+                self.loop.store.troubles.say("accept", text, now)
+                return self.shut()
+            self._let_in(sock, sockaddr, now)
 
-    def _objection(self, address: ipaddress.IPv4Address | ipaddress.IPv6Address, peer: str) -> str:
-        allowed_from = self.settings.allow_from
-        if allowed_from and not any(address in network for network in allowed_from):
+    def _let_in(self, sock: socket.socket, sockaddr: tuple, now: float) -> None:
+        peer = endpoint_text(sockaddr)
+        reason = self._objection(plain(sockaddr[0]), peer)
+        if reason:
+            sock.close()
+            return self.refuse(reason, peer, now)
+        try:
+            tuned(sock, 120, 30)
+        except OSError:  # gone already
+            return sock.close()
+        mode = Relay if self.loop.settings.mode == FORWARD else Answerer
+        owner = mode(self.loop, sock, peer, now)
+        self.loop.owners[owner] = None
+        self.loop.touch(owner)
+
+    def _objection(self, host: str, peer: str) -> str:
+        settings = self.loop.settings
+        if settings.allow_from and not any(ipaddress.ip_address(host) in network for network in settings.allow_from):
             return "not_allowed"
-        if peer in self.own_ends:
+        if self.loop.upstream.is_far_end(peer):
             return "loop"
-        return "limit" if len(self.links) >= self.settings.max_connections else ""
+        return "limit" if self.loop.device_connections() >= settings.max_connections else ""
+
+    def refuse(self, reason: str, peer: str, now: float) -> None:
+        """Count and log a device's connection that is refused."""
+        self.loop.store.add("sems_mitm_refused_connections_total", 1, label("reason", reason))
+        why = REFUSALS[reason].format(**vars(self.loop.settings))
+        self.loop.store.troubles.say(f"refused {reason}", f"refused the connection from {peer}: {why}", now)
+
+
+class Depot:
+    """Mode spool: the couriers, one for each serial number, and the journal that remembers for them."""
+
+    def __init__(self, loop: Loop, journal: Journal | None) -> None:
+        self.loop, self.journal = loop, journal
+        self.couriers: dict[str, Courier] = {}
+        self.room = QUEUES  # how many bytes may still be kept in this round, objects counted in
+        if journal:
+            journal.undelivered = self._undelivered
+            for frame in journal.load():
+                where = address_of(frame, OUTBOUND)
+                self._courier(where.serial, time.monotonic()).keep(frame, where)
+            journal.rewrite()
+
+    def _undelivered(self) -> Iterator[bytes]:
+        return itertools.chain.from_iterable(courier.spool for courier in self.couriers.values())
+
+    def take(self, frame: bytes, where: Address, now: float) -> bool:
+        """Keep a good frame until it is delivered; whether there is room. The journal has it before it is acknowledged."""
+        is_known = where.serial in self.couriers
+        weight = len(frame) + OBJECT
+        if weight > self.room or not is_known and len(self.couriers) >= self.loop.settings.max_connections:
+            return False
+        courier = self._courier(where.serial, now)
+        if courier.spool.weight + weight > SPOOLED:
+            return False
+        self.room -= weight
+        courier.keep(frame, where)
+        courier.heard = now
+        self.loop.touch(courier)
+        if self.journal:
+            self.journal.put(where.serial, frame)
+        return True
+
+    def _courier(self, serial: str, now: float) -> Courier:
+        courier = self.couriers.get(serial)
+        if courier is None:
+            courier = self.couriers[serial] = Courier(self.loop, serial, now)
+            self.loop.owners[courier] = None
+            self.loop.touch(courier)
+        return courier
+
+    def forget(self, courier: Courier) -> None:
+        """A courier has nothing to deliver, and its device has gone."""
+        del self.couriers[courier.serial]
+        self.loop.forget(courier)
+
+    def remember(self) -> None:
+        """Have this round's frames on the disk; the file emptied when nothing is undelivered."""
+        if self.journal:
+            self.journal.commit()
+            if self.journal.size and not any(courier.spool.undelivered for courier in self.couriers.values()):
+                self.journal.empty()
+
+
+class Mailbox:
+    """Work that other threads and signals hand to the loop."""
+
+    def __init__(self, selector: selectors.BaseSelector, do: Callable[..., None]) -> None:
+        """do(where, owner, work, now): has work(now) done at a boundary, on behalf of an owner or None."""
+        self._do = do
+        self._work: collections.deque[tuple] = collections.deque()
+        self._in, self._out = socket.socketpair()
+        for sock in (self._in, self._out):
+            sock.setblocking(False)
+        selector.register(self._in, selectors.EVENT_READ, Handler(self._on_ready, None))
+
+    def put(self, work: Callable[[float], object], owner: Relay | Courier | None) -> None:
+        """Have the loop call work(now); from any thread, and from a signal's handler."""
+        self._work.append((work, owner))
+        with contextlib.suppress(OSError):  # full: it is awake already
+            self._out.send(b"\0")
+
+    def _on_ready(self, _: int, now: float) -> None:
+        with contextlib.suppress(BlockingIOError):
+            while self._in.recv(4096):
+                pass
+        while self._work:
+            work, owner = self._work.popleft()
+            self._do("an event of a connection", owner, work, now)
+
+    def close(self) -> None:
+        """Take no more."""
+        self._in.close()
+        self._out.close()
+
+
+class Loop:
+    """Rounds of events: handlers put, then the journal is on the disk, then what waits is sent; deadlines once a second.
+
+    All of it in one thread, which holds the store's lock while it works on what is shown, and not while a disk does.
+    """
+
+    def __init__(self, store: Store, settings: argparse.Namespace, files: Files, journal: Journal | None = None) -> None:
+        """Raises OSError if the port cannot be had."""
+        self.store, self.settings, self.files = store, settings, files
+        self.listening = listeners(*settings.listen_address)
+        self.selector = selectors.DefaultSelector()
+        self.mailbox = Mailbox(self.selector, self._do)
+        self.upstream = Upstream(settings, store, self.selector, self.mailbox.put)
+        self.owners: dict[Relay | Answerer | Courier, None] = {}
+        self.every_second: list[Callable[[float], None]] = []
+        self.stopping = False
+        self._touched: dict[Relay | Answerer | Courier, None] = {}  # in this round
+        self._next_look = 0.0
+        self.door = Door(self)
+        self.upstream.own_addresses.update(sock.getsockname()[:2] for sock in self.listening)
+        self.depot = Depot(self, journal)
+        store.gauges["sems_mitm_queue_bytes"] = self._queue_bytes
+        store.gauges["sems_mitm_device_connections"] = self.device_connections
+        store.gauges["sems_mitm_upstream_connections"] = lambda: sum(line.up for line in self.upstream.lines)
+        store.gauges["sems_mitm_upstream_up"] = lambda: self.upstream.up
+
+    @property
+    def port(self) -> int:
+        """Where devices connect."""
+        return self.listening[0].getsockname()[1]
+
+    @property
+    def own_addresses(self) -> set[tuple[str, int]]:
+        """Where this exporter listens: no portal is there."""
+        return self.upstream.own_addresses
+
+    def device_connections(self) -> int:
+        """How many devices are connected."""
+        return len(self.owners) - len(self.depot.couriers)
+
+    def _queue_bytes(self) -> int:
+        return sum(owner.for_portal for owner in self.owners)
+
+    # What the modes ask for
+
+    def touch(self, owner: Relay | Answerer | Courier) -> None:
+        """Have the owner send and settle at the end of the round."""
+        self._touched[owner] = None
+
+    def forget(self, owner: Relay | Answerer | Courier) -> None:
+        """The owner has closed its sockets for good."""
+        self.owners.pop(owner, None)
+        self._touched.pop(owner, None)
+
+    def clock_ok(self, now: float) -> bool:
+        """Whether this machine's clock is good enough to set a device's by it."""
+        wall = self.store.clock(now)
+        if wall >= RELEASED and zone_is_known(os.environ.get("TZ"), os.path.exists):
+            return True
+        why = "TZ is no time zone that this system knows" if wall >= RELEASED else "this machine's own clock is wrong"
+        self.store.troubles.say("clock", f"the devices' clocks are not set: {why}", now, CLOCK_PERIOD)
+        return False
+
+    # Rounds
 
     def run(self) -> None:
         """Serve until `stop`, then send what is queued."""
         while not self.stopping:
-            self._turn(math.inf)
+            self._round(math.inf)
         self._finish()
 
     def stop(self) -> None:
         """End `run`; for signal handlers and other threads."""
         self.stopping = True
-        self.interrupt()
+        self.mailbox.put(bool, None)  # nothing to do but wake
 
-    def _turn(self, until: float) -> None:
-        """Wait for the next event or alarm, and see to it."""
-        when = min(self._alarms[0][0] if self._alarms else math.inf, self._paused, until)
-        ready = self.selector.select(None if when == math.inf else max(when - time.monotonic(), 0))
-        for key, events in ready:
-            if key.fileobj.fileno() >= 0:  # type: ignore[union-attr]  # closed by one before it
-                key.data(events)
-                self._tidy()
+    def reopen(self) -> None:
+        """Open the capture and backfill files anew; for signal handlers and other threads."""
+        self.files.are_rotated = True
+        self.mailbox.put(bool, None)
+
+    def _round(self, until: float) -> None:
+        """Wait for what comes next, and see to it."""
+        ready = self.selector.select(self._patience(until))
         now = time.monotonic()
-        due = []  # at first, as an alarm may set the next
-        while self._alarms and self._alarms[0][0] <= now:
-            due.append(heapq.heappop(self._alarms))
-        for when, _, link in due:
-            if link in self.links and link.alarm == when:
-                link.alarm = math.inf
-                link.on_alarm(now, time.time())
-        self._tidy()
-        if now >= self._paused:
-            self._accepting(True)
+        for at in range(0, len(ready), EVENTS):
+            with self.store.lock:
+                for key, events in ready[at : at + EVENTS]:
+                    if key.fileobj.fileno() >= 0:  # type: ignore[union-attr]  # not closed by one before it
+                        self._do("an event of a connection", key.data.owner, key.data.ready, events, now)
+            self._end_round(now)
+        if now >= self._next_look:
+            self._look(now)
+        elif not ready and self.store.undecoded:
+            with self.store.lock:
+                if self.store.undecoded:
+                    self.store.digest_one(now)
 
-    def _tidy(self) -> None:
-        """After each event: what all links together hold stays bounded, and done sessions go."""
-        exporter = self.exporter
-        if exporter.pool.size > exporter.pool.limit:
-            with exporter.store.lock:
-                exporter.store.add("sems_mitm_queue_dropped_packets_total", exporter.pool.shed())
-        while exporter.done:
-            session = exporter.done.pop()
-            for link in [link for link in self.links if link.session is session]:
-                link.end()
+    def _patience(self, until: float) -> float | None:
+        """How long to wait for events: not while something is to be decoded, else until the next look at deadlines."""
+        if self.store.undecoded:
+            return 0
+        if self.owners or self.door.is_shut or until < math.inf:
+            return max(min(self._next_look, until) - time.monotonic(), 0)
+        return None
+
+    def _do(self, where: str, owner: Relay | Answerer | Courier | None, work: Callable[..., object], *arguments: object) -> None:
+        """Do work on behalf of an owner, which sends and settles at the end of the round."""
+        if owner:
+            self._touched[owner] = None
+        self._contain(where, owner, work, *arguments)
+
+    def _contain(self, where: str, owner: Relay | Answerer | Courier | None, work: Callable[..., object], *arguments: object) -> None:
+        """The boundary of an event and of a deadline: an error of our own ends the owner's connection, and nothing else."""
+        try:
+            work(*arguments)
+        except Exception:
+            self.store.broke(where)
+            if owner:
+                owner.close()
+
+    def _end_round(self, now: float) -> None:
+        """The journal first: what is sent now may be an acknowledgement."""
+        self.files.flush()
+        self.depot.remember()
+        waits = False
+        with self.store.lock:
+            while self._touched:
+                owner = next(iter(self._touched))
+                del self._touched[owner]
+                self._contain("an event of a connection", owner, owner.end_round, now)
+                waits = waits or owner.weight > 0
+            if waits or self.depot.room < QUEUES:
+                self._bound(now)
+
+    def _bound(self, now: float) -> None:
+        """See that all that waits has a bound: the heaviest queue of a device's connection gives way, spools take no more."""
+        total = sum(owner.weight for owner in self.owners)
+        self.depot.room = QUEUES - total
+        while total > QUEUES:
+            heaviest = max(self.owners, key=lambda owner: 0 if isinstance(owner, Courier) else owner.weight)
+            before = heaviest.weight
+            if isinstance(heaviest, Courier) or not before:
+                return
+            heaviest.lighten(total - QUEUES, now)
+            total -= before - (heaviest.weight if heaviest in self.owners else 0)
+
+    def _look(self, now: float) -> None:
+        """Look at all deadlines."""
+        self._next_look = now + TICK
+        with self.store.lock:
+            if not self.stopping:
+                self.door.open()
+            for owner in list(self.owners):
+                self._do("a connection's deadline", owner, owner.look, now)
+            for hook in self.every_second:
+                self._do("a connection's deadline", None, hook, now)
+        if self.depot.journal:
+            self.depot.journal.tend(now)
+        self._end_round(now)
 
     def _finish(self) -> None:
         """Stop accepting, send what is queued for two seconds at most, close everything."""
         end = time.monotonic() + SHUTDOWN
-        if self._paused == math.inf:
-            self._accepting(False)
-        self._paused = math.inf
+        self.door.shut()
+        self._end_round(time.monotonic())
+        while time.monotonic() < end and any(key.events & selectors.EVENT_WRITE for key in self.selector.get_map().values()):
+            self._round(end)
+        for owner in list(self.owners):
+            owner.close()
+        self.close()
+
+    def close(self) -> None:
+        """Give back what `run` needs; it does so itself at its end."""
         for sock in self.listening:
             sock.close()
-        for link in self.links:
-            link.closing = True  # reads no more
-        while any(link.unsent() for link in self.links) and time.monotonic() < end:
-            self._turn(end)
-        for link in list(self.links):
-            link.end()
         self.selector.close()
-        self._wake_in.close()
-        self._wake_out.close()
+        self.mailbox.close()
+        if self.depot.journal:
+            self.depot.journal.close()
 
 
-# ------------------------------------------------------------------------------------------------------------ HTTP
+# ------------------------------------------------------------------------------------------------------- household
+#
+# What a house makes and takes, in keys that do not depend on the model. Figures are key to number, and without what is
+# not known. Flows are in W (generation_watts, house_watts; export_watts, negative while importing; battery_watts,
+# positive while discharging) and %; energies in kWh.
+
+# Of the house's figures, by their keys' first words: the families of devices that are asked; the first of which any is
+# known count. HomeKit 1000s measure the roof, and an inverter beside them adds nothing; a hybrid's own meter is at the
+# same grid as theirs.
+ROOF, GRID_SIDE = (("HK1000",), ("GRID", "HYBRID")), (("HK1000", "HK3000"), ("HYBRID",))
+ASKED = {
+    "generation": ROOF, "generated": ROOF, "export": GRID_SIDE, "exported": GRID_SIDE, "imported": GRID_SIDE,
+    "battery": (FAMILIES,),
+}  # fmt: skip
+SOLAR = (
+    "meter_power_generation_watts",
+    "inverter_string_power_watts",
+    "inverter_power_output_watts",
+)  # the first there is
+COUNTED = {  # energies: the counters of which the first that there is counts, and how much of it is a kWh
+    "generated": {"meter_energy_generation_decawatt_hours_total": 100, "inverter_energy_output_hectowatt_hours_total": 10},
+    "imported": {"meter_energy_import_decawatt_hours_total": 100},
+    "exported": {"meter_energy_export_decawatt_hours_total": 100},
+    "battery_charged": {"battery_energy_charge_watthours_total": 1000},
+    "battery_discharged": {"battery_energy_discharge_watthours_total": 1000},
+}  # fmt: skip
+DAILY = ("generated", "imported", "exported")
+FLOWS = ("generation_watts", "house_watts", "export_watts", "battery_watts", "battery_charge_percent")
+KEYS = (*FLOWS, *(f"{word}_today_kilowatt_hours" for word in DAILY), *(f"{word}_kilowatt_hours" for word in COUNTED))
+SERIES: dict[str, list[Series]] = collections.defaultdict(list)  # of a metric, for all its labels
+for _series in dict.fromkeys(value.series for values in VALUES.values() for value in values):
+    SERIES[_series[0]].append(_series)
 
 
-def household(values: dict[str, list[float]], today: dict[str, float]) -> dict[str, float | None]:
-    """What a household looks at: of a device's gauges, each with its values, and of what its counters gained today."""
-
-    def total(*metrics: str) -> float | None:
-        return next((sum(values[metric]) for metric in metrics if metric in values), None)
-
-    def scaled(number: float | None, divide: float) -> float | None:
-        return None if number is None else number / divide
-
-    generation, export = total("meter_power_generation_watts"), total("meter_power_export_watts")
-    charge = values.get("battery_state_of_charge_ratio")
-    generated = scaled(total("inverter_energy_output_hectowatt_hours_day"), 10)
-    return {
-        "generation_watts": total("meter_power_generation_watts", "inverter_string_power_watts", "inverter_power_output_watts"),
-        "house_watts": total("inverter_load_watts") if generation is None or export is None else generation - export,
-        "export_watts": export,
-        "battery_watts": total("battery_power_watts"),
-        "battery_charge_percent": round(100 * sum(charge) / len(charge), 1) if charge else None,
-        "generated_today_kilowatt_hours": scaled(today.get("meter_energy_generation_decawatt_hours_total"), 100)
-        if generated is None
-        else generated,
-        "imported_today_kilowatt_hours": scaled(today.get("meter_energy_import_decawatt_hours_total"), 100),
-        "exported_today_kilowatt_hours": scaled(today.get("meter_energy_export_decawatt_hours_total"), 100),
-    }
+def total(gauges: dict[Series, float], *metrics: str) -> float | None:
+    """The first of these metrics that there is, its labels together."""
+    sets = ([gauges[series] for series in SERIES[metric] if series in gauges] for metric in metrics)
+    return next((sum(numbers) for numbers in sets if numbers), None)
 
 
-def device_overview(device: Device, store: Store, now: float, local: datetime) -> dict:
-    """A device in /api/devices, without what is not known."""
-    series = {} if store.is_stale(device.fresh, now) else {**device.gauges, **device.counters}
-    values: dict[str, list[float]] = {}
-    for (metric, _), number in series.items():
-        values.setdefault(metric, []).append(number)
-    since, first = device.day or (local, {})
-    counters = device.counters if since.date() == local.date() else {}
-    # a counter that a dip has set back has gained nothing
-    today = {key[0]: max(number - first[key], 0) for key, number in counters.items() if not key[1] and key in first}
-    told = {
-        **dict(zip(("device", "model", "serial"), device.name)),
-        "full_serial": label_text(device.serial),
-        **device.info,
-        "up": not store.is_stale(device.good, now),
-        "age_seconds": round(now - device.good, 1),
-        "today_since": since.isoformat(timespec="seconds") if today else None,
-        **household(values, today),
-        "values": {flat(*key): number for key, number in series.items()},
-    }
-    return {name: value for name, value in told.items() if value is not None}
+def flows(gauges: dict[Series, float]) -> dict[str, float]:
+    """A device's flows by its last reading."""
+    roof, export = total(gauges, "meter_power_generation_watts"), total(gauges, "meter_power_export_watts")
+    load = total(gauges, "inverter_load_watts") if roof is None or export is None else roof - export
+    batteries = [labels for _, labels in SERIES["battery_mode"] if gauges.get(("battery_mode", labels), 1)]  # 0: none
+    powers, charges = (
+        [gauges[metric, labels] for labels in batteries if (metric, labels) in gauges]
+        for metric in ("battery_power_watts", "battery_state_of_charge_ratio")
+    )
+    percent = 100 * sum(charges) / len(charges) if charges else None
+    found = zip(FLOWS, (total(gauges, *SOLAR), load, export, sum(powers) if powers else None, percent))
+    return {key: round(number, 3) for key, number in found if number is not None}
 
 
-def overview(store: Store, settings: Settings, now: float, wall: float) -> dict:
-    """What /api/devices and the page show."""
-    local = datetime.fromtimestamp(wall)
+def energies(counters: dict[Series, float], base: dict[Series, float] | None = None) -> dict[str, float]:
+    """A device's energies by the words of COUNTED: for life, or what they gained since the counters were at base."""
+    found: dict[str, float] = {}
+    for word, metrics in COUNTED.items():
+        for series, parts in (((metric, ""), parts) for metric, parts in metrics.items()):
+            if word not in found and series in counters and (base is None or series in base):
+                gained = counters[series] - (base[series] if base else 0)
+                found[word] = round(max(gained, 0) / parts, 3)  # a counter that started anew has gained nothing
+    return found
+
+
+def today(live: Live) -> dict:
+    """A device's energies of the day of its last reading, and since when they are counted if that is not midnight."""
+    if live.day is None:
+        return {}
+    gained = {word: number for word, number in energies(live.counters, live.day.base).items() if word in DAILY}
+    daily = live.gauges.get(("inverter_energy_output_hectowatt_hours_day", ""))
+    if daily is not None:  # by the inverter's own count, which begins at midnight
+        gained.pop("generated", None)
+    since = {"today_since": live.day.since.isoformat(timespec="seconds")} if gained and live.day.since else {}
+    gained.update({} if daily is None else {"generated": daily / 10})
+    return {**{f"{word}_today_kilowatt_hours": gained[word] for word in DAILY if word in gained}, **since}
+
+
+# A device of the house. told: the keys of what it knows while it is not silent; figures: what is known of it now.
+Member = collections.namedtuple("Member", "family told figures")
+
+
+def flow_member(device: Device, store: Store, now: float) -> Member:
+    """A device's flows; the store's lock is held. They go when it is silent."""
+    told = flows(device.live.gauges)
+    return Member(device.family, told.keys(), {} if store.is_stale(device.live.fresh, now) else told)
+
+
+def member(device: Device, store: Store, now: float) -> Member:
+    """All figures of a device; the store's lock is held. Today's energies go at local midnight."""
+    live, flowing = device.live, flow_member(device, store, now)
+    gained, lifetime = today(live), energies(live.counters)
+    if live.gauges and "battery_watts" not in flowing.told:  # it counts what goes into a battery that is not there
+        lifetime = {word: number for word, number in lifetime.items() if "battery" not in word}
+    counted = {f"{word}_kilowatt_hours": number for word, number in lifetime.items()}
+    over = live.day is None or live.day.date != datetime.fromtimestamp(store.clock(now)).date()
+    figures = {**flowing.figures, **({} if over else gained), **counted}
+    return Member(device.family, {*flowing.told, *gained, *counted}, figures)
+
+
+def house(members: Sequence[Member], keys: Iterable[str] = KEYS) -> dict:
+    """The house's figures, each flow once. A member that is not known makes a sum unknown, not smaller."""
+    found: dict = {}
+    since: set[str] = set()
+    for key in keys:
+        for families in ASKED.get(key.partition("_")[0], ()):
+            group = [one for one in members if one.family in families and key in one.told]
+            known = [one.figures[key] for one in group if key in one.figures]
+            if known and len(known) == len(group):
+                found[key] = round(sum(known) / (len(known) if key.endswith("percent") else 1), 3)
+                since.update(one.figures.get("today_since", "") for one in group if "_today_" in key)
+            if known:
+                break
+    solar, export = found.get("generation_watts"), found.get("export_watts")
+    if solar is not None:  # at night an inverter takes a few watts, and the roof gives none
+        found["generation_watts"] = solar = max(solar, 0)
+    has_battery = any("battery_watts" in one.told for one in members)
+    if solar is not None and export is not None and ("battery_watts" in found or not has_battery):
+        found["house_watts"] = round(solar - export + found.get("battery_watts", 0), 3)
+    found["today_since"] = max(since, default="")
+    return {key: found[key] for key in (*KEYS, "today_since") if found.get(key, "") != ""}
+
+
+# A step of the picture. begin, end: seconds since 1970 of the shown time; means: of PICTURED, None is not known.
+Point = collections.namedtuple("Point", "begin end means")
+PICTURED = FLOWS[:4]
+DAY = 86400
+STEPS = 600  # of the picture, at most
+STEP = 0.625  # s, the first: doubled eight times, 540 are a day; of the demo's day, four minutes, 384 are
+
+
+class History:
+    """The house's flows of the last day for the picture, as means in equal steps of time; in memory only.
+
+    Steps are numbered on the monotonic axis and turned into shown time when drawn, so a clock that jumps does no harm.
+    A flow holds from one reading to the next, at most until its device is silent.
+    """
+
+    def __init__(self, store: Store) -> None:
+        self.store, self.step = store, STEP
+        self.sums: dict[int, list[float]] = {}  # of a step: of each flow the W·s, then of each the seconds it was known
+        self._flows: list[float | None] = []  # since `_since`, at most until `_until`
+        self._since = self._until = -math.inf
+        self._readings = -1
+
+    def note(self, now: float) -> None:
+        """Look whether the flows have changed; about once a second, with the store's lock held."""
+        store = self.store
+        if store.readings == self._readings and now < self._until:
+            return
+        store.digest(now)
+        devices = [device for device in store.devices.values() if not device.hidden]
+        fresh = [device.live.fresh for device in devices if not store.is_stale(device.live.fresh, now)]
+        newest = max(fresh, default=now) if store.readings != self._readings else now
+        self._hold(min(max(newest, self._since), now))
+        flowing = house([flow_member(device, store, now) for device in devices], FLOWS)
+        self._flows = [flowing.get(key) for key in PICTURED]
+        self._until = min(fresh, default=math.inf) + (store.stale_after or math.inf)
+        self._readings = store.readings
+
+    def _hold(self, now: float) -> None:
+        """The flows have held until now, or until a device fell silent."""
+        clock = self.store.clock
+        oldest = now - DAY * DAY / (clock(now) - clock(now - DAY))  # a day of shown time ago
+        self.sums = {number: sums for number, sums in self.sums.items() if number * self.step >= oldest}
+        at, end = max(self._since, oldest), min(now, self._until)
+        if self._flows.count(None) == len(self._flows):
+            at = now  # nothing to add
+        self._since = max(self._since, now)
+        while now // self.step - min([*self.sums, at // self.step]) >= STEPS:
+            self._double()
+        while at < end:
+            number = int(at // self.step)
+            until = min((number + 1) * self.step, end)
+            sums = self.sums.setdefault(number, [0.0] * 2 * len(PICTURED))
+            for i, watts in enumerate(self._flows):
+                if watts is not None:
+                    sums[i] += watts * (until - at)
+                    sums[i + len(PICTURED)] += until - at
+            at = until
+
+    def _double(self) -> None:
+        """Make steps twice as long."""
+        pairs, self.sums = self.sums, {}
+        self.step *= 2
+        for number, sums in pairs.items():
+            self.sums[number // 2] = [a + b for a, b in zip(sums, self.sums.get(number // 2, itertools.repeat(0.0)))]
+
+    def points(self, now: float) -> list[Point]:
+        """The steps from the first of which anything is known until now, none left out; the store's lock is held."""
+        self.note(now)
+        self._hold(now)
+        clock, count = self.store.clock, len(PICTURED)
+        found = []
+        for number in range(min(self.sums), math.ceil(now / self.step)) if self.sums else ():
+            sums = self.sums.get(number, [0.0] * 2 * count)
+            means = [watts / seconds if seconds else None for watts, seconds in zip(sums, sums[count:])]
+            found.append(Point(clock(number * self.step), clock(min((number + 1) * self.step, now)), means))
+        return found
+# ------------------------------------------------------------------------------------------- page, API, Home Assistant
+#
+# What HTTP shows beside the metrics. `see` takes what is needed under the store's lock; all else is text made of that.
+
+# A device as it is shown. age: s since its last packet; values: series to number, gauges only while it is not silent.
+Shown = collections.namedtuple("Shown", "name serial info up age member values")
+Seen = collections.namedtuple("Seen", "devices house upstream blocked")
+
+
+def see(store: Store, settings: argparse.Namespace, now: float) -> Seen:
+    """Everything that the page and the API show, but for the picture."""
     with store.lock:
-        devices = [device_overview(device, store, now, local) for device in store.devices.values() if not device.hidden]
-        up, queued = (store.gauges.get(f"sems_mitm_{name}", lambda: None)() for name in ("upstream_up", "queue_bytes"))
+        store.digest(now)
+        devices = [shown(device, store, now) for device in store.devices.values() if not device.hidden]
+        up, waiting = (store.gauges.get(f"sems_mitm_{name}", lambda: None)() for name in ("upstream_up", "queue_bytes"))
         blocked = store.totals["inbound_unknown_packets_total", ""]
-    upstream = {
-        "mode": settings.mode,
-        "address": "" if settings.mode == LOCAL else settings.upstream_text,
-        "up": None if up is None else bool(up),
-        "queue_bytes": queued or 0,
-    }
-    return {"devices": devices, "upstream": upstream, "blocked": blocked}
+    address = "" if settings.mode == LOCAL else settings.upstream_text
+    reachable = None if up is None else bool(up)
+    upstream = {"mode": settings.mode, "address": address, "up": reachable, "queue_bytes": waiting or 0}
+    return Seen(devices, house([device.member for device in devices]), upstream, blocked)
 
 
+def shown(device: Device, store: Store, now: float) -> Shown:
+    """A device as it is shown; the store's lock is held."""
+    live, age = device.live, round(max(now - device.good, 0), 1)
+    values = {**({} if store.is_stale(live.fresh, now) else live.gauges), **live.counters}
+    up = not store.is_stale(device.good, now)
+    return Shown(device.name, label_text(device.serial), dict(device.info), up, age, member(device, store, now), values)
+
+
+def devices_json(seen: Seen) -> Iterator[str]:
+    """/api/devices."""
+    yield '{"devices": ['
+    for i, device in enumerate(seen.devices):
+        told = dict(zip(("device", "model", "serial", "full_serial"), (*device.name, device.serial)))
+        told = {**told, **device.info, "up": device.up, "age_seconds": device.age, **device.member.figures}
+        values = {flat(*series): number for series, number in device.values.items()}
+        yield f"{',' if i else ''}\n {json.dumps({**told, 'values': values})}"
+    yield f'],\n"upstream": {json.dumps(seen.upstream)},\n"blocked": {seen.blocked}}}\n'
+
+
+def household_json(seen: Seen) -> Iterator[str]:
+    """/api/household."""
+    devices = {device.serial: device.member.figures for device in seen.devices}
+    yield json.dumps({"house": seen.house, "devices": devices}) + "\n"
+
+
+@functools.lru_cache(maxsize=1024)
 def flat(metric: str, labels: str) -> str:
     """A metric with its label as one word: meter_voltage_volts_channel_1."""
-    return metric + "".join(f"_{word}" for word in re.findall(r"\w+", labels))
+    return "_".join((metric, *re.findall(r"\w+", labels)))
 
 
+# A figure on the page. negative: its title while it is negative, and then without the sign; css: class.
+Tile = collections.namedtuple("Tile", "key title negative unit decimals css")
+FLOW_TILES = (
+    Tile("generation_watts", "Solar", "", "W", 0, "solar"),
+    Tile("house_watts", "House", "", "W", 0, ""),
+    Tile("export_watts", "To the grid", "From the grid", "W", 0, "grid"),
+    Tile("battery_watts", "From the battery", "Into the battery", "W", 0, "battery"),
+    Tile("battery_charge_percent", "Battery", "", "%", 0, "battery"),
+)
+TODAY_TILES = (
+    Tile("generated_today_kilowatt_hours", "Solar", "", "kWh", 1, "solar"),
+    Tile("imported_today_kilowatt_hours", "From the grid", "", "kWh", 1, "grid"),
+    Tile("exported_today_kilowatt_hours", "To the grid", "", "kWh", 1, "grid"),
+)
 STYLE = """
-:root{color-scheme:light dark;--ink:#1c2430;--dim:#5a6472;--back:#f4f5f7;--card:#fff;--line:#dde1e6;--sun:#a15c00;--good:#17693b;--bad:#b3261e}
-@media (prefers-color-scheme:dark){:root{--ink:#e6e9ee;--dim:#a3adba;--back:#14181d;--card:#1d232a;--line:#323a44;--sun:#ffb454;--good:#6fd394;--bad:#ff8a80}}
+:root{color-scheme:light dark;--ink:#1c2430;--dim:#566070;--back:#f4f5f7;--card:#fff;--line:#dde1e6;
+--solar:#9a5800;--grid:#1a5fb4;--battery:#8a2a8a;--good:#17693b;--bad:#b3261e}
+@media(prefers-color-scheme:dark){:root{--ink:#e6e9ee;--dim:#a3adba;--back:#14181d;--card:#1d232a;--line:#38414c;
+--solar:#ffb454;--grid:#82b4ff;--battery:#e79be7;--good:#6fd394;--bad:#ff8a80}}
 *{box-sizing:border-box}
-body{margin:0 auto;max-width:64rem;padding:1rem;background:var(--back);color:var(--ink);font:1rem/1.5 system-ui,sans-serif;overflow-wrap:anywhere}
-h1{font-size:1.25rem;margin:0}h2{font-size:1.1rem;margin:0}
+body{margin:0 auto;max-width:64rem;padding:1rem;background:var(--back);color:var(--ink);font:1rem/1.5 system-ui,sans-serif;
+overflow-wrap:anywhere}
+h1{font-size:1.25rem;margin:0}h2{font-size:1.1rem;margin:0}p{margin:.25rem 0}b{font-weight:400}a{color:inherit}code{font-size:.95em}
 header,footer{display:flex;flex-wrap:wrap;gap:.25rem 1rem;align-items:baseline;justify-content:space-between}
-main{display:grid;gap:1rem;margin:1rem 0;grid-template-columns:repeat(auto-fit,minmax(min(100%,20rem),1fr))}
-section{background:var(--card);border:1px solid var(--line);border-radius:.5rem;padding:1rem}
-p{margin:.25rem 0}.dim,dt,footer{color:var(--dim);font-size:.875rem}.good{color:var(--good)}.bad{color:var(--bad)}
-dl{display:grid;grid-template-columns:repeat(auto-fill,minmax(8rem,1fr));gap:.75rem 1rem;margin:1rem 0;align-items:end}
-dd{margin:0;font-size:1.35rem;font-variant-numeric:tabular-nums}.sun{color:var(--sun)}
-a{color:inherit}code{font-size:.95em}li{margin:.25rem 0}ol{padding-left:1.25rem}
+main{display:grid;gap:1rem;margin:1rem 0;grid-template-columns:repeat(auto-fit,minmax(min(100%,20rem),1fr));align-items:start}
+section{background:var(--card);border:1px solid var(--line);border-radius:.5rem;padding:1rem}.wide{grid-column:1/-1}
+small,.dim,dt,footer{color:var(--dim);font-size:.875rem;font-weight:400}.good{color:var(--good)}.bad{color:var(--bad)}
+dl{display:grid;grid-template-columns:repeat(auto-fill,minmax(7.5rem,1fr));gap:.75rem 1rem;margin:.5rem 0 0}
+dd{margin:0;font-size:1.35rem;font-variant-numeric:tabular-nums}
+.solar{color:var(--solar)}.grid{color:var(--grid)}.battery{color:var(--battery)}
+figure{margin:1.5rem 0 0}figure>svg{display:block;width:100%;height:17rem;overflow:visible}
+text{font-size:.8125rem;fill:var(--dim);paint-order:stroke;stroke:var(--card);stroke-width:4px;stroke-linejoin:round}
+path{fill:none;stroke:currentColor;stroke-width:2px;vector-effect:non-scaling-stroke}
+path.area{fill:currentColor;fill-opacity:.3;stroke-width:1px}path.house{stroke-width:2.5px}path.grid{stroke-dasharray:7 4}
+path.battery{stroke-width:3px;stroke-dasharray:.1 6;stroke-linecap:round}path.rule{stroke:var(--line);stroke-width:1px}
+path.zero{stroke:var(--dim);stroke-width:1px}
+ul{list-style:none;display:flex;flex-wrap:wrap;gap:.25rem 1.25rem;margin:.5rem 0 0;padding:0;font-size:.875rem}
+ul svg{width:2rem;height:.75rem;margin-right:.4rem;vertical-align:middle}li{margin:.25rem 0}ol{padding-left:1.25rem}
+summary{cursor:pointer;margin-top:.5rem}table{border-collapse:collapse;width:100%;font-size:.875rem}
+th,td{padding:.2rem 0;border-top:1px solid var(--line);text-align:left;font-weight:400;vertical-align:top}
+td{text-align:right;padding-left:1rem;white-space:nowrap;font-variant-numeric:tabular-nums}
+.level{transform:translate(2px,-4px)}@media(max-width:40rem){.other{display:none}}
+"""
+HEAD = """<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1">
+<meta http-equiv="refresh" content="30"><link rel="icon" href="data:,"><title>sems_mitm</title><style>{style}</style></head>
+<body><header><h1>sems_mitm</h1><p>{portal}</p></header>
+<main>
+"""
+FOOT = """</main>
+<footer><p>{blocked} from the portal blocked</p>
+<p><a href="{telemetry}">Metrics</a> · <a href="/api/devices">JSON</a> · <a href="/home-assistant.yaml">Home Assistant</a> · version {version}</p></footer></body></html>
+"""
+SECTION = '<section class="wide"><h2>{}</h2>{}</section>\n'
+SILENT_HOUSE = '<p class="dim">Nothing is known now: what would tell it is silent.</p>'
+SET_UP = """<ol>
+<li>Give this machine a fixed address{now}, and let the name service of your router or Pi-hole answer <code>{host}</code>
+with it.</li>
+<li>Power-cycle the device's Wi-Fi or LAN module: it asks for the name when it starts.</li>
+<li>It connects to port {port} of this machine within a minute or two, and appears here.</li></ol>
+<p>Nothing after five minutes? <code>python3 sems_mitm.py doctor</code> on this machine says what is missing; in Docker it is
+<code>docker exec sems_mitm python3 /sems_mitm.py doctor</code>.</p>
 """
 
-# What a card shows: key of `household`, title, title while negative (then without the sign), unit, decimals, class.
-CARD = (
-    ("generation_watts", "Solar", "", "W", 0, "sun"),
-    ("house_watts", "House", "", "W", 0, ""),
-    ("export_watts", "To the grid", "From the grid", "W", 0, ""),
-    ("battery_watts", "From the battery", "Into the battery", "W", 0, ""),
-    ("battery_charge_percent", "Battery", "", "%", 0, ""),
-    ("generated_today_kilowatt_hours", "Generated today", "", "kWh", 1, "sun"),
-    ("imported_today_kilowatt_hours", "From the grid today", "", "kWh", 1, ""),
-    ("exported_today_kilowatt_hours", "To the grid today", "", "kWh", 1, ""),
-)
 
-SET_UP = """<section><h2>No device has connected yet</h2><ol>
-<li>Give this machine a fixed address, and let your router's or Pi-hole's name service answer <code>{host}</code> with it.</li>
-<li>Power-cycle the device's Wi-Fi or LAN module: it asks for the name when it starts.</li>
-<li>It connects to port {port} within a minute or two, and appears here.</li></ol>
-<p>Nothing after five minutes? <code>python3 sems_mitm.py doctor</code> on this machine says what is missing.
-To try without a device: <code>python3 sems_mitm.py demo</code>.</p></section>"""
+def html_page(
+    seen: Seen, points: list[Point], settings: argparse.Namespace, addresses: Sequence[str]
+) -> Iterator[str]:
+    """The page at /, in parts. addresses: of this machine."""
+    yield HEAD.format(style=STYLE, portal=portal_state(seen.upstream))
+    if seen.devices:
+        yield SECTION.format("The house", tiles(seen.house, FLOW_TILES) or SILENT_HOUSE)
+        yield picture(points, seen.house)
+        row, since = tiles(seen.house, TODAY_TILES), seen.house.get("today_since", "")[11:16]
+        yield row and SECTION.format(f"Today <small>since {since}</small>" if since else "Today", row)
+    else:
+        now = f" (now {html.escape(' or '.join(addresses))})" if addresses else ""
+        steps = SET_UP.format(now=now, host=html.escape(settings.upstream[0]), port=settings.listen_address[1])
+        yield SECTION.format("No device has connected yet", steps)
+    for device in sorted(seen.devices, key=lambda device: (device.name[0] != "meter", *device.name[1:])):
+        yield card(device)
+    yield FOOT.format(
+        blocked=f"{seen.blocked:,} packet{'' if seen.blocked == 1 else 's'}",
+        telemetry=html.escape(settings.telemetry_path),
+        version=VERSION,
+    )
+
+
+def portal_state(upstream: dict) -> str:
+    """The portal's state in words."""
+    if upstream["mode"] == LOCAL:
+        return "Local: no portal, the exporter answers"
+    states = {None: "not tried yet", True: '<b class="good">reachable</b>', False: '<b class="bad">away</b>'}
+    waiting = f", {upstream['queue_bytes']:,} bytes wait for it" if upstream["queue_bytes"] else ""
+    return f"Portal {html.escape(upstream['address'])}: {states[upstream['up']]}{waiting}"
+
+
+def tiles(figures: dict, rows: Sequence[Tile]) -> str:
+    """The figures that are known."""
+    told = ((tile.css, *in_words(tile, figures[tile.key])) for tile in rows if tile.key in figures)
+    found = "".join(f'<div><dt>{title}</dt><dd class="{css}">{text}</dd></div>' for css, title, text in told)
+    return found and f"<dl>{found}</dl>"
+
+
+def in_words(tile: Tile, number: float) -> tuple[str, str]:
+    """A figure's title and text, without a sign where the title says it."""
+    title, number = (tile.negative, -number) if tile.negative and number < 0 else (tile.title, number)
+    return title, minus(f"{number:,.{tile.decimals}f} {tile.unit}")
+
+
+def minus(text: str) -> str:
+    """A number's text with the sign that people write."""
+    return text.replace("-", "−")
+
+
+def card(device: Shown) -> str:
+    """A device on the page; every text of a device is escaped."""
+    kind, model, serial, firmware = map(html.escape, (*device.name[:2], device.serial, device.info["firmware"]))
+    asleep = "" if kind == "meter" else " (an inverter sleeps at night)"
+    state = '<b class="good">reporting</b>' if device.up else f'<b class="bad">silent</b>{asleep}'
+    return (
+        f"<section><h2>{model}</h2><p>{state}, last packet {span(device.age)} ago</p>"
+        f'<p class="dim">{kind} · serial {serial}{f" · firmware {firmware}" if firmware else ""}</p>'
+        f"{table(device.values) if device.values else ''}</section>\n"
+    )
+
+
+def table(values: dict[Series, float]) -> str:
+    """All values of a device, foldable."""
+    told = ((quantity(*series), amount(series[0], number)) for series, number in values.items())
+    rows = (f"<tr><th>{what}</th><td>{text}</td></tr>" for what, text in told)
+    return f"<details><summary>All {len(values)} values</summary><table>{''.join(rows)}</table></details>"
+
+
+@functools.lru_cache(maxsize=1024)
+def quantity(metric: str, labels: str) -> str:
+    """What a series is: Voltage of a meter channel (channel 1)."""
+    label = " ".join(re.findall(r"\w+", labels))
+    return html.escape(METRICS[metric][1].rstrip(".") + (f" ({label})" if label else ""))
+
+
+@functools.lru_cache(maxsize=1024)
+def shown_unit(metric: str) -> tuple[str, float]:
+    """The unit in which a metric is shown, and by what its values are multiplied."""
+    size, _, name = unit(metric).rpartition(" ")  # the original has units such as 0.1 V
+    number = float(size or 1)
+    return ("kWh", number / 1000) if name == "Wh" else (name.replace("1", ""), number)
+
+
+def amount(metric: str, number: float) -> str:
+    """A value with its unit."""
+    name, multiply = shown_unit(metric)
+    return minus(f"{round(number * multiply, 3) if multiply != 1 else number:,} {name}").rstrip()
 
 
 def span(seconds: float) -> str:
@@ -2934,144 +3627,319 @@ def span(seconds: float) -> str:
     return f"{seconds // size:.0f} {word}{'' if seconds // size == 1 else 's'}"
 
 
-def card(device: dict) -> str:
-    """A device on the page; every text of a device is escaped."""
-    since = device.get("today_since", "")[11:16]
-    rows = []
-    for key, title, negative, unit, decimals, css in CARD:
-        number = device.get(key)
-        if number is not None:
-            title, number = (negative, -number) if negative and number < 0 else (title, number)
-            late = f" (since {since})" if "_today_" in key and since > "00:15" and device["device"] == "meter" else ""
-            rows.append(f'<div><dt>{title}{late}</dt><dd class="{css}">{number:,.{decimals}f} {unit}</dd></div>')
-    asleep = "" if device["device"] == "meter" else " (an inverter sleeps at night)"
-    state = '<span class="good">reporting</span>' if device["up"] else f'<span class="bad">silent</span>{asleep}'
-    shown = f"<dl>{''.join(rows)}</dl>" if rows else '<p class="dim">No current values.</p>'
-    firmware = f" · firmware {html.escape(device['firmware'])}" if device["firmware"] else ""
-    return (
-        f"<section><h2>{html.escape(device['model'])}</h2><p>{state}, last packet {span(device['age_seconds'])} ago</p>{shown}"
-        f'<p class="dim">{html.escape(device["device"])} · serial {html.escape(device["full_serial"])}{firmware}</p></section>'
+# The picture: of PICTURED, class and legend. Solar is an area, the others are lines of their own patterns.
+LEGEND = (
+    ("solar area", "Solar"),
+    ("house", "House"),
+    ("grid", "Grid: above 0 to it, below 0 from it"),
+    ("battery", "Battery: above 0 out of it, below 0 into it"),
+)
+SWATCH = '<li><svg viewBox="0 0 32 12" aria-hidden="true"><path class="{}" d="{}"/></svg>{}</li>'
+FIGURE = """<figure><svg role="img" aria-labelledby="title desc">
+<title id="title">Power of the house in the last 24 hours</title><desc id="desc">{told}</desc>
+<svg width="100%" height="{height}%" viewBox="{box}" preserveAspectRatio="none">{paths}</svg>
+{texts}</svg><figcaption><ul>{legend}</ul></figcaption></figure>
+"""
+PLOT = 92  # % of the picture's height; the hours stand below
+# Where the picture lies: shown time from left to right, W from low to high in round steps.
+Axes = collections.namedtuple("Axes", "left right low high step")
+
+
+def picture(points: list[Point], figures: dict) -> str:
+    """The house's flows as SVG, nothing if there is none. It is drawn in seconds and W and stretches; its texts do not."""
+    drawn = [i for i in range(len(PICTURED)) if any(point.means[i] is not None for point in points)]
+    if not drawn:
+        return ""
+    axes = axes_of(points)
+    levels = [axes.low + i * axes.step for i in range(round((axes.high - axes.low) / axes.step) + 1)]
+    width, height, hours = axes.right - axes.left, axes.high - axes.low, whole_hours(axes)
+    rules = [f"M0 {-level:g}H{width:.0f}" for level in levels] + [
+        f"M{at:.0f} {-axes.high:g}v{height:g}" for at in hours
+    ]
+    paths = [("rule", "".join(rules)), ("zero", f"M0 0H{width:.0f}")]
+    paths += [(LEGEND[i][0], outline(points, i, axes.left)) for i in drawn]
+    texts = [(0, PLOT * (axes.high - level) / height, "level", f"{level / 1000:g} kW") for level in levels]
+    for i, at in enumerate(hours):
+        texts.append((100 * at / width, 100, "other" if i % 2 and len(hours) > 4 else "", clock_text(axes.left + at)))
+    figure = FIGURE.format(
+        told=present(figures),
+        height=PLOT,
+        box=f"0 {-axes.high:g} {width:.0f} {height:g}",
+        paths="".join(f'<path class="{css}" d="{path}"/>' for css, path in paths),
+        texts="".join(axis_text(*text) for text in texts),
+        legend="".join(SWATCH.format(LEGEND[i][0], "M0 6H32" if i else "M1 11V3H31V11Z", LEGEND[i][1]) for i in drawn),
     )
+    return SECTION.format("Power", figure)
 
 
-def portal_state(upstream: dict) -> str:
-    """The portal's state on the page."""
-    if upstream["mode"] == LOCAL:
-        return "Local: no portal, the exporter answers"
-    state = {None: "not tried yet", True: '<span class="good">reachable</span>', False: '<span class="bad">away</span>'}[upstream["up"]]
-    waiting = f", {upstream['queue_bytes']:,} bytes wait for it" if upstream["queue_bytes"] else ""
-    return f"Portal {html.escape(upstream['address'])}: {state}{waiting}"
+def axis_text(x: float, y: float, css: str, text: str) -> str:
+    """A text at an axis, placed in % of the picture and within its sides."""
+    anchor = "start" if x < 1 else "end" if x > 99 else "middle"
+    return f'<text x="{x:.1f}%" y="{y:.1f}%" class="{css}" text-anchor="{anchor}">{minus(text)}</text>'
 
 
-def html_page(told: dict, settings: Settings) -> str:
-    """The page at /."""
-    devices = "".join(map(card, told["devices"])) or SET_UP.format(host=html.escape(settings.upstream[0]), port=settings.listen_address[1])
-    blocked = told["blocked"]
-    return (
-        '<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1">'
-        '<meta http-equiv="refresh" content="30"><link rel="icon" href="data:,"><title>sems_mitm</title>'
-        f"<style>{STYLE}</style></head><body><header><h1>sems_mitm</h1><p>{portal_state(told['upstream'])}</p></header><main>{devices}</main>"
-        f"<footer><p>{blocked} packet{'' if blocked == 1 else 's'} from the portal blocked</p>"
-        f'<p><a href="{html.escape(settings.telemetry_path)}">Metrics</a> · <a href="/api/devices">JSON</a> · version {VERSION}</p></footer></body></html>'
-    )
+def outline(points: list[Point], which: int, left: float) -> str:
+    """The path of a flow: a step for each point, broken where it is not known; solar's goes down to 0 and closes."""
+    parts: list[str] = []
+    for known, run in itertools.groupby(points, key=lambda point: point.means[which] is not None):
+        if known:
+            steps = [(point.begin - left, point.end - left, -round(point.means[which])) for point in run]
+            line = "V".join(f"{y}H{end:.1f}" for _, end, y in steps)
+            parts.append(f"M{steps[0][0]:.1f} {line}" if which else f"M{steps[0][0]:.1f} 0V{line}V0Z")
+    return "".join(parts)
+
+
+def axes_of(points: list[Point]) -> Axes:
+    """Time from the first point to the last, or for less than two hours the whole hours around them; 0 and all powers."""
+    begin, end = points[0].begin, points[-1].end
+    if end - begin < 7200:
+        begin -= past_the_hour(begin)
+        end = begin + 3600 * math.ceil((end - begin) / 3600)
+    known = [0.0, *(watts for point in points for watts in point.means if watts is not None)]
+    lowest, highest = min(known), max(known)
+    wanted = (highest - lowest or 500) / 7  # at least: seven steps, or a few less
+    size = 10 ** math.floor(math.log10(wanted))
+    step = next(size * factor for factor in (1, 2, 5, 10) if size * factor >= wanted)
+    low = step * math.floor(lowest / step)
+    return Axes(begin, end, low, max(step * math.ceil(highest / step), low + step), step)
+
+
+def whole_hours(axes: Axes) -> list[float]:
+    """Whole hours of local time, as many as can be read, in seconds from the left."""
+    width = axes.right - axes.left
+    every = next(every for every in (1, 2, 3, 4) if width / 3600 / every <= 8 or every == 4)
+    hours = range(round(-past_the_hour(axes.left) % 3600), round(width) + 1, 3600)
+    return [at for at in hours if datetime.fromtimestamp(round(axes.left + at)).hour % every == 0]
+
+
+def past_the_hour(moment: float) -> float:
+    """Seconds since the last whole hour of local time."""
+    local = datetime.fromtimestamp(moment)
+    return local.minute * 60 + local.second + local.microsecond / 1e6
+
+
+def clock_text(moment: float) -> str:
+    """A time of day."""
+    return datetime.fromtimestamp(round(moment)).strftime("%H:%M")
+
+
+def present(figures: dict) -> str:
+    """The present figures in a sentence."""
+    told = [" ".join(in_words(tile, figures[tile.key])) for tile in FLOW_TILES if tile.key in figures]
+    return f"Now: {'; '.join(told)}." if told else "Nothing is known now."
+
+
+# Home Assistant: what it calls a household key, device_class, state_class, unit.
+SENSORS = {
+    "generation_watts": ("solar power", "power", "measurement", "W"),
+    "house_watts": ("house power", "power", "measurement", "W"),
+    "export_watts": ("power to the grid", "power", "measurement", "W"),
+    "battery_watts": ("power from the battery", "power", "measurement", "W"),
+    "battery_charge_percent": ("battery charge", "battery", "measurement", "%"),
+    "generated_today_kilowatt_hours": ("solar energy today", "energy", "total_increasing", "kWh"),
+    "imported_today_kilowatt_hours": ("energy from the grid today", "energy", "total_increasing", "kWh"),
+    "exported_today_kilowatt_hours": ("energy to the grid today", "energy", "total_increasing", "kWh"),
+    "generated_kilowatt_hours": ("solar energy", "energy", "total_increasing", "kWh"),
+    "imported_kilowatt_hours": ("energy from the grid", "energy", "total_increasing", "kWh"),
+    "exported_kilowatt_hours": ("energy to the grid", "energy", "total_increasing", "kWh"),
+    "battery_charged_kilowatt_hours": ("energy into the battery", "energy", "total_increasing", "kWh"),
+    "battery_discharged_kilowatt_hours": ("energy from the battery", "energy", "total_increasing", "kWh"),
+}
+PACKAGE = """# sems_mitm in Home Assistant: a package for the devices known now. Save it with
+#     curl -fo /config/packages/sems_mitm.yaml http://{address}/home-assistant.yaml
+# and have in configuration.yaml, once:
+#     homeassistant:
+#       packages: !include_dir_named packages
+# Then restart Home Assistant; fetch it again when a device is new. For the Energy dashboard take the sensors without "today".
+"""
+
+
+def home_assistant(seen: Seen, address: str) -> str:
+    """A package of sensors on http://ADDRESS/api/household. Nothing from the network is more than a JSON string in it."""
+    head, named = PACKAGE.format(address=address), named_for_home(seen.devices)
+    if not named:
+        return f"{head}#\n# No device is known yet: fetch it again when http://{address}/ shows one.\n{{}}\n"
+    resource = json.dumps(f"http://{address}/api/household")
+    lines = ["rest:", f"  - resource: {resource}", "    scan_interval: 60", "    sensor:"]
+    for device, name in named:
+        for key in (key for key in SENSORS if key in device.member.told):
+            first, *more = (f"{field}: {json.dumps(text)}" for field, text in sensor(device.serial, name, key).items())
+            lines += [f"      - {first}", *(f"        {row}" for row in more)]
+    return "\n".join((head + counted_twice(named), *lines, ""))
+
+
+def sensor(serial: str, name: str, key: str) -> dict[str, str]:
+    """A sensor of Home Assistant; what is not known there is unavailable, without a word in its log."""
+    title, device_class, state_class, unit = SENSORS[key]
+    number = f"value_json.get('devices', {{}}).get('{serial}', {{}}).get('{key}')"
+    return {
+        "name": f"{name} {title}",
+        "unique_id": f"{serial}_{key}",
+        "device_class": device_class,
+        "state_class": state_class,
+        "unit_of_measurement": unit,
+        "value_template": f"{{{{ {number} if value_json is defined else none }}}}",
+        "availability": f"{{{{ value_json is defined and {number} is not none }}}}",
+    }
+
+
+def named_for_home(devices: Sequence[Shown]) -> list[tuple[Shown, str]]:
+    """The devices of a package and their names: models, with the serial number's end where two are alike."""
+    named = []
+    for device in devices:
+        if device.member.told and re.fullmatch("[A-Z0-9]{16}", device.serial):
+            plain_text = " ".join(re.sub(r"[^A-Za-z0-9 .()/+-]", " ", device.name[1]).split())
+            named.append((device, plain_text.replace(" Smart Meter", "") or device.name[0]))
+    models = collections.Counter(name for _, name in named)
+    return [(device, name if models[name] == 1 else f"{name} {device.serial[-8:]}") for device, name in named]
+
+
+def counted_twice(named: list[tuple[Shown, str]]) -> str:
+    """Comments that say which sensors to take where two devices count the same."""
+    found = ""
+    for word, what in (("generated", "roof"), ("imported", "grid")):
+        key = f"{word}_kilowatt_hours"
+        groups = [
+            [name for device, name in named if device.member.family in families and key in device.member.told]
+            for families in ASKED[word]
+        ]
+        if all(groups):
+            better, other = (" and ".join(names) for names in groups)
+            found += f"# {better} and {other} count the same {what}: take only the energies of {better} there.\n"
+    return found
+# ------------------------------------------------------------------------------------------------------------ HTTP
+#
+# The standard library's threading server, with a bound. One request a connection.
+
+PLAIN, JSON = "text/plain; charset=utf-8", "application/json"
+EXPOSITION = "text/plain; version=0.0.4; charset=utf-8"
+SAFE_HEADERS = {
+    "X-Content-Type-Options": "nosniff",
+    "Content-Security-Policy": "default-src 'none'; style-src 'unsafe-inline'; img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+    "Referrer-Policy": "no-referrer",
+    "Cache-Control": "no-store",
+    "Vary": "Accept-Encoding",
+    "Connection": "close",
+}
 
 
 class Web:
-    """The HTTP side: a thread for each connection, of which there are not many; the oldest makes room for the newest."""
+    """Where HTTP is served, and the connections that there are."""
 
-    def __init__(self, store: Store, settings: Settings, is_ready: Callable[[], bool]) -> None:
-        self.store, self.settings, self.is_ready = store, settings, is_ready
+    def __init__(
+        self, store: Store, settings: argparse.Namespace, history: History, is_ready: Callable[[], bool]
+    ) -> None:
+        self.store, self.settings, self.history, self.is_ready = store, settings, history, is_ready
         self.listening = listeners(*settings.web_address)
-        self._open: dict[socket.socket, int] = {}  # connections, the oldest first, and the bytes of their answers
-        self._lock = threading.Lock()
-        self.rendering = threading.Lock()  # one large answer at a time
+        self.rendering = threading.Lock()  # one answer is made at a time
+        self.large = threading.BoundedSemaphore(HTTP_UNPACKED)  # answers that are neither sent nor packed
+        self.closed = False
+        self._open: dict[socket.socket, float] = {}  # connections, the oldest first, and since when
+        self._left = threading.Condition()  # one of them is gone
 
     @property
     def port(self) -> int:
-        """Where HTTP is served."""
+        """The port of HTTP."""
         return self.listening[0].getsockname()[1]
 
     def start(self) -> None:
         """Serve, in threads that end with the process."""
         for sock in self.listening:
-            threading.Thread(target=self._accept, args=(sock,), name="http", daemon=True).start()
+            threading.Thread(target=Server(sock, self).serve, name="http", daemon=True).start()
 
-    def _accept(self, listening: socket.socket) -> None:
-        while True:
-            try:
-                sock, peer = listening.accept()
-            except OSError as error:
-                if listening.fileno() < 0:
-                    return
-                if error.errno != errno.ECONNABORTED:  # out of descriptors: some will be closed
-                    time.sleep(0.5)
-                continue
-            with self._lock:
-                if len(self._open) >= HTTP_CONNECTIONS:
-                    self._make_room(next(iter(self._open)))
-                self._open[sock] = 0
-            try:
-                threading.Thread(target=self._serve, args=(sock, peer), name="http", daemon=True).start()
-            except RuntimeError:  # no more threads
-                self._end(sock)
+    def admit(self, sock: socket.socket) -> None:
+        """Wait for room for one connection more; when all are old, the oldest makes it."""
+        crowded = False
+        with self._left:
+            while len(self._open) >= HTTP_CONNECTIONS:
+                oldest = next(iter(self._open))
+                patience = self._open[oldest] + HTTP_GRACE - time.monotonic()
+                crowded = patience <= 0
+                if crowded:
+                    self._shut(oldest)
+                else:
+                    self._left.wait(patience)
+            self._open[sock] = time.monotonic()
+        if crowded:
+            with self.store.lock:
+                self.store.add("sems_mitm_http_closed_connections_total")
 
-    def _serve(self, sock: socket.socket, peer: tuple) -> None:
-        try:
-            with contextlib.suppress(OSError, ValueError):  # the client went, or its connection made room
-                sock.settimeout(HTTP_TIMEOUT)
-                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-                Requests(sock, peer, self)  # type: ignore[arg-type]
-        finally:
-            self._end(sock)
+    def leave(self, sock: socket.socket) -> None:
+        """A connection has ended."""
+        with self._left:
+            self._shut(sock)
+            self._left.notify()
 
-    def carries(self, sock: socket.socket, size: int) -> None:
-        """An answer of so many bytes waits for a client; the oldest that wait for others make room when all are too much."""
-        with self._lock:
-            if sock in self._open:
-                self._open[sock] = size
-            others = [other for other, waiting in self._open.items() if waiting and other is not sock]
-            while others and sum(self._open.values()) > HTTP_BYTES:
-                self._make_room(others.pop(0))
-
-    def _make_room(self, sock: socket.socket) -> None:
-        self._close(sock)
-        with self.store.lock:
-            self.store.add("sems_mitm_http_closed_connections_total")
-
-    def _close(self, sock: socket.socket) -> None:
-        """Make the connection's thread come to its end."""
+    def _shut(self, sock: socket.socket) -> None:
         self._open.pop(sock, None)
         with contextlib.suppress(OSError):
-            sock.shutdown(socket.SHUT_RDWR)
-
-    def _end(self, sock: socket.socket) -> None:
-        with self._lock:
-            self._close(sock)
-        sock.close()
+            sock.shutdown(socket.SHUT_RDWR)  # its thread notices
 
     def close(self) -> None:
         """Listen no more, and end the connections there are."""
+        self.closed = True
         for sock in self.listening:
             with contextlib.suppress(OSError):
-                sock.shutdown(socket.SHUT_RDWR)
+                sock.shutdown(socket.SHUT_RDWR)  # wakes the thread that waits for it
             sock.close()
-        with self._lock:
+        with self._left:
             for sock in list(self._open):
-                self._close(sock)
+                self._shut(sock)
 
 
-PLAIN = "text/plain; charset=utf-8"
+class Server(http.server.ThreadingHTTPServer):
+    """The standard server on a socket that listens already: it asks no name service."""
+
+    def __init__(self, listening: socket.socket, web: Web) -> None:
+        self.address_family = listening.family
+        super().__init__(listening.getsockname(), Requests, bind_and_activate=False)
+        self.socket.close()
+        self.socket, self.web = listening, web
+        listening.setblocking(True)
+
+    def serve(self) -> None:
+        """Take connections until the socket is closed."""
+        with contextlib.suppress(ValueError):  # it was closed just now
+            while not self.web.closed:
+                self.handle_request()
+
+    def get_request(self) -> tuple[socket.socket, tuple]:
+        """The next connection. Raises OSError, which the base class takes for "none"."""
+        try:
+            return self.socket.accept()
+        except OSError as error:
+            if error.errno != errno.ECONNABORTED and not self.web.closed:
+                time.sleep(0.5)  # out of descriptors: without a pause the base class spins
+            raise
+
+    def process_request(self, request: socket.socket, client_address: tuple) -> None:  # type: ignore[override]
+        """Serve a connection in a thread when there is room for it."""
+        self.web.admit(request)
+        super().process_request(request, client_address)
+
+    def shutdown_request(self, request: socket.socket) -> None:  # type: ignore[override]
+        """End a connection. What it still said is read, or its end would be a reset that takes the answer along."""
+        with contextlib.suppress(OSError):
+            request.shutdown(socket.SHUT_WR)
+            request.setblocking(False)
+            request.recv(HTTP_HEAD)
+        self.web.leave(request)
+        request.close()
+
+    def handle_error(self, request: object, client_address: object) -> None:
+        """The connection ends without a word: no thread, or no client. Our own errors end in Requests."""
 
 
 class RequestHead:
-    """What the base class reads a request from, bounded: it takes a hundred headers of 64 KiB each."""
+    """What the base class reads a request from, bounded: it takes a hundred headers of 64 KiB each, and any time."""
 
-    def __init__(self, file: io.BufferedIOBase) -> None:
-        self.file, self.left = file, HTTP_HEAD
-        self.close = file.close
+    def __init__(self, request: http.server.BaseHTTPRequestHandler) -> None:
+        self.sock, self.file, self.close = request.connection, request.rfile, request.rfile.close
+        self.left, self.end = HTTP_HEAD, time.monotonic() + HTTP_TIMEOUT
 
     def readline(self, size: int) -> bytes:
-        """A line. Raises ProtocolError when the request's lines together are too long."""
+        """A line. Raises ProtocolError when the lines together are too long, OSError when they take too long."""
+        self.sock.settimeout(max(self.end - time.monotonic(), 0.001))
         line = self.file.readline(min(size, self.left))
         self.left -= len(line)
         if not self.left:
@@ -3080,105 +3948,161 @@ class RequestHead:
 
 
 class Requests(http.server.BaseHTTPRequestHandler):
-    """The requests of one HTTP connection."""
+    """The one request of a connection."""
 
-    protocol_version = "HTTP/1.1"
-    wbufsize = -1  # headers and body in one packet
-    command = ""  # until a request line is read
-    server: Web  # type: ignore[assignment]
+    server: Server
+    disable_nagle_algorithm = True
+    command = ""  # until the request is read
+    answered = False
 
-    def setup(self) -> None:
-        super().setup()
-        self.rfile = RequestHead(self.rfile)  # type: ignore[assignment]
-
-    def handle_one_request(self) -> None:
-        """Read a request and answer it."""
-        self.rfile.left = HTTP_HEAD  # type: ignore[attr-defined]
+    def handle(self) -> None:
+        """Read the request and answer it."""
         try:
-            super().handle_one_request()
+            self.rfile = RequestHead(self)  # type: ignore[assignment]
+            self.handle_one_request()
         except ProtocolError:
             self.send_error(431)
-            self.wfile.flush()
+        except OSError:  # the client is gone, or too slow
+            return
+        except Exception:
+            store = self.server.web.store
+            with store.lock:
+                store.broke("an HTTP request")
+            if not self.answered:
+                self.send_error(500)
 
     def do_GET(self) -> None:
         """Answer by the path; what no path names is 404."""
-        web, path = self.server, self.requestline.split()[1].partition("?")[0]  # self.path lost all leading slashes but one
-        now, wall = time.monotonic(), time.time()
-        if path == web.settings.telemetry_path:
-            self.reply(200, "text/plain; version=0.0.4; charset=utf-8", lambda: exposition(web.store.collect(now, wall)))
-        elif path == "/":
-            self.reply(200, "text/html; charset=utf-8", lambda: [html_page(overview(web.store, web.settings, now, wall), web.settings)])
-        elif path == "/api/devices":
-            told = functools.partial(overview, web.store, web.settings, now, wall)
-            self.reply(200, "application/json", lambda: json.JSONEncoder(indent=1).iterencode(told()))
+        path = self.requestline.split()[1].partition("?")[0]  # self.path lost all leading slashes but one
+        web = self.server.web
+        pages: dict[str, tuple[str, Callable[[], Iterable[str]]]] = {
+            "/": ("text/html; charset=utf-8", self.page),
+            "/api/devices": (JSON, lambda: devices_json(self.seen())),
+            "/api/household": (JSON, lambda: household_json(self.seen())),
+            "/home-assistant.yaml": (PLAIN, lambda: [home_assistant(self.seen(), self.host())]),
+            web.settings.telemetry_path: (EXPOSITION, lambda: exposition(web.store.collect(time.monotonic()))),
+        }
+        if path in pages:
+            self.answer(200, *pages[path])
         elif path == "/-/healthy":
-            self.reply(200, PLAIN, lambda: ["healthy\n"])
+            self.answer(200, PLAIN, "healthy\n")
         elif path == "/-/ready":
-            ready = web.is_ready()
-            self.reply(200 if ready else 503, PLAIN, lambda: ["ready\n" if ready else "not ready\n"])
+            self.answer(*(200, PLAIN, "ready\n") if web.is_ready() else (503, PLAIN, "not ready\n"))
         else:
-            self.reply(404, PLAIN, lambda: ["not found\n"])
+            self.answer(404, *(JSON, "{}\n") if f"{path}/".startswith("/api/") else (PLAIN, "not found\n"))
 
     do_HEAD = do_GET
 
-    def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
-        """Answer what the base class cannot read, or what is no GET or HEAD."""
-        code = 405 if code == 501 else code
-        self.request_version = self.protocol_version  # the base class left it at 0.9, which has no headers
-        self.close_connection = True  # its body, if there is one, is not read
-        self.reply(code, PLAIN, lambda: [f"{http.HTTPStatus(code).phrase}\n"])
+    def seen(self) -> Seen:
+        """What is to be shown."""
+        return see(self.server.web.store, self.server.web.settings, time.monotonic())
 
-    def reply(self, code: int, content_type: str, text: Callable[[], Iterable[str]]) -> None:
-        """Send an answer; its text is made one answer at a time, in parts: a large one is not in memory twice."""
-        body, headers = bytearray(), {"Content-Type": content_type, **SAFE_HEADERS}
-        if code == 405:
-            headers["Allow"] = "GET, HEAD"
-        with self.server.rendering:
-            for part in text():
-                body += part.encode()
-            if len(body) > 512 and self.wants_gzip():
-                packer = zlib.compressobj(1, wbits=31)
-                body, headers["Content-Encoding"] = bytearray(packer.compress(body) + packer.flush()), "gzip"
-            self.server.carries(self.connection, len(body))
-        if self.close_connection:
-            headers["Connection"] = "close"
-        self.send_response_only(code)
-        for name, value in {**headers, "Content-Length": str(len(body))}.items():
+    def page(self) -> Iterator[str]:
+        """The page for people."""
+        web, seen = self.server.web, self.seen()
+        with web.store.lock:
+            points = web.history.points(time.monotonic())
+        host = re.sub(r":[0-9]+$", "", self.host()).strip("[]")
+        local = host.startswith("127.") or host in ("localhost", "::1")
+        return html_page(seen, points, web.settings, own_addresses() if local else [host])
+
+    def host(self) -> str:
+        """HOST:PORT by which the client reached this machine, as far as it says so plainly."""
+        host = self.headers.get("Host", "")
+        plain_host = re.fullmatch(r"([A-Za-z0-9._-]{1,253}|\[[0-9A-Fa-f:.]{2,45}\])(:[0-9]{1,5})?", host)
+        return host if plain_host else endpoint_text(self.connection.getsockname())
+
+    def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
+        """Answer what cannot be read, or is no GET or HEAD: of those the base class says that it has none (501)."""
+        code = 405 if code == 501 else code
+        self.answer(code, PLAIN, f"{http.HTTPStatus(code).phrase}\n")
+
+    def answer(self, status: int, content_type: str, text: str | Callable[[], Iterable[str]]) -> None:
+        """Send an answer. A text that has to be made waits for its turn, a ready one does not."""
+        web = self.server.web
+        if isinstance(text, str):
+            self.start_answer(status, content_type, len(text))
+            self.deliver(collections.deque([text.encode()]))
+            return
+        with web.large:
+            with web.rendering:
+                pieces = self.in_pieces(text)
+            self.start_answer(status, content_type, sum(map(len, pieces)), self.wants_gzip())
+            if self.deliver(pieces, HTTP_PATIENCE):
+                return
+            with web.rendering:
+                pieces = collections.deque(zlib.compress(piece, 1) for piece in pieces)
+        self.deliver(pieces, packed=True)
+
+    def start_answer(self, status: int, content_type: str, size: int, packed: bool = False) -> None:
+        """Send an answer's head."""
+        headers = {"Content-Type": content_type, "Content-Length": str(size), **SAFE_HEADERS}
+        headers.update({"Content-Encoding": "gzip"} if packed else {})
+        headers.update({"Allow": "GET, HEAD"} if status == 405 else {})
+        self.request_version = self.protocol_version  # of what the base class could not read it is 0.9, without a head
+        self.send_response_only(status)
+        for name, value in headers.items():
             self.send_header(name, value)
+        self.answered = True
         self.end_headers()
-        if self.command != "HEAD":
-            self.wfile.write(body)
-            self.wfile.flush()
-        self.server.carries(self.connection, 0)
+
+    def in_pieces(self, text: Callable[[], Iterable[str]]) -> collections.deque[bytes]:
+        """Text as bytes, gzip if asked for, in pieces. Raises OSError if the connection had to make room."""
+        self.connection.getpeername()
+        packer = zlib.compressobj(1, wbits=31) if self.wants_gzip() else None
+        found: collections.deque[bytes] = collections.deque()
+        waiting = bytearray()
+        for part in text():
+            waiting += packer.compress(part.encode()) if packer else part.encode()
+            if len(waiting) >= HTTP_PIECE:
+                found.append(bytes(waiting))
+                waiting.clear()
+        found.append(bytes(waiting) + (packer.flush() if packer else b""))
+        return found
+
+    def deliver(self, pieces: collections.deque[bytes], seconds: float = HTTP_TIMEOUT, packed: bool = False) -> bool:
+        """Send a body; whether all of it could be sent in time. What could not is still in pieces."""
+        end = time.monotonic() + seconds
+        while pieces and self.command != "HEAD":
+            piece = pieces.popleft()
+            left = memoryview(zlib.decompress(piece) if packed else piece)
+            with contextlib.suppress(socket.timeout):
+                while left and (rest := end - time.monotonic()) > 0:
+                    self.connection.settimeout(rest)
+                    left = left[self.connection.send(left) :]
+            if left:
+                pieces.appendleft(bytes(left))
+                return False
+        return True
 
     def wants_gzip(self) -> bool:
-        """Whether the client takes gzip: named in Accept-Encoding, or *, and not with q=0 (RFC 9110, 12.5.3)."""
-        accepted = self.headers.get("Accept-Encoding", "").lower() if getattr(self, "headers", None) else ""
-        codings = (part.partition(";") for part in accepted.split(","))
-        return any(name.strip() in ("gzip", "*") and not re.fullmatch(r"q=0(\.0*)?", weight.strip()) for name, _, weight in codings)
+        """Whether the client takes gzip: by its name, else as *, and not with q=0 (RFC 9110, 12.5.3)."""
+        codings = (part.partition(";") for part in self.headers.get("Accept-Encoding", "").lower().split(","))
+        weights = {name.strip(): weight.strip() for name, _, weight in codings}
+        weight = weights.get("gzip", weights.get("*", "q=0"))
+        return not re.fullmatch(r"q=0(\.0*)?", weight)
 
     def log_message(self, format: str, *args: object) -> None:
         log.debug("http %s %r", self.address_string(), format % args)
 
 
-SAFE_HEADERS = {
-    "X-Content-Type-Options": "nosniff",
-    "Content-Security-Policy": "default-src 'none'; style-src 'unsafe-inline'; img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
-    "Referrer-Policy": "no-referrer",
-    "Cache-Control": "no-store",
-    "Vary": "Accept-Encoding",
-}
-
-
+def own_addresses() -> list[str]:
+    """This machine's address towards the network: that of a UDP socket which sends nothing."""
+    with contextlib.suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+        sock.connect(("192.0.2.1", 9))
+        return [sock.getsockname()[0]]
+    return []
 # -------------------------------------------------------------------------------------------------- settings, serve
+#
+# The environment is read like a command line that stands before the real one; argparse does the rest.
 
-Settings = argparse.Namespace  # of serve: a value for each row of FLAGS, by its last column
+Settings = argparse.Namespace  # of serve: a value for each row of FLAGS, by its fourth column
 
 
-def endpoint(text: str, port_from: int = 1) -> tuple[str, int]:
-    """[HOST]:PORT as (host, port); no host is "". Raises ValueError that says what was expected, as all readers of flags."""
+def endpoint(text: str, lowest: int = 1) -> tuple[str, int]:
+    """[HOST]:PORT as (host, port); no host is "". Raises ValueError: what was expected, as all readers of flags."""
     match = re.fullmatch(r"(\[([0-9A-Fa-f:.%\w]*:[0-9A-Fa-f:.%\w]*)\]|[^\[\]:\s/@]*):([0-9]{1,5})", text)
-    if not match or not port_from <= int(match[3]) <= 65535:
+    if not match or not lowest <= int(match[3]) <= 65535:
         raise ValueError("expected HOST:PORT, [v6]:PORT or :PORT")
     return match[2] or match[1], int(match[3])
 
@@ -3199,14 +4123,12 @@ def portal_endpoint(text: str) -> tuple[str, int]:
 
 def name_servers(text: str) -> list[tuple[str, int]]:
     """HOST[:PORT] of name servers, comma-separated, or none."""
-    if text == "none":
-        return []
     found = []
-    for part in text.split(","):
-        part = part.strip()
-        bare = part.count(":") > 1 and not part.startswith("[")
+    for part in map(str.strip, text.split(",")) if text != "none" else ():
+        bare_v6 = part.count(":") > 1 and not part.startswith("[")
+        whole = f"[{part}]:53" if bare_v6 else part if re.search(r":[0-9]+$", part) else f"{part}:53"
         try:
-            found.append(portal_endpoint(f"[{part}]:53" if bare else part if re.search(r":[0-9]+$", part) else f"{part}:53"))
+            found.append(portal_endpoint(whole))
         except ValueError:
             raise ValueError("expected name servers such as 1.1.1.1,192.168.1.1:53, or none") from None
     return found
@@ -3223,19 +4145,24 @@ def networks(text: str) -> list:
 def duration(text: str) -> float:
     """Seconds of 90s, 5m, 1h30m or 0."""
     match = re.fullmatch(r"(?=.)(?:(\d{1,6})d)?(?:(\d{1,6})h)?(?:(\d{1,6})m)?(?:(\d{1,6})s)?", text, re.ASCII)
-    if text == "0":
-        return 0
-    if not match:
+    if not match and text != "0":
         raise ValueError("expected a duration such as 90s, 5m or 1h30m")
-    return sum(int(count) * size for count, size in zip(match.groups(default="0"), (86400, 3600, 60, 1)))
+    return sum(int(number) * size for number, size in zip(match.groups("0"), (86400, 3600, 60, 1))) if match else 0
+
+
+TRUTH = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
 
 
 def boolean(text: str) -> bool:
     """true, 1, yes or false, 0, no in any case."""
-    values = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
-    if text.lower() not in values:
+    if text.lower() not in TRUTH:
         raise ValueError("expected true, false, 1, 0, yes or no")
-    return values[text.lower()]
+    return TRUTH[text.lower()]
+
+
+def debug(text: str) -> str:
+    """A boolean as a level of the log."""
+    return "debug" if boolean(text) else "info"
 
 
 def count(text: str) -> int:
@@ -3246,44 +4173,61 @@ def count(text: str) -> int:
 
 
 def one_of(*words: str) -> Callable[[str], str]:
-    """A reader that takes these words."""
+    """A reader that takes these words, in any case."""
 
     def word(text: str) -> str:
-        if text not in words:
-            raise ValueError(f"expected one of {', '.join(words)}")
-        return text
+        if text.lower() not in words:
+            raise ValueError(f"expected {', '.join(words[:-1])} or {words[-1]}")
+        return text.lower()
 
     return word
 
 
+TAKEN = ("/api/devices", "/api/household", "/home-assistant.yaml", "/-/healthy", "/-/ready")
+
+
 def url_path(text: str) -> str:
     """A path as it stands in a request, without a query."""
-    if not re.fullmatch(r"/[!-~]+", text) or "?" in text or text in ("/api/devices", "/-/healthy", "/-/ready"):
+    if not re.fullmatch(r"/[!-~]+", text) or re.search("[?#]", text) or text in TAKEN:
         raise ValueError("expected a path that begins with / and is not taken")
     return text
 
 
-# Every flag of serve: name, default, reader, name in Settings, help. Its environment variable follows from its name.
+# Every flag of serve, as --help groups them: name, default, reader, attribute in Settings, help. The environment variable
+# follows from the name. --debug sets what --log.level sets: the last one counts.
 # fmt: off
-FLAGS = (
-    ("sems.listen-address", ":20001", listen_endpoint, "listen_address", "where devices connect; HOST:PORT, [v6]:PORT or :PORT"),
-    ("sems.upstream", "tcp.goodwe-power.com:20001", portal_endpoint, "upstream", "the portal"),
-    ("sems.upstream-dns", "1.1.1.1,8.8.8.8", name_servers, "upstream_dns", "asked for the portal's address when the system's answer is nothing or not globally routable; none turns it off"),
-    ("sems.mode", FORWARD, one_of(FORWARD, LOCAL, SPOOL), "mode", "forward: the portal answers the devices. local: no portal, the exporter answers. spool: the exporter answers, and delivers everything to the portal, however late"),
-    ("sems-passthrough", "true", boolean, "passthrough", "false is --sems.mode local"),
-    ("sems.allow-from", "", networks, "allow_from", "networks whose devices may connect, comma-separated CIDR"),
-    ("sems.max-connections", "256", count, "max_connections", "device connections at once"),
-    ("sems.max-devices", "256", count, "max_devices", "devices with series of their own"),
-    ("sems.capture", "", str, "capture", "append every frame to this file"),
-    ("sems.backfill", "", str, "backfill", "append buffered readings to this file"),
-    ("web.listen-address", ":14028", listen_endpoint, "web_address", "where HTTP is served"),
-    ("web.telemetry-path", "/metrics", url_path, "telemetry_path", "where the metrics are"),
-    ("metrics.stale-after", "5m", duration, "stale_after", "when the gauges of a silent device go; 0 is never"),
-    ("batsignal", "false", boolean, "batsignal", "Batman on the portal's graph"),
-    ("debug", "false", boolean, "debug", "the same as --log.level debug"),
-    ("log.level", "info", one_of("debug", "info", "warning", "error"), "log_level", "what is logged"),
+FLAG_GROUPS = (
+    ("devices", (
+        ("sems.listen-address", ":20001", listen_endpoint, "listen_address", "where devices connect; HOST:PORT, [v6]:PORT or :PORT"),
+        ("sems.allow-from", "", networks, "allow_from", "networks whose devices may connect, comma-separated CIDR"),
+        ("sems.max-connections", "256", count, "max_connections", "device connections at once"),
+        ("sems.max-devices", "256", count, "max_devices", "devices with series of their own"),
+        ("metrics.stale-after", "5m", duration, "stale_after", "when the gauges of a silent device go; 0 is never"),
+    )),
+    ("portal", (
+        ("sems.upstream", "tcp.goodwe-power.com:20001", portal_endpoint, "upstream", "the portal"),
+        ("sems.upstream-dns", "1.1.1.1,8.8.8.8", name_servers, "upstream_dns", "asked for the portal's address when the system's answer is nothing or not globally routable; none turns it off"),
+        ("sems.mode", FORWARD, one_of(FORWARD, LOCAL, SPOOL), "mode", "forward: the portal answers the devices. local: no portal, the exporter answers. spool: the exporter answers and delivers everything to the portal, however late"),
+        ("sems-passthrough", "true", boolean, "passthrough", "the original's switch: false is --sems.mode local, unless that flag or its variable says otherwise"),
+        ("batsignal", "false", boolean, "batsignal", "Batman on the portal's graph"),
+    )),
+    ("files", (
+        ("sems.capture", "", str, "capture", "append every frame to this file"),
+        ("sems.backfill", "", str, "backfill", "append buffered readings to this file, for the command backfill"),
+        ("sems.spool-file", "", str, "spool_file", "mode spool only: a journal of what is not delivered yet, so that it outlives process and machine"),
+    )),
+    ("HTTP", (
+        ("web.listen-address", ":14028", listen_endpoint, "web_address", "where HTTP is served"),
+        ("web.telemetry-path", "/metrics", url_path, "telemetry_path", "where the metrics are"),
+    )),
+    ("log", (
+        ("debug", "false", debug, "log_level", "the same as --log.level debug"),
+        ("log.level", "info", one_of("debug", "info", "warning", "error"), "log_level", "debug, info, warning or error; one line an event, to stderr"),
+    )),
 )
 # fmt: on
+FLAGS = tuple(row for _, rows in FLAG_GROUPS for row in rows)
+SWITCHES = (boolean, debug)  # readers of flags that need no value: --flag is true, --no-flag false
 METAVARS = {
     listen_endpoint: "[HOST]:PORT",
     portal_endpoint: "HOST:PORT",
@@ -3291,11 +4235,9 @@ METAVARS = {
     networks: "CIDR,...",
     count: "N",
     duration: "DURATION",
-    boolean: "true|false",
     url_path: "/PATH",
     str: "FILE",
 }
-BOOLEANS = [name for name, _, reader, _, _ in FLAGS if reader is boolean]
 
 
 def variable(flag: str) -> str:
@@ -3304,159 +4246,189 @@ def variable(flag: str) -> str:
 
 
 class Parser(argparse.ArgumentParser):
-    """Says what is wrong with a command line in one line."""
+    """Says what is wrong with a command line in one line, and does not guess at flags cut short."""
+
+    def __init__(self, command: str, about: str, usage: str | None = None) -> None:
+        layout = functools.partial(argparse.HelpFormatter, max_help_position=32)
+        super().__init__(f"python3 sems_mitm.py {command}", usage, about, allow_abbrev=False, formatter_class=layout)
 
     def error(self, message: str) -> None:  # type: ignore[override]
-        raise UsageError(message)
+        raise UsageError(message[len("argument ") :] if message.startswith("argument ") else message)
 
 
-def spelled_out(arguments: list[str]) -> list[str]:
-    """Arguments with --flag and --no-flag as --flag=true and --flag=false, and --flag VALUE as --flag=VALUE."""
-    spelled = {f"--{name}": f"--{name}=true" for name in BOOLEANS}
-    spelled.update({f"--no-{name}": f"--{name}=false" for name in BOOLEANS})
-    valued, left, found = {f"--{name}" for name, *_ in FLAGS} - set(spelled), list(arguments), []
-    while left:
-        argument = left.pop(0)
-        value = f"={left.pop(0)}" if argument in valued and left else ""  # it may begin with a -
-        found.append(spelled.get(argument, argument) + value)
+def read_by(reader: Callable[[str], object]) -> Callable[[str], object]:
+    """A reader for argparse: what it expected, and the value that it got."""
+
+    def read(text: str) -> object:
+        try:
+            return reader(text)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(f"{error}, not {text!a}") from None
+
+    return read
+
+
+def serve_parser(command: str, about: str) -> Parser:
+    """The flags of serve."""
+    rule = "A flag is followed by its default and its variable; a BOOL may be --flag, --flag=false or --no-flag."
+    parser = Parser(command, f"{about} {rule}", f"python3 sems_mitm.py {command} [flags]")
+    for title, rows in FLAG_GROUPS:
+        group = parser.add_argument_group(title)
+        for name, default, reader, key, text in rows:
+            told = f"{text} [{default or ('all' if reader is networks else 'off')}] {variable(name)}"
+            more: dict = {"metavar": METAVARS.get(reader, key.rpartition("_")[2].upper())}
+            if reader in SWITCHES:
+                more = {"metavar": "BOOL", "nargs": "?", "const": "true"}
+                hidden: dict = {"help": argparse.SUPPRESS, "default": argparse.SUPPRESS}
+                group.add_argument(f"--no-{name}", dest=key, action="store_const", const=reader("false"), **hidden)
+            group.add_argument(f"--{name}", dest=key, type=read_by(reader), default=default, help=told, **more)
+    parser.set_defaults(mode=None)  # --sems-passthrough decides where nobody names the mode
+    return parser
+
+
+def environment_arguments(environment: Mapping[str, str]) -> list[str]:
+    """The variables of flags as arguments. An empty one is unset."""
+    found = []
+    for name, *_ in FLAGS:
+        text = environment.get(variable(name))
+        if text and name == "debug" and text.lower() not in TRUTH:  # shells set it to all sorts of things
+            log.warning("ignored: DEBUG=%a is neither true nor false", text)
+        elif text:
+            found.append(f"--{name}={text}")
     return found
 
 
-def serve_settings(arguments: list[str], environment: Mapping[str, str], command: str = "serve", about: str = "") -> Settings:
+def joined(arguments: list[str]) -> list[str]:
+    """Arguments with --flag VALUE as --flag=VALUE: VALUE may begin with a -."""
+    valued = {f"--{name}" for name, _, reader, _, _ in FLAGS if reader not in SWITCHES}
+    left, found = iter(arguments), []
+    for argument in left:
+        value = next(left, None) if argument in valued else None
+        found.append(argument if value is None else f"{argument}={value}")
+    return found
+
+
+def serve_settings(
+    arguments: list[str], environment: Mapping[str, str], command: str = "serve", about: str = ""
+) -> Settings:
     """The settings of serve: the command line beats the environment, which beats the defaults. Raises UsageError.
 
     command and about are what --help says, for another command that takes the flags of serve.
     """
-    description = about or "Prometheus exporter between GoodWe devices and the SEMS portal."
-    parser = Parser(prog=f"sems_mitm.py {command}", description=description, allow_abbrev=False)
-    for name, default, reader, key, text in FLAGS:
-        metavar = METAVARS.get(reader, key.partition("_")[2].upper() or key.upper())
-        parser.add_argument(
-            f"--{name}",
-            dest=key,
-            metavar=metavar,
-            help=f"{text} [{default or ('all' if reader is networks else 'off')}; {variable(name)}{f'; or --{name}, --no-{name}' if reader is boolean else ''}]".replace(
-                "%", "%%"
-            ),
-        )
-    given = vars(parser.parse_args(spelled_out(arguments)))
-    settings, levels = Settings(), {}
-    for name, default, reader, key, _ in FLAGS:
-        told = ((2, f"--{name}", given[key]), (1, variable(name), environment.get(variable(name)) or None), (0, "", default))
-        level, source, text = next((level, source, text) for level, source, text in told if text is not None)
-        try:
-            value = reader(text)
-        except ValueError as error:
-            if source != "DEBUG":  # shells set it to all sorts of things
-                raise UsageError(f"{source}={ascii(text)[1:-1]}: {error}") from None
-            log.warning("ignored: DEBUG=%s is neither true nor false", ascii(text))
-            value, level = False, 0
-        setattr(settings, key, value)
-        levels[key] = level
-    return reconciled(settings, levels)
-
-
-def reconciled(settings: Settings, levels: dict[str, int]) -> Settings:
-    """Settings with the two flags that name the mode made one. levels: where each value came from, 2 beats 1 beats 0."""
-    local = settings.mode == LOCAL
-    if levels["passthrough"] and levels["passthrough"] == levels["mode"] and settings.passthrough == local:
-        names = ("--sems-passthrough", "--sems.mode") if levels["mode"] == 2 else ("SEMS_PASSTHROUGH", "SEMS_MODE")
-        raise UsageError(f"{names[0]}={str(settings.passthrough).lower()} contradicts {names[1]}={settings.mode}")
-    if levels["passthrough"] > levels["mode"]:
-        settings.mode = FORWARD if settings.passthrough and local else LOCAL if not settings.passthrough else settings.mode
+    parser = serve_parser(command, about or serve.__doc__ or "")
+    try:
+        settings = parser.parse_args(environment_arguments(environment))
+    except UsageError as error:  # of a variable, not of the flag that it stands for
+        raise UsageError(re.sub(r"^--([\w.-]+)", lambda flag: variable(flag[1]), str(error))) from None
+    parser.parse_args(joined(arguments), settings)
+    settings.mode = settings.mode or (FORWARD if settings.passthrough else LOCAL)
     settings.upstream_text = endpoint_text(settings.upstream)
-    settings.log_level = "debug" if settings.debug and levels["debug"] >= levels["log_level"] else settings.log_level
+    if settings.spool_file and settings.mode != SPOOL:
+        raise UsageError(f"--sems.spool-file={settings.spool_file!a}: only with --sems.mode spool, not {settings.mode}")
     return settings
 
 
-class BindError(OSError):
-    """A port that cannot be had."""
+def zone_trouble() -> tuple[str, str]:
+    """What is wrong with this machine's time zone, and what to do about it; empty if nothing is."""
+    zone = os.environ.get("TZ")
+    if zone_is_known(zone, os.path.isfile):
+        return "", ""
+    if zone is None:
+        return "TZ is not set, and there is no /etc/localtime", "set TZ, for instance to CET-1CEST,M3.5.0,M10.5.0/3"
+    step = "install the system's time zones (tzdata), or use a rule such as CET-1CEST,M3.5.0,M10.5.0/3"
+    return f"TZ={zone} is no time zone that this system knows", step
 
 
 def serve(arguments: list[str]) -> int:
-    """Run the exporter until SIGTERM or SIGINT."""
+    """The exporter, until SIGTERM or SIGINT; also without a command."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     settings = serve_settings(arguments, os.environ)
     logging.getLogger().setLevel(settings.log_level.upper())
-    _, network, web = started(settings)
+    _, loop, web = started(settings)
     for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: network.stop())
-    log.info(
-        "sems_mitm %s, mode %s: devices connect to port %d, metrics at http://HOST:%d%s",
-        VERSION,
-        settings.mode,
-        network.port,
-        web.port,
-        settings.telemetry_path,
-    )
-    network.run()
+        signal.signal(number, lambda *_: loop.stop())
+    signal.signal(signal.SIGHUP, lambda *_: loop.reopen())
+    text = "sems_mitm %s, mode %s: devices connect to port %d, metrics at http://HOST:%d%s"
+    log.info(text, VERSION, settings.mode, loop.port, web.port, settings.telemetry_path)
+    trouble, step = zone_trouble()
+    if trouble:
+        log.warning("%s, so local time is unknown and no device's clock is set: %s", trouble, step)
+    loop.run()
     web.close()
     return 0
 
 
-def started(settings: Settings) -> tuple[Store, Network, Web]:
-    """An exporter whose ports are bound and whose HTTP is served; `network.run` is left to do. Raises BindError."""
+def started(settings: Settings, clock: Clock = wall_clock) -> tuple[Store, Loop, Web]:
+    """An exporter whose ports are bound and whose HTTP is served; `loop.run` is left to do. Raises StartError."""
     sys.setswitchinterval(0.0005)  # a scrape must not keep packets waiting for the interpreter
-    store = Store(settings.stale_after, settings.max_devices, settings.batsignal)
-    zone_ok = zone_is_known(os.environ.get("TZ"), os.path.isfile)
+    store = Store(settings.stale_after, settings.max_devices, settings.batsignal, clock)
     files = Files(store, settings.capture, settings.backfill)
-    exporter = Exporter(store, settings.mode, zone_ok, files.record if files.capture or files.backfill else None)
-    try:
-        what = ("sems.listen-address", settings.listen_address)
-        network = Network(exporter, settings)
-        what = ("web.listen-address", settings.web_address)
-        web = Web(store, settings, lambda: not network.stopping)
-    except (OSError, UnicodeError) as error:  # the latter for what cannot be a host's name
-        raise BindError(f"--{what[0]}={endpoint_text(what[1])}: {getattr(error, 'strerror', None) or error}") from None
-    network.listening_at.update(sock.getsockname()[:2] for sock in web.listening)
+    journal = Journal(settings.spool_file, store) if settings.spool_file else None
+    with port_had("sems.listen-address", settings.listen_address):
+        loop = Loop(store, settings, files, journal)
+    history = History(store)
+    with port_had("web.listen-address", settings.web_address):
+        web = Web(store, settings, history, lambda: not loop.stopping)
+    loop.own_addresses.update(sock.getsockname()[:2] for sock in web.listening)
+    loop.every_second.append(history.note)
     web.start()
     gc.freeze()  # what is there now stays: the collector need not look at it again
-    return store, network, web
+    return store, loop, web
 
 
+@contextlib.contextmanager
+def port_had(flag: str, address: tuple[str, int]) -> Iterator[None]:
+    """Where a port is bound: raises StartError that names the flag, and says how to find the port's owner."""
+    try:
+        yield
+    except (OSError, UnicodeError) as error:  # the latter for what cannot be a host's name
+        why = getattr(error, "strerror", None) or str(error)
+        hint = "; `ss -ltnp` shows what has it" if getattr(error, "errno", None) == errno.EADDRINUSE else ""
+        raise StartError(f"--{flag}={endpoint_text(address)}: {why}{hint}") from None
 # ------------------------------------------------------------------------------------------------------- simulator
 
 
 class House:
-    """A simulated household with a roof: power in W, energy in Wh, by a clock that its user moves on."""
+    """A simulated household with a roof, and a battery if wanted: W and Wh, by a clock that its user moves on."""
 
-    def __init__(self, seed: int = 1) -> None:
+    CAPACITY, RESERVE, STRONGEST = 10_000, 1_000, 3_000  # of the battery, Wh and W
+
+    def __init__(self, seed: int = 1, battery: bool = False) -> None:
         self.random = random.Random(seed)
         self.clock: datetime | None = None
-        self.generation = self.load = 0.0
-        self.day, self.uptime, self.total = 0.0, 1667.0, 2_064_200.0  # of the inverter: Wh today, h, Wh
-        self.energy = {
-            "export": 270_780.0,
-            "generation": 579_410.0,
-            "import": 801_550.0,
-            "standby": 70.0,
-            "up": 783_400.0,
-            "down": 734_840.0,
-        }
+        self.generation = self.load = self.battery = 0.0  # battery: positive while it gives
+        self.stored = 4_000.0 if battery else 0.0
+        self.has_battery = battery
+        self.today, self.uptime = 0.0, 1667.0  # generated, Wh; hours of sun
+        self.energy: dict[str, float] = {
+            "export": 270_780, "import": 801_550, "generation": 579_410, "standby": 70,
+            "up": 783_400, "down": 734_840, "load": 1_110_180, "charge": 0, "discharge": 0,
+        }  # fmt: skip
         self._cloud = 0.2
 
     @property
     def export(self) -> float:
         """What goes to the grid; negative while it is bought."""
-        return self.generation - self.load
+        return self.generation - self.load + self.battery
 
-    @property
-    def daylight(self) -> bool:
-        """Whether the inverter is awake."""
-        return self.generation > 0
+    def flows(self) -> dict[str, float]:
+        """Power by the name of the energy that it adds to while it is positive."""
+        both = self.generation + self.export
+        return {
+            "export": self.export, "import": -self.export, "generation": self.generation, "standby": -self.generation,
+            "up": both, "down": -both, "load": self.load, "discharge": self.battery, "charge": -self.battery,
+        }  # fmt: skip
 
     def move(self, clock: datetime) -> None:
         """Let time pass until clock, at the powers of before, and find those of now."""
-        hours = (clock - self.clock).total_seconds() / 3600 if self.clock else 0.0
-        flows = {"export": self.export, "generation": self.generation, "import": -self.export, "standby": -self.generation}
-        flows.update(up=self.generation + self.export, down=-self.generation - self.export)
-        for name, power in flows.items():
+        hours = (clock.timestamp() - self.clock.timestamp()) / 3600 if self.clock else 0.0
+        for name, power in self.flows().items():
             self.energy[name] += max(power, 0) * hours
+        self.stored = min(max(self.stored - self.battery * hours, 0), self.CAPACITY)
         if self.clock and clock.date() != self.clock.date():
-            self.day = 0.0
-        if self.daylight:
-            self.day += self.generation * hours
-            self.total += self.generation * hours
+            self.today = 0.0
+        if self.generation > 0:
+            self.today += self.generation * hours
             self.uptime += hours
         self.clock = clock
         self._weather(clock.hour + clock.minute / 60 + clock.second / 3600)
@@ -3468,124 +4440,182 @@ class House:
         evening = 900 * math.exp(-((hour - 19.5) ** 2) / 4) + 700 * math.exp(-((hour - 7.5) ** 2) / 1.5)
         kettle = 1800 if 6 < hour < 22 and self.random.random() < 0.06 else 0
         self.load = round(220 + evening + kettle + self.random.uniform(0, 90), 0)
+        lacking = min(max(self.load - self.generation, -self.STRONGEST), self.STRONGEST)
+        useful = self.stored > self.RESERVE if lacking > 0 else self.stored < self.CAPACITY
+        self.battery = lacking if self.has_battery and useful else 0.0
 
 
-def words(number: float, count: int) -> tuple[int, ...]:
-    """A whole number as big-endian registers, two's complement."""
-    raw = int(number) & (1 << 16 * count) - 1
-    return tuple(raw >> 16 * i & 0xFFFF for i in reversed(range(count)))
-
-
-def text_words(text: str, count: int) -> tuple[int, ...]:
+def text_words(text: str, size: int) -> tuple[int, ...]:
     """ASCII text in registers, filled up with NUL."""
-    return struct.unpack(f">{count}H", text.encode("ascii").ljust(2 * count, b"\0"))
+    return struct.unpack(f">{size}H", text.encode("ascii").ljust(2 * size, b"\0"))
 
 
-class Simulated:
-    """A simulated device of a house: `settings()` and `live()` are its register ranges, for `payload`; live is empty while it is off."""
-
-    cls, start = 0, ""  # class, and the first half of its serial number
-    settings: Callable[[], list[tuple[int, tuple[int, ...]]]]
-    live: Callable[[], list[tuple[int, tuple[int, ...]]]]
-
-    def __init__(self, house: House, number: int = 1) -> None:
-        self.house, self.serial = house, f"{self.start}{number:08d}"
-
-
-class SimulatedMeter(Simulated):
-    """A HomeKit 1000: channel 1 is the grid, channel 2 the inverter."""
-
-    cls, start = METER, "91000HKU"
-
-    def settings(self) -> list[tuple[int, tuple[int, ...]]]:
-        """The register ranges of a settings packet: what it is, and where it reports to."""
-        return [(4608, (12, *text_words("20001,tcp.goodwe-power.com", 15))), (4864, (*text_words("02053-05-000Me05", 8), 0, 4))]
-
-    def live(self) -> list[tuple[int, tuple[int, ...]]]:
-        """The register ranges of a live packet, none while the device is off."""
-        house = self.house
-        volts = 231.0 + house.export / 1500
-        out, solar = house.export, house.generation
-        energy = [int(house.energy[name] / 10) for name in ("export", "generation", "up", "import", "standby", "down")]
-        exported, generated, up, imported, standby, down = (words(number, 3) for number in energy)
-        counters = (*exported, *generated, 0, 0, 0, *up, *imported, *standby, 0, 0, 0, *down)
-        amperes = (*words(abs(out) * 100 / volts, 2), *words(abs(solar) * 100 / volts, 2), 0, 0)
-        powers = (*words(out, 2), *words(solar, 2), 0, 0, *words(out + solar, 2))
-        return [(2048, counters), (2096, (int(volts * 10), int(volts * 10) + 1, 0, *amperes, *powers)), (5376, (25600, 0, 0, 71))]
+def meter_says(house: House) -> dict:
+    """The readings of a HomeKit 1000: channel 1 is the grid, channel 2 the inverter."""
+    out, solar, energy, volts = house.export, house.generation, house.energy, 231.0 + house.export / 1500
+    return {
+        "meter_channel_energy_export_watthours_total": (energy["export"], energy["generation"], 0),
+        "meter_channel_energy_import_watthours_total": (energy["import"], energy["standby"], 0),
+        "meter_sum_of_energy_generation_and_export_decawatt_hours_total": energy["up"] / 10,
+        "meter_sum_of_energy_import_less_generation_decawatt_hours_total": energy["down"] / 10,
+        "meter_voltage_volts": (volts, volts + 0.1, 0),
+        "meter_current_amperes": (abs(out) / volts, abs(solar) / volts, 0),
+        "meter_channel_power_watts": (out, solar, 0),
+        "meter_sum_of_power_generation_and_export_watts": out + solar,
+    }
 
 
-class SimulatedInverter(Simulated):
-    """A DNS G3: one string, one phase, off at night."""
+def inverter_says(house: House) -> dict:
+    """The readings of a DNS G3: one string, one phase, nothing at night."""
+    power, volts, string = house.generation, 231.0 + house.generation / 1500, 250 + 90 * min(house.generation / 600, 1)
+    return {} if power <= 0 else {
+        "inverter_string_voltage_volts": (string, 0), "inverter_string_current_amperes": (power * 1.03 / string, 0),
+        "inverter_phase_voltage_volts": volts, "inverter_phase_current_amperes": power / volts,
+        "inverter_phase_frequency_hertz": 50.01, "inverter_power_output_watts": power,
+        "inverter_apparent_power_voltamperes": power * 1.01, "inverter_reactive_power_vars": -power / 20,
+        "inverter_power_factor_ratio": 0.99, "inverter_work_mode": 1,
+        "inverter_error_bitmap": 0, "inverter_warning_bitmap": 0,
+        "inverter_energy_output_hectowatt_hours_day": house.today / 100, "inverter_uptime_hours_total": house.uptime,
+        "inverter_energy_output_hectowatt_hours_total": house.energy["generation"] / 100, "inverter_grid_code": 85,
+        "inverter_internal_temperature_decidegrees_celsius": 250 + power / 12,
+        "inverter_bus_voltage_volts": 380, "inverter_rssi_percent": 59,
+    }  # fmt: skip
 
-    cls, start = GRID_TIED, "53000DSC"
 
-    def settings(self) -> list[tuple[int, tuple[int, ...]]]:
-        """The register ranges of a settings packet: what it is, and where it reports to."""
-        return [(30221, text_words("410-02065-04", 6)), (40075, text_words("tcp.goodwe-power.com", 26))]
+def hybrid_says(house: House) -> dict:
+    """The readings of a hybrid with two strings, three phases, a battery and a meter of its own."""
+    solar, out, energy, battery = max(house.generation, 0), house.export, house.energy, house.battery
+    power = solar + battery
+    return {
+        "inverter_string_voltage_volts": (600 if solar else 0,) * 2, "inverter_phase_power_watts": (power / 3,) * 3,
+        "inverter_string_power_watts": (solar * 0.6, solar * 0.4), "inverter_active_power_watts": out,
+        "inverter_string_current_amperes": (solar * 0.001, solar * 0.0007), "inverter_load_watts": house.load,
+        "inverter_phase_voltage_volts": (231, 232, 230), "inverter_phase_current_amperes": (abs(power) / 693,) * 3,
+        "inverter_phase_frequency_hertz": (50.01,) * 3, "inverter_power_output_watts": power,
+        "inverter_internal_temperature_decidegrees_celsius": 250 + abs(power) / 12, "inverter_hybrid_work_mode": 1,
+        "inverter_energy_output_hectowatt_hours_day": house.today / 100, "inverter_uptime_hours_total": house.uptime,
+        "inverter_energy_output_hectowatt_hours_total": energy["generation"] / 100, "inverter_rssi_percent": 59,
+        "inverter_energy_export_watthours_total": energy["export"], "battery_power_watts": battery,
+        "inverter_energy_import_watthours_total": energy["import"], "battery_current_amperes": battery / 380,
+        "inverter_energy_load_watthours_total": energy["load"], "battery_voltage_volts": 380,
+        "battery_energy_charge_watthours_total": energy["charge"], "battery_temperature_celsius": 24,
+        "battery_energy_discharge_watthours_total": energy["discharge"], "meter_frequency_hertz": 50.01,
+        "battery_mode": 1 + (battery != 0) + (battery < 0),  # standby, discharging, charging
+        "battery_state_of_charge_ratio": house.stored / house.CAPACITY, "battery_state_of_health_ratio": 0.98,
+        "meter_energy_export_decawatt_hours_total": energy["export"] / 10, "meter_channel_power_watts": (out / 3,) * 3,
+        "meter_energy_import_decawatt_hours_total": energy["import"] / 10, "meter_power_export_watts": out,
+    }  # fmt: skip
 
-    def live(self) -> list[tuple[int, tuple[int, ...]]]:
-        """The register ranges of a live packet, none while the device is off."""
-        house = self.house
-        if not house.daylight or not house.clock:
-            return []
-        power, volts = house.generation, 231.0 + house.generation / 1500
-        string = 250 + 90 * min(power / 600, 1)
-        stamp = struct.unpack(">3H", time_stamp(house.clock))
-        none = (0xFFFF,)
-        values = (
-            *(int(string * 10), int(power * 10.3 / string), 0, 0), *none * 11,
-            *(int(volts * 10), *none * 2, int(power * 10 / volts), *none * 2, 5001, *none * 2),
-            *words(power, 2), 1, *words(0, 2), 0, *words(power * 1.01, 2), *words(-power / 20, 2), *none * 2, 990, *none,
-            *(250 + int(power / 12), *none * 2, int(house.day / 100), *words(house.total / 100, 2), *words(house.uptime, 2), 85),
-        )  # fmt: skip
-        return [(30100, (*stamp, *values)), (30163, (3800,)), (30172, (59,))]
+
+# A model that can be simulated: its class, the first half of its serial numbers, the register ranges of its settings packet,
+# the first register of its time in a live one (0: none), and what its live packet says.
+Simulable = collections.namedtuple("Simulable", "cls start settings clock says")
+PORTAL_TEXT = "tcp.goodwe-power.com"
+HOMEKIT = Simulable(
+    METER, "91000HKU",
+    [(4608, (12, *text_words(f"20001,{PORTAL_TEXT}", 15))), (4864, (*text_words("02053-05-000Me05", 8), 0, 4))],
+    0, meter_says,
+)  # fmt: skip
+DNS = Simulable(
+    GRID_TIED, "53000DSC",
+    [(30221, text_words("410-02065-04", 6)), (40075, text_words(PORTAL_TEXT, 26))],
+    30100, inverter_says,
+)  # fmt: skip
+HYBRID_ET = Simulable(
+    HYBRID_CLASS, "9010KETU",
+    [(35011, text_words("GW10K-ET", 5)), (35021, text_words("04029-08-S11", 6)), (40075, text_words(PORTAL_TEXT, 26))],
+    35100, hybrid_says,
+)  # fmt: skip
+
+Simulated = collections.namedtuple("Simulated", "model house serial")
+
+
+def simulated_house(number: int, hybrid: bool = False) -> list[Simulated]:
+    """The devices of a house, counted from 0. No two devices of any houses end alike."""
+    house, models = House(number, battery=hybrid), (HYBRID_ET,) if hybrid else (HOMEKIT, DNS)
+    return [Simulated(model, house, f"{model.start}{2 * number + i:08d}") for i, model in enumerate(models, 1)]
+
+
+def register_words(name: str, told: dict) -> dict[int, int]:
+    """Register to word of what a device of the family `name` says, the inverse of `reading`.
+
+    told: metric to a number, or to a tuple with one for each value of its label.
+    """
+    found: dict[int, int] = {}
+    for value in VALUES[name]:
+        metric, labels = value.series
+        numbers = told.get(metric, ())
+        numbers = numbers if isinstance(numbers, tuple) else (numbers,)
+        at, places = int(re.sub(r"\D", "", labels) or 1) - 1, (value.register, *value.later)
+        if at < len(numbers):
+            raw = numbers[at] * value.divide / value.multiply
+            is_float = value.number is KINDS["f32"].number
+            bits = int.from_bytes(struct.pack(">f", raw), "big") if is_float else round(raw)
+            found.update((place, bits >> 16 * i & 0xFFFF) for i, place in enumerate(reversed(places)))
+            found.update([value.when] if value.when else [])
+    return found
 
 
 def simulated_frame(device: Simulated, function: int, when: datetime) -> bytes:
-    """A frame of the device as it is now, with the time `when`; nothing while it is off."""
-    ranges = device.settings() if function == SETTINGS else device.live()
-    stamp = time_stamp(when)
-    packet = Packet(OUTBOUND, f"{device.cls:02x}{function:02x}", device.serial, device_iv(stamp), stamp, payload(ranges))
+    """A frame of the device as its house is now, with the time `when`; nothing while it is off."""
+    model, stamp, ranges = device.model, time_stamp(when), device.model.settings
+    if function == LIVE:
+        found = register_words(family(model.cls, device.serial), model.says(device.house))
+        if found and model.clock:
+            found.update(zip(range(model.clock, model.clock + 3), struct.unpack(">3H", stamp)))
+        ranges = []
+        for register, word in sorted(found.items()):
+            if not ranges or register != ranges[-1][0] + len(ranges[-1][1]):
+                ranges.append((register, []))
+            ranges[-1][1].append(word)
+    packet_type = f"{model.cls:02x}{function:02x}"
+    packet = Packet(OUTBOUND, packet_type, device.serial, device_iv(stamp), stamp, payload(ranges))
     return encode(packet) if ranges else b""
 
 
-class SimulatedConnection(threading.Thread):
-    """Simulated devices of one house, each with its connection, until `stop`; they connect again when that is lost."""
+class Simulation(threading.Thread):
+    """The devices of one house, each with its connection, until `stop`; they connect again when that is lost.
 
-    def __init__(self, target: tuple[str, int], devices: list[Simulated], interval: float, speed: float, start: datetime) -> None:
+    clock tells the house's time of day, stamp the one in the packets.
+    """
+
+    def __init__(
+        self, target: tuple[str, int], devices: list[Simulated], interval: float, clock: Clock, stamp: Clock
+    ) -> None:
         super().__init__(name="simulator", daemon=True)
-        self.target, self.devices, self.interval, self.speed, self.start_time = target, devices, interval, speed, start
+        self.target, self.devices, self.interval, self.clock, self.stamp = target, devices, interval, clock, stamp
         self.stopped, self.troubles = threading.Event(), Troubles()
         self._sockets: dict[str, socket.socket] = {}
 
     def run(self) -> None:
-        begin = time.monotonic()
         while not self.stopped.is_set():
-            house = self.devices[0].house
-            house.move(self.start_time + timedelta(seconds=(time.monotonic() - begin) * self.speed))
+            now = time.monotonic()
+            self.devices[0].house.move(datetime.fromtimestamp(self.clock(now)))
             for device in self.devices:
                 try:
-                    self._report(device)
-                except OSError as error:
-                    text = f"simulated devices cannot reach {endpoint_text(self.target)}: {error.strerror or error}"
-                    self.troubles.say("simulator", text, time.monotonic())
-                    self._forget(device.serial)
+                    self._report(device, datetime.fromtimestamp(self.stamp(now)))
+                except (OSError, UnicodeError) as error:  # the latter for what cannot be a host's name
+                    text = f"simulated devices cannot reach {endpoint_text(self.target)}: {error}"
+                    self.troubles.say("simulator", text, now)
+                    self._hang_up(device.serial)
             self.stopped.wait(self.interval)
         for serial in list(self._sockets):
-            self._forget(serial)
+            self._hang_up(serial)
 
     def stop(self) -> None:
         """Close the connections and end the thread."""
         self.stopped.set()
         self.join()
 
-    def _report(self, device: Simulated) -> None:
-        now = datetime.now()
+    def _report(self, device: Simulated, when: datetime) -> None:
+        live = simulated_frame(device, LIVE, when)
+        if not live:  # it sleeps
+            return self._hang_up(device.serial)
         sock = self._sockets.get(device.serial)
         if sock is None:
             sock = self._sockets[device.serial] = socket.create_connection(self.target, timeout=5)
-            sock.sendall(simulated_frame(device, SETTINGS, now))
-        sock.sendall(simulated_frame(device, LIVE, now))
+            sock.sendall(simulated_frame(device, SETTINGS, when))
+        sock.sendall(live)
         sock.settimeout(0)
         with contextlib.suppress(BlockingIOError):
             while sock.recv(4096):
@@ -3593,7 +4623,7 @@ class SimulatedConnection(threading.Thread):
             raise ConnectionResetError("closed by the peer")
         sock.settimeout(5)
 
-    def _forget(self, serial: str) -> None:
+    def _hang_up(self, serial: str) -> None:
         if serial in self._sockets:
             self._sockets.pop(serial).close()
 
@@ -3609,113 +4639,128 @@ class LocalPortal(socketserver.ThreadingTCPServer):
 
 
 class LocalPortalConnection(socketserver.BaseRequestHandler):
-    """One device's connection to it."""
-
-    """One device's connection to it."""
-
-    """One device's connection to it."""
+    """One device's connection to the stand-in."""
 
     def handle(self) -> None:
         """Answer every good packet until the device goes."""
         framer = Framer(OUTBOUND)
         with contextlib.suppress(OSError):
             while data := self.request.recv(RECV_SIZE):
-                for piece in framer.feed(data, time.monotonic()):
-                    if piece.kind == "frame":
-                        with contextlib.suppress(ProtocolError):
-                            where = address(piece.data[: OUTBOUND.head], piece.size, OUTBOUND)
-                            self.request.sendall(answer(where, datetime.now(), True) * piece.count)
+                for kind, piece in framer.feed(data, time.monotonic()):
+                    with contextlib.suppress(ProtocolError):
+                        if kind == FRAME:
+                            self.request.sendall(answer(address_of(piece, OUTBOUND), datetime.now(), True))
+
+
+def positive(text: str) -> float:
+    """A number from 0.001 to 100000."""
+    with contextlib.suppress(ValueError):
+        if 0.001 <= float(text) <= 100_000:
+            return float(text)
+    raise ValueError("expected a number from 0.001 to 100000")
+
+
+def day_clock(hour: float, speed: float) -> Clock:
+    """A clock that stands at that hour of today now, and goes so many times as fast as the real one."""
+    begin, today = time.monotonic(), datetime.now().replace(hour=0, minute=0, second=0, microsecond=0)
+    start = (today + timedelta(hours=hour)).timestamp()
+    return lambda now: start + speed * (now - begin)
 
 
 def simulate(arguments: list[str]) -> int:
-    """Simulated devices towards an exporter or a portal."""
-    parser = Parser(prog="sems_mitm.py simulate", description=simulate.__doc__, allow_abbrev=False)
-    parser.add_argument("target", metavar="HOST:PORT", nargs="?", help="where the devices connect")
-    parser.add_argument("--interval", metavar="S", type=amount, default=60, help="seconds between packets [60]")
-    parser.add_argument("--speed", metavar="N", type=amount, default=1, help="how fast the simulated day goes [1]")
-    parser.add_argument("--houses", metavar="N", type=count, default=1, help="households, each with a HomeKit 1000 and a DNS G3 [1]")
-    parser.add_argument("--capture", metavar="FILE", help="instead of connecting, write a capture of --days days until now to FILE")
-    parser.add_argument("--days", metavar="N", type=amount, default=3, help="length of that capture [3]")
+    """Simulated devices towards an exporter or a portal, or a capture file of them."""
+    parser = Parser("simulate", simulate.__doc__ or "")
+    add, number = parser.add_argument, read_by(positive)
+    add("target", metavar="HOST:PORT", nargs="?", help="where the devices connect")
+    add("--houses", metavar="N", type=read_by(count), help="households, each a HomeKit 1000 and a DNS G3 [1]")
+    add("--hybrid", action="store_true", help="each a hybrid with a battery and its own meter instead")
+    add("--interval", metavar="S", type=number, default=60, help="seconds between packets [60]")
+    add("--speed", metavar="N", type=number, default=1, help="how fast their day goes; packets carry real time [1]")
+    add("--capture", metavar="FILE", help="do not connect, write what a house would have sent to a new FILE")
+    add("--days", metavar="N", type=number, default=3, help="length of that capture, until now [3]")
     given = parser.parse_args(arguments)
     if bool(given.target) == bool(given.capture):
-        raise UsageError("simulate wants either HOST:PORT or --capture FILE")
-    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s")
+        raise UsageError("simulate: expected either HOST:PORT or --capture FILE")
+    if given.capture and given.houses:
+        raise UsageError("--houses: not with --capture, which is of one house")
+    if given.capture:
+        return simulate_capture(given.capture, given.days, given.interval, given.hybrid)
     try:
-        if given.capture:
-            return simulate_capture(given.capture, given.days, given.interval)
         target = portal_endpoint(given.target)
     except ValueError as error:
         raise UsageError(f"{given.target!a}: {error}") from None
-    except OSError as error:
-        raise UsageError(f"--capture={given.capture}: {error.strerror}") from None
-    connections = [SimulatedConnection(target, simulated_house(i), given.interval, given.speed, morning()) for i in range(given.houses)]
-    for connection in connections:
-        connection.start()
-    print(f"{2 * given.houses} simulated devices towards {endpoint_text(target)}; Ctrl-C stops them", flush=True)
-    wait_for_signal()
-    for connection in connections:
-        connection.stop()
-    return 0
+    houses = [simulated_house(number, given.hybrid) for number in range(given.houses or 1)]
+    return simulate_towards(target, houses, given.interval, day_clock(8, given.speed))
 
 
-def amount(text: str) -> float:
-    """A number between 0.001 and 100000."""
-    number = float(text)
-    if not 0.001 <= number <= 100_000:
-        raise ValueError("out of range")
-    return number
-
-
-def morning() -> datetime:
-    """When a simulated day begins: the inverter is awake."""
-    return datetime.now().replace(hour=8, minute=0, second=0, microsecond=0)
-
-
-def simulated_house(number: int) -> list[Simulated]:
-    """The devices of a house; each house has serial numbers of its own."""
-    house = House(number)
-    return [SimulatedMeter(house, number + 1), SimulatedInverter(house, number + 1)]
-
-
-def simulate_capture(path: str, days: float, interval: float) -> int:
-    """Write what the devices of a house would have sent in the days until now; live packets, each at its own time."""
-    devices, end = simulated_house(0), time.time()
-    with open(path, "w", encoding="ascii") as file:
-        wall = end - days * 86400
-        while wall <= end:
-            when = datetime.fromtimestamp(wall)
-            devices[0].house.move(when)
-            for device in devices:
-                frame = simulated_frame(device, LIVE, when)
-                file.write(capture_line(wall, "127.0.0.1:1", OUTBOUND.name, "forwarded", frame) if frame else "")
-            wall += interval
-    return 0
-
-
-def wait_for_signal() -> None:
-    """Until SIGINT or SIGTERM."""
+def simulate_towards(target: tuple[str, int], houses: list[list[Simulated]], interval: float, clock: Clock) -> int:
+    """Let the devices of houses report to target until SIGINT or SIGTERM."""
+    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s")
     stopped = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stopped.set())
+    simulations = [Simulation(target, devices, interval, clock, wall_clock) for devices in houses]
+    for simulation in simulations:
+        simulation.start()
+    print(f"{sum(map(len, houses))} simulated devices towards {endpoint_text(target)}; Ctrl-C stops them", flush=True)
     stopped.wait()
+    for simulation in simulations:
+        simulation.stop()
+    return 0
+
+
+def simulate_capture(path: str, days: float, interval: float, hybrid: bool) -> int:
+    """Write what the devices of a house would have sent in the days until now, each packet at its own time."""
+    devices, end = simulated_house(0, hybrid), time.time()
+    wall, function = end - days * 86400, SETTINGS
+    try:
+        file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o640)
+    except FileExistsError:
+        raise UsageError(f"--capture={path!a}: there is such a file already, and it is not overwritten") from None
+    except OSError as error:
+        raise UsageError(f"--capture={path!a}: {error.strerror}") from None
+    with open(file, "w", encoding="ascii") as lines:
+        while wall <= end:
+            when = datetime.fromtimestamp(wall)
+            devices[0].house.move(when)
+            for frame in filter(None, (simulated_frame(device, function, when) for device in devices)):
+                lines.write(capture_line(wall, "127.0.0.1:1", OUTBOUND.name, "forwarded", frame))
+            wall, function = wall + interval, LIVE
+    return 0
+
+
+# ------------------------------------------------------------------------------------------------------------ demo
+
+SUNRISE, FAST = 6.75, 360  # when the demo's day begins, in hours; a day takes four minutes
+DEMO_STALE = 10  # s, an hour of that day
+DEMO_TEXT = """{who} a solar day that takes four minutes; it is 6:45 in the morning.
+
+  open  http://localhost:{web}/               the page
+        http://localhost:{web}/metrics        what Prometheus scrapes
+        http://localhost:{web}/api/household  the house as JSON
+
+devices -> 127.0.0.1:{devices} -> exporter -> 127.0.0.1:{portal}, a local portal. Ctrl-C stops it all."""
 
 
 def demo(arguments: list[str]) -> int:
-    """No hardware and no cloud: a local portal, two simulated devices and the exporter between them."""
-    Parser(prog="sems_mitm.py demo", description=demo.__doc__).parse_args(arguments)
+    """No hardware, no cloud: simulated devices sending a solar day, a local portal, the exporter between them."""
+    parser = Parser("demo", demo.__doc__ or "")
+    parser.add_argument("--hybrid", action="store_true", help="a hybrid with a battery in place of the two devices")
+    given = parser.parse_args(arguments)
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
-    portal = LocalPortal()
-    port = portal.server_address[1]
-    settings = serve_settings([f"--sems.upstream=127.0.0.1:{port}"], {})
+    portal, clock = LocalPortal(), day_clock(SUNRISE, FAST)
+    settings = serve_settings([f"--sems.upstream=127.0.0.1:{portal.server_address[1]}"], {})
     settings.listen_address, settings.web_address = free_endpoint("127.0.0.1", 20001), free_endpoint("", 14028)
-    _, network, web = started(settings)
+    settings.stale_after = DEMO_STALE
+    _, loop, web = started(settings, clock)
     for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: network.stop())
-    devices = SimulatedConnection(("127.0.0.1", network.port), simulated_house(0), 1, 360, morning())
-    devices.start()
-    print(DEMO_TEXT.format(web=web.port, devices=network.port, portal=port), flush=True)
-    network.run()
-    devices.stop()
+        signal.signal(number, lambda *_: loop.stop())
+    simulation = Simulation(("127.0.0.1", loop.port), simulated_house(0, given.hybrid), 1, clock, clock)
+    simulation.start()
+    who = "A hybrid with a battery sends" if given.hybrid else "A HomeKit 1000 and a DNS G3 send"
+    print(DEMO_TEXT.format(who=who, web=web.port, devices=loop.port, portal=settings.upstream[1]), flush=True)
+    loop.run()
+    simulation.stop()
     web.close()
     portal.shutdown()
     portal.server_close()
@@ -3723,43 +4768,17 @@ def demo(arguments: list[str]) -> int:
     return 0
 
 
-DEMO_TEXT = """A HomeKit 1000 and a DNS G3 send a solar day that takes four minutes.
-
-  open  http://localhost:{web}/             the page
-        http://localhost:{web}/metrics      what Prometheus scrapes
-        http://localhost:{web}/api/devices  the same as JSON
-
-devices -> 127.0.0.1:{devices} -> exporter -> 127.0.0.1:{portal}, a local portal. Ctrl-C stops it all."""
-
-
 def free_endpoint(host: str, port: int) -> tuple[str, int]:
-    """The first port from `port` on that can be listened on. Raises UsageError."""
+    """The first port from `port` on that can be listened on. Raises StartError."""
     for number in range(port, port + 100):
-        try:
+        with contextlib.suppress(OSError):
             for sock in listeners(host, number):
                 sock.close()
-        except OSError:
-            continue
-        return host, number
-    raise UsageError(f"no free port from {port} on")
+            return host, number
+    raise StartError(f"no free port from {port} to {port + 99}")
 
 
 # ---------------------------------------------------------------------------------------------------------- decode
-
-
-def stretches(sources: list[str]) -> Iterator[tuple[str, bytes]]:
-    """(direction or "", bytes) of each argument of decode: - is standard input, a file is read, all else is hex.
-
-    Raises UsageError for what is neither.
-    """
-    typed = ""
-    for source in sources:
-        if source == "-" or os.path.isfile(source):
-            yield from file_stretches(read_file(source))
-        else:
-            typed += f"{source} "
-    if typed:
-        yield "", from_hex(typed)
 
 
 def read_file(path: str) -> bytes:
@@ -3773,74 +4792,93 @@ def read_file(path: str) -> bytes:
         raise UsageError(f"{path}: {error.strerror}") from None
 
 
-def file_stretches(data: bytes) -> Iterator[tuple[str, bytes]]:
-    """A capture's records, whole JSON or a line each, whatever is cut skipped; or hex; or the bytes themselves."""
-    text = data.decode("latin-1")
-    if not text.lstrip().startswith(("{", "[")):
-        yield "", data if OUTBOUND.prefix in data else from_hex(text)
-        return
-    try:
-        whole = json.loads(text)
-        records = whole if isinstance(whole, list) else [whole]
-    except (ValueError, RecursionError):
-        records = [record(line) for line in text.splitlines()]
-    for entry in records:
-        if isinstance(entry, dict) and isinstance(entry.get("hex"), str):
-            with contextlib.suppress(UsageError):
-                yield str(entry.get("direction", "")), from_hex(entry["hex"])
-
-
-def record(line: str) -> object:
-    """A line of a capture; None if it is cut."""
-    with contextlib.suppress(ValueError, RecursionError):
-        return json.loads(line)
-    return None
-
-
 def from_hex(text: str) -> bytes:
-    """Bytes of hex digits in any spacing. Raises UsageError."""
-    digits = re.sub(r"0x|\\x|[\s,:;|\"'-]", "", text)
-    try:
-        return bytes.fromhex(digits)
-    except ValueError:
-        raise UsageError(f"neither a file nor whole bytes in hex: {text.strip()[:40]!a}") from None
+    """Bytes of hex digits in any spacing, nothing for anything else."""
+    with contextlib.suppress(ValueError):
+        return bytes.fromhex(re.sub(r"0x|\\x|[\s,:;|\"'-]", "", text))
+    return b""
 
 
-def pieces_of(direction: str, data: bytes) -> list[tuple[Wire, Piece]]:
-    """What is in captured bytes: of the direction, or of both if that is not known."""
-    if direction == INBOUND.name:
-        return [(INBOUND, piece) for piece in cut(INBOUND, data)]
-    found = []
-    for piece in cut(OUTBOUND, data):
-        inward = [] if direction or piece.kind == "frame" else cut(INBOUND, piece.data)
-        better = any(other.kind in ("frame", "keepalive") for other in inward)
-        found += [(INBOUND, other) for other in inward] if better else [(OUTBOUND, piece)]
+def file_streams(path: str) -> list[tuple[str, bytes]]:
+    """(direction or "", bytes) of a capture's lines, passing over one that was cut, or of hex, or of bytes as they are.
+
+    Raises StartError for what is nothing of the kind.
+    """
+    data, name = read_file(path), "standard input" if path == "-" else path
+    text = data.decode("latin-1")
+    if text.lstrip().startswith("{"):
+        found = [stream for line in text.split("\n") for stream in record(line)]
+    else:
+        found = [("", data if OUTBOUND.prefix in data else from_hex(text))]
+    if not any(data for _, data in found):
+        raise StartError(f"{name}: {'neither a capture nor bytes in hex' if text.strip() else 'nothing in it'}")
     return found
 
 
+def record(line: str) -> Iterator[tuple[str, bytes]]:
+    """What a line of a capture holds, nothing if it is cut or another's."""
+    with contextlib.suppress(ValueError, RecursionError):
+        entry = json.loads(line)
+        if isinstance(entry, dict) and isinstance(entry.get("hex"), str):
+            yield str(entry.get("direction", "")), from_hex(entry["hex"])
+
+
+def typed_streams(sources: list[str]) -> Iterator[tuple[str, bytes]]:
+    """(direction or "", bytes) of the arguments of decode: - is standard input, files are read, all else is hex."""
+    typed = []
+    for source in sources:
+        if source == "-" or os.path.exists(source):
+            yield from file_streams(source)
+        else:
+            typed.append(source)
+    if typed:
+        data = from_hex(" ".join(typed))
+        if not data:
+            raise UsageError(f"neither a file nor whole bytes in hex: {' '.join(typed)[:40]!a}")
+        yield "", data
+
+
 def cut(wire: Wire, data: bytes) -> list[Piece]:
-    """The pieces of a whole stream, each frame by itself."""
-    framer = Framer(wire)
-    return [
-        Piece(piece.kind, piece.data[at : at + piece.size], 1, piece.size)
-        for piece in framer.feed(data, 0) + framer.close(0)
-        for at in range(0, len(piece.data), piece.size)
-    ]
+    """The pieces of a whole stream."""
+    framer, found = Framer(wire), []  # type: ignore[var-annotated]
+    parts = [part for at in range(0, len(data), RECV_SIZE) for part in framer.feed(data[at : at + RECV_SIZE], 0)]
+    for kind, part in parts + framer.close(0):
+        if kind == MORE:
+            found[-1][1].append(part)
+        else:
+            found.append((kind, [part]))
+    return [(kind, b"".join(several)) for kind, several in found]
 
 
-def described(wire: Wire, piece: Piece, told: dict[str, str]) -> dict:
+def pieces_of(direction: str, data: bytes) -> list[tuple[Wire, str, bytes]]:
+    """(wire, kind, bytes) of what is in captured bytes: of the direction, or of both if that is not known."""
+    if direction == INBOUND.name:
+        return [(INBOUND, *piece) for piece in cut(INBOUND, data)]
+    found: list[tuple[Wire, str, bytes]] = []
+    for kind, part in cut(OUTBOUND, data):
+        inward = [] if direction or kind == FRAME else cut(INBOUND, part)
+        if any(other in (FRAME, KEEPALIVE) for other, _ in inward):
+            found += [(INBOUND, *piece) for piece in inward]
+        else:
+            found.append((OUTBOUND, kind, part))
+    return found
+
+
+SAID = ["direction", "type", "serial", "model", "time", "crc_ok", "envelope", "blocks", "values", "error", "hex"]
+NO_FRAME = {JUNK: "no frame", KEEPALIVE: None}
+
+
+def described(wire: Wire, kind: str, data: bytes, told: dict[str, str]) -> dict:
     """A piece as decode prints it. told: serial number to the model name that the device gave."""
-    keys = ("direction", "type", "serial", "model", "time", "crc_ok", "envelope", "blocks", "values", "error", "hex")
-    found: dict = dict.fromkeys(keys)
-    found.update(direction=wire.name, type=piece.kind, crc_ok=piece.kind == "frame", hex=piece.data.hex())
-    if piece.kind in ("junk", "keepalive"):
-        found.update(crc_ok=None, error="no frame" if piece.kind == "junk" else None)
+    found: dict = dict.fromkeys(SAID)
+    found.update(direction=wire.name, type=kind, hex=data.hex())
+    if kind in NO_FRAME:
+        found["error"] = NO_FRAME[kind]
         return found
-    if piece.kind == "malformed":
-        found["error"] = "bad checksum, or cut"
+    found.update(crc_ok=kind == FRAME, error=None if kind == FRAME else "bad checksum, or cut")
     try:
-        where = address(piece.data[: wire.head], len(piece.data), wire)
-        packet = decode(piece.data, wire)
+        where = address_of(data, wire)
+        packet = decode(data, wire)
         found.update(type=where.type, serial=where.serial, model=model(where.serial, told.get(where.serial, "")))
         found.update(envelope={LONG: "long", SHORT: "short", ANSWER: "answer"}[where.form])
         stamp = device_time(packet.time or packet.iv[:6] if wire is OUTBOUND else packet.iv[5::-1])
@@ -3854,11 +4892,7 @@ def described(wire: Wire, piece: Piece, told: dict[str, str]) -> dict:
 def contents(where: Address, packet: Packet) -> dict:
     """blocks and values of a packet. Raises ProtocolError."""
     if packet.wire is INBOUND:
-        meaning = allowed(where, packet.clear, {where.cls, *CLOCK})
-        first, last = struct.unpack_from(">HH", packet.clear)
-        clock = device_time(packet.clear[4:10])
-        write = {"first_register": first, "last_register": last, "clock": clock and clock.isoformat()} if where.type == CLOCK_TYPE else {}
-        return {"values": {"meaning": meaning or "not let through", **write, "clear": packet.clear.hex()}}
+        return {"values": inward_values(where, packet.clear)}
     if where.function == CONFIRMATION:
         first, last, status = struct.unpack_from(">HHB", packet.clear)
         return {"values": {"first_register": first, "last_register": last, "status": status}}
@@ -3866,128 +4900,116 @@ def contents(where: Address, packet: Packet) -> dict:
         return {"values": {"clear": packet.clear.hex()}}
     ranges = blocks(packet.clear)
     taken = reading(family(where.cls, where.serial), registers(packet.clear))
-    kind = kind_of(where.cls)
-    values: dict = {f"{metric}{{{labels}}}" if labels else metric: number for (metric, labels), number in taken.values.items()}
-    values.update({f'{kind}_unknown_register{{register="{register}"}}': word for register, word in taken.unknown.items()})
-    shown = [{"first": first, "last": first + len(block) - 1, "words": list(block)} for first, block in ranges]
+    values = {
+        f"{metric}{{{labels}}}" if labels else metric: number for (metric, labels), number in taken.values.items()
+    }
+    unknown = f"{kind_of(where.cls)}_unknown_register"
+    values.update((f'{unknown}{{register="{register}"}}', word) for register, word in taken.unknown.items())
+    shown = [{"first": first, "last": first + len(words) - 1, "words": list(words)} for first, words in ranges]
     return {"blocks": shown, "values": {**values, **taken.info}}
 
 
-def redacted(wire: Wire, piece: Piece, aliases: dict[bytes, bytes]) -> Piece:
-    """The piece with other serial numbers, in clear and in cipher, its CRC good or bad as it was."""
-    data = piece.data
-    if piece.kind not in ("frame", "malformed"):
-        return piece._replace(data=replaced(data, aliases))
-    try:
-        packet = decode(data, wire)
-    except ProtocolError:
-        changed = replaced(data[:-2], aliases)
-        good = piece.kind == "frame"
-        return piece._replace(data=changed + (crc16(changed).to_bytes(2, wire.order) if good else data[-2:]))  # type: ignore[arg-type]
-    serial = aliases[packet.serial.encode()].decode()
-    frame = encode(packet._replace(serial=serial, clear=replaced(packet.clear, aliases)))
-    if piece.kind == "malformed":
-        frame = replaced(frame[:-1] + bytes([frame[-1] ^ 1]), aliases)  # what it claims may hold other frames in clear
-    return piece._replace(data=frame)
+def inward_values(where: Address, clear: bytes) -> dict:
+    """What a packet from the portal says."""
+    found: dict = {"meaning": allowed(where, clear, {where.cls, *CLOCK}) or "not let through"}
+    if where.type == CLOCK_TYPE:
+        first, last = struct.unpack_from(">HH", clear)
+        when = device_time(clear[4:10])
+        found.update(first_register=first, last_register=last, clock=when and when.isoformat())
+    return {**found, "clear": clear.hex()}
 
 
-def serials_in(data: bytes) -> list[bytes]:
-    """What stands where frames of either direction have their serial number, whole or cut, good frame or not."""
-    # 8 bytes behind a GW, that of POSTGW too if the envelope is short; 10 if it is long
-    places = [match.start() + behind for match in re.finditer(b"GW", data) for behind in (8, 10)]
-    found = [re.match(rb"[ -~]{9,16}", data[place : place + 16]) for place in places]
-    return [match[0] for match, place in zip(found, places) if match and match.end() in (16, len(data) - place)]
+def good_packets(pieces: Iterable[tuple[Wire, str, bytes]]) -> Iterator[tuple[bytes, Packet]]:
+    """The good frames among pieces, with their packets."""
+    for wire, kind, data in pieces:
+        with contextlib.suppress(ProtocolError):
+            if kind == FRAME:
+                yield data, decode(data, wire)
 
 
-def replaced(data: bytes, aliases: dict[bytes, bytes]) -> bytes:
-    """Data with each serial number's alias in its place."""
-    for serial, alias in aliases.items():
-        data = data.replace(serial, alias)
-    return data
+def told_models(packets: Iterable[Packet]) -> dict[str, str]:
+    """Serial number to the model name that the device gave."""
+    told: dict[str, str] = {}
+    for packet in packets:
+        if packet.wire is OUTBOUND:
+            with contextlib.suppress(ProtocolError):
+                told[packet.serial] = info(registers(packet.clear)).get("model") or told.get(packet.serial, "")
+    return told
+
+
+REDACTED = "XXXX0001, XXXX0002, ... count the devices up and are no real serial numbers."
+
+
+def redacted(packets: list[Packet]) -> list[tuple[Wire, str, bytes]]:
+    """Frames of packets with other serial numbers, in clear and in cipher."""
+    serials = {packet.serial: None for packet in packets}
+    aliases = {serial: f"{serial[:8]}XXXX{number:04d}" for number, serial in enumerate(serials, 1)}
+    found = []
+    for packet in packets:
+        clear = packet.clear
+        for serial, alias in aliases.items():
+            clear = clear.replace(serial.encode(), alias.encode())
+        found.append((packet.wire, FRAME, encode(packet._replace(serial=aliases[packet.serial], clear=clear))))
+    return found
 
 
 def decode_command(arguments: list[str]) -> int:
     """Captured bytes, hex or capture files, as one JSON object a frame."""
-    parser = Parser(prog="sems_mitm.py decode", description=decode_command.__doc__, allow_abbrev=False)
+    parser = Parser("decode", decode_command.__doc__ or "")
+    sources = "capture files, files with hex, - for standard input, or hex in any spacing"
+    parser.add_argument("source", metavar="FILE|-|HEX", nargs="+", help=sources)
     parser.add_argument(
-        "source", metavar="FILE|-|HEX", nargs="+", help="capture files, files with hex, - for standard input, or hex in any spacing"
+        "--redact", action="store_true", help="good frames only, with other serial numbers, for a bug report"
     )
-    parser.add_argument("--redact", action="store_true", help="with other serial numbers, everywhere, so that it can go into a bug report")
     given = parser.parse_args(arguments)
-    found = [entry for direction, data in stretches(given.source) for entry in pieces_of(direction, data)]
-    told: dict[str, str] = {}
-    aliases: dict[bytes, bytes] = {}
-    for wire, piece in found:
-        with contextlib.suppress(ProtocolError):
-            for serial in serials_in(piece.data):
-                aliases.setdefault(serial, (serial[:8] + f"XXXX{len(aliases) + 1:04d}".encode())[: len(serial)])
-            if wire is OUTBOUND and piece.kind == "frame":
-                packet = decode(piece.data, wire)
-                name = info(registers(packet.clear)).get("model")
-                alias = aliases[packet.serial.encode()].decode()
-                told.update({packet.serial: name, alias: name} if name else {})
-    for wire, piece in found:
-        print(json.dumps(described(wire, redacted(wire, piece, aliases) if given.redact else piece, told)))
+    pieces = list(itertools.chain.from_iterable(itertools.starmap(pieces_of, typed_streams(given.source))))
+    if given.redact:
+        packets = [packet for _, packet in good_packets(pieces)]
+        print(
+            f"{len(packets)} good frames, {len(pieces) - len(packets)} other pieces left out. {REDACTED}",
+            file=sys.stderr,
+        )
+        pieces = redacted(packets)
+    told = told_models(packet for _, packet in good_packets(pieces))
+    for wire, kind, data in pieces:
+        print(json.dumps(described(wire, kind, data, told)))
     return 0
 
 
 # -------------------------------------------------------------------------------------------------------- backfill
 
 
-class Calendar:
-    """Local times of one device to UTC, in the order in which they arrived.
+def utc_seconds(times: list[datetime]) -> list[float]:
+    """Local times of one device, in the order in which they came, as seconds since 1970.
 
-    In the hour that a clock change repeats, a time is of the first pass until the times step back; where the device sends
-    the newest first, of the second pass until they step forward.
+    In the hour that a clock change repeats, times are of the first pass until they step back, then of the second; where
+    a device sends the newest first, the other way round.
     """
-
-    def __init__(self) -> None:
-        self.last: tuple[datetime, bytes] | None = None
-        self.falling = False
-        self.fold: int | None = None  # while in the repeated hour
-
-    def utc(self, when: datetime, frame: bytes) -> float:
-        """Seconds since 1970 of a frame's time."""
-        first, second = when.timestamp(), when.replace(fold=1).timestamp()
-        repeated = first < second and datetime.fromtimestamp(first) == when.replace(fold=0)
-        last, self.last = self.last, (when, frame)
-        if last and last[0] != when and not (repeated and self.fold is not None):
-            self.falling = when < last[0]
-        if not repeated:
-            self.fold = None
-        elif self.fold is None or last is None:
-            self.fold = int(self.falling)
-        elif last[1] != frame and (when == last[0] or (when < last[0]) != self.falling):
-            self.fold = 1 - int(self.falling)
-        return second if repeated and self.fold else first
+    doubtful = [i for i, when in enumerate(times) if when.timestamp() < when.replace(fold=1).timestamp()]
+    back = sum(times[j] < times[i] for i, j in zip(doubtful, doubtful[1:]))
+    found, second, last = [when.timestamp() for when in times], False, datetime.min
+    for i in doubtful if 2 * back < len(doubtful) else reversed(doubtful):
+        second = last.date() == times[i].date() and (second or times[i] <= last)
+        last, found[i] = times[i], times[i].replace(fold=second).timestamp()
+    return found
 
 
-def history(sources: Iterable[tuple[str, bytes]], extra: str) -> dict[str, dict[str, dict[float, float]]]:
-    """Metric to series (labels) to samples, of the readings in captures."""
-    frames = [
-        piece.data
-        for direction, data in sources
-        for wire, piece in pieces_of(direction, data)
-        if wire is OUTBOUND and piece.kind == "frame"
-    ]
-    told, calendars, found = {}, collections.defaultdict(Calendar), {name: {} for name in sorted(METRICS)}  # type: ignore[var-annotated]
-    packets = []
-    for frame in frames:
-        with contextlib.suppress(ProtocolError):
-            packet = decode(frame, OUTBOUND)
-            all_words = registers(packet.clear)
-            packets.append((frame, packet, all_words))
-            if name := info(all_words).get("model"):
-                told[packet.serial] = name
-    for frame, packet, all_words in packets:
-        cls, function, when = int(packet.type[:2], 16), int(packet.type[2:], 16), device_time(packet.time)
-        if function not in (LIVE, BUFFERED) or when is None:
-            continue
-        labels_of_device = device_labels(identity(kind_of(cls), packet.serial, told.get(packet.serial, "")))
-        seconds = calendars[packet.serial, function].utc(when, frame)
-        for (metric, labels), number in reading(family(cls, packet.serial), all_words).values.items():
-            series = ",".join(part for part in (labels_of_device, labels, extra) if part)
-            found[metric].setdefault(series, {})[seconds] = number
+def history(packets: list[Packet], extra: str) -> dict[str, dict[str, dict[float, float]]]:
+    """Metric to series (labels) to samples, of the readings in packets. No packet stands there twice."""
+    found: dict[str, dict[str, dict[float, float]]] = {metric: {} for metric in sorted(METRICS)}
+    told, by_device = told_models(packets), collections.defaultdict(list)
+    for packet in packets:
+        if int(packet.type[2:], 16) in (LIVE, BUFFERED) and device_time(packet.time):
+            by_device[packet.type, packet.serial].append(packet)
+    for (kind, serial), several in by_device.items():
+        cls = int(kind[:2], 16)
+        labels_of_device = device_labels(identity(kind_of(cls), serial, told.get(serial, "")))
+        times = [when for when in (device_time(packet.time) for packet in several) if when]
+        for packet, seconds in zip(several, utc_seconds(times)):
+            with contextlib.suppress(ProtocolError):
+                for (metric, labels), number in reading(family(cls, serial), registers(packet.clear)).values.items():
+                    series = ",".join(filter(None, (labels_of_device, labels, extra)))
+                    found[metric].setdefault(series, {})[seconds] = number
     return found
 
 
@@ -3999,33 +5021,54 @@ def openmetrics(found: dict[str, dict[str, dict[float, float]]]) -> Iterator[str
             name = metric[: -len("_total")] if kind == "counter" else metric
             yield f"# HELP {name} {help_text}\n# TYPE {name} {kind}\n"
         for labels, samples in series.items():
-            yield "".join(f"{metric}{{{labels}}} {number} {seconds:.0f}\n" for seconds, number in sorted(samples.items()))
+            yield "".join(
+                f"{metric}{{{labels}}} {number} {seconds:.0f}\n" for seconds, number in sorted(samples.items())
+            )
     yield "# EOF\n"
+
+
+def extra_label(text: str) -> tuple[str, str]:
+    """NAME=VALUE of a label that no series has."""
+    name, _, value = text.partition("=")
+    own = re.findall(r"(\w+)=", " ".join(value.series[1] for values in VALUES.values() for value in values))
+    if (
+        not value
+        or not re.fullmatch(r"(?!__)[a-zA-Z_][a-zA-Z0-9_]*", name)
+        or name in ("device", "model", "serial", *own)
+    ):
+        raise ValueError("expected NAME=VALUE with a name that no series has")
+    return name, value
 
 
 def backfill(arguments: list[str]) -> int:
     """Capture files as OpenMetrics text for promtool tsdb create-blocks-from openmetrics."""
-    parser = Parser(prog="sems_mitm.py backfill", description=backfill.__doc__, allow_abbrev=False)
-    parser.add_argument("file", metavar="FILE", nargs="+", help="files of --sems.backfill or --sems.capture, - for standard input")
-    parser.add_argument("--job", help="value of a label job, as your Prometheus gives it to this exporter")
-    parser.add_argument("--instance", help="value of a label instance")
-    parser.add_argument(
-        "--label", metavar="NAME=VALUE", action="append", default=[], help="another label that your Prometheus adds; repeatable"
-    )
+    parser = Parser("backfill", backfill.__doc__ or "")
+    add = parser.add_argument
+    add("file", metavar="FILE", nargs="+", help="files of --sems.backfill or --sems.capture, - for standard input")
+    add("--job", help="value of a label job, as your Prometheus gives it to this exporter")
+    add("--instance", help="value of a label instance")
+    another = "another label that your Prometheus adds; repeatable"
+    add("--label", metavar="NAME=VALUE", type=read_by(extra_label), action="append", default=[], help=another)
     given = parser.parse_args(arguments)
+    trouble, step = zone_trouble()
+    if trouble:
+        raise StartError(f"{trouble}, so the times would be wrong: {step}")
+    frames: dict[bytes, Packet] = {}
     for path in given.file:
-        if path != "-" and not os.path.isfile(path):
-            raise UsageError(f"{path}: no such file")
-    more = [("job", given.job), ("instance", given.instance), *(text.partition("=")[::2] for text in given.label)]
-    for text in given.label:
-        if not re.fullmatch(r"(?!(device|model|serial|job|instance)=)[a-zA-Z_][a-zA-Z0-9_]*=.+", text):
-            raise UsageError(f"--label={text!a}: expected NAME=VALUE, and a name that is not there yet")
-    extra = ",".join(label(name, value) for name, value in more if value)
-    found = history(stretches(given.file), extra)
+        streams = itertools.starmap(pieces_of, file_streams(path))
+        several = dict(good_packets(itertools.chain.from_iterable(streams)))
+        if not several:
+            raise StartError(f"{path}: not a single good frame in it")
+        frames.update(several)
+    extra = {"job": given.job, "instance": given.instance, **dict(given.label)}
+    labels = ",".join(label(name, value) for name, value in extra.items() if value)
+    found = history([packet for packet in frames.values() if packet.wire is OUTBOUND], labels)
+    times = sorted({seconds for series in found.values() for samples in series.values() for seconds in samples})
+    if not times:
+        raise StartError(f"{' '.join(given.file)}: no readings in it")
     sys.stdout.writelines(openmetrics(found))
-    times = {seconds for series in found.values() for samples in series.values() for seconds in samples}
-    shown = [time.strftime("%Y-%m-%d %H:%M %Z", time.localtime(seconds)) for seconds in sorted(times)]
-    print(f"readings of {len(shown)} times" + (f", {shown[0]} to {shown[-1]}" if shown else ""), file=sys.stderr)
+    first, last = (time.strftime("%Y-%m-%d %H:%M %Z", time.localtime(seconds)) for seconds in (times[0], times[-1]))
+    print(f"readings of {len(times)} times, {first} to {last}", file=sys.stderr)
     return 0
 
 
@@ -4037,17 +5080,13 @@ Finding = collections.namedtuple("Finding", "state text step", defaults=("",))
 
 def doctor(arguments: list[str]) -> int:
     """Check the set-up and say what to do next; takes the flags of serve."""
-    settings = serve_settings(arguments, os.environ, "doctor", "Check the set-up and say what to do next; exit code 0 if nothing fails.")
+    settings = serve_settings(arguments, os.environ, "doctor", f"{doctor.__doc__} Exit code 1 if something fails.")
     body = local_get(settings, "/api/devices")
     running = json.loads(body) if body else None
     if running:  # it may have other flags
         settings.mode = running["upstream"]["mode"]
         settings.upstream = portal_endpoint(running["upstream"]["address"] or settings.upstream_text)
-    findings = [*port_findings(settings), *clock_findings(time.time(), os.environ.get("TZ")), *device_findings(settings, running)]
-    if settings.mode == LOCAL:
-        findings.append(Finding(OK, "mode local: no portal is needed"))
-    else:
-        findings += [*name_findings(settings), portal_finding(settings)]
+    findings = [finding for check in CHECKS for finding in check(settings, running)]
     for finding in findings:
         print(f"{finding.state:4}  {finding.text}" + (f"\n      -> {finding.step}" if finding.step else ""))
     counts = collections.Counter(finding.state for finding in findings)
@@ -4055,43 +5094,59 @@ def doctor(arguments: list[str]) -> int:
     return 1 if counts[FAIL] else 0
 
 
-def port_findings(settings: Settings) -> Iterator[Finding]:
+def in_container() -> bool:
+    """Whether this runs in a container of Docker or Podman."""
+    return os.path.exists("/.dockerenv") or os.path.exists("/run/.containerenv")
+
+
+def container_findings(settings: Settings, running: dict | None) -> Iterator[Finding]:
+    """What is different in a container."""
+    if in_container():
+        text = "this runs in a container: its ports, names, clock and files are not the host's"
+        ports = " ".join(f"-p {port}:{port}" for _, port in (settings.listen_address, settings.web_address))
+        yield Finding(OK, text, f"publish the ports ({ports}), give it TZ, and let the portal's name lead to the host")
+
+
+def port_findings(settings: Settings, running: dict | None) -> Iterator[Finding]:
     """Whether the two ports are free, or the exporter has them."""
-    running = local_get(settings, "/-/healthy") is not None
-    for name, address in (("sems.listen-address", settings.listen_address), ("web.listen-address", settings.web_address)):
-        where = endpoint_text(address)
+    for name, address in (
+        ("sems.listen-address", settings.listen_address),
+        ("web.listen-address", settings.web_address),
+    ):
+        where, step = endpoint_text(address), f"choose another with --{name}"
         try:
             for sock in listeners(*address):
                 sock.close()
-            free = Finding(OK, f"port {where} is free")
-            stopped = Finding(WARN, f"port {where} is free, though an exporter runs", f"start doctor with the exporter's --{name}")
-            yield stopped if running else free
-        except OSError as error:
-            if running and error.errno == errno.EADDRINUSE:
+        except (OSError, UnicodeError) as error:  # the latter for what cannot be a host's name
+            if getattr(error, "errno", None) != errno.EADDRINUSE:
+                yield Finding(FAIL, f"port {where} cannot be had: {getattr(error, 'strerror', None) or error}", step)
+            elif running:
                 yield Finding(OK, f"port {where} is in use, and an exporter runs")
             else:
-                step = (
-                    f"end what uses it, or choose another with --{name}"
-                    if error.errno == errno.EADDRINUSE
-                    else f"choose another with --{name}"
-                )
-                yield Finding(FAIL, f"port {where} cannot be had: {error.strerror or error}", step)
+                yield Finding(FAIL, f"port {where} is in use", f"`ss -ltnp` shows what has it: end that, or {step}")
+            continue
+        if running:
+            yield Finding(
+                WARN, f"port {where} is free, though an exporter runs", f"start doctor with the exporter's --{name}"
+            )
+        else:
+            yield Finding(OK, f"port {where} is free")
 
 
-def clock_findings(wall: float, zone: str | None) -> Iterator[Finding]:
+def clock_findings(settings: Settings, running: dict | None) -> Iterator[Finding]:
     """Whether local time can be told."""
-    local = time.strftime("%Y-%m-%d %H:%M:%S %Z", time.localtime(wall))
-    if wall < RELEASED:
-        yield Finding(FAIL, f"this machine's clock is wrong: {local}", "let it get the time from the network, and start again")
-    elif not zone_is_known(zone, os.path.isfile):
+    now = time.localtime()
+    trouble, step = zone_trouble()
+    local = time.strftime("%Y-%m-%d %H:%M:%S %Z", now)
+    if time.time() < RELEASED:
         yield Finding(
-            FAIL,
-            f"TZ={zone} is no time zone that this system knows",
-            "install its time zones, or use a rule such as CET-1CEST,M3.5.0,M10.5.0/3",
+            FAIL, f"this machine's clock is wrong: {local}", "let it get the time from the network, and start again"
         )
+    elif trouble:
+        yield Finding(FAIL, trouble, step)
     else:
         yield Finding(OK, f"local time is {local}")
-    if zone is None and time.timezone == 0 and not time.daylight:
+    if not os.environ.get("TZ") and time.timezone == 0 and not time.daylight:
         yield Finding(WARN, "the time zone is UTC", "if you do not live there, set TZ: devices have local time")
 
 
@@ -4101,19 +5156,18 @@ def device_findings(settings: Settings, running: dict | None) -> Iterator[Findin
         yield Finding(WARN, "no exporter runs on this machine", "start it: python3 sems_mitm.py")
         return
     metrics = (local_get(settings, settings.telemetry_path) or b"").decode()
-    if any(float(count) for count in re.findall(r'^sems_mitm_\w+_total\{reason="loop"\} (\S+)$', metrics, re.M)):
+    if any(float(number) for number in re.findall(r'^sems_mitm_\w+_total\{reason="loop"\} (\S+)$', metrics, re.M)):
         step = "redirect only what the devices send, not this machine: a DNAT rule needs the devices' addresses (-s)"
         yield Finding(FAIL, "the exporter has met itself instead of the portal", step)
-    devices = running["devices"]
-    for device in devices:
+    for device in running["devices"]:
+        asleep = "an inverter sleeps at night; otherwise " if device["device"] == "inverter" else ""
+        step = "" if device["up"] else f"{asleep}look at its Wi-Fi, and power-cycle its module"
         text = f"{device['model']} {device['full_serial']}: last packet {span(device['age_seconds'])} ago"
-        yield (
-            Finding(OK, text)
-            if device["up"]
-            else Finding(WARN, text, "an inverter is silent at night; otherwise look at its Wi-Fi, and power-cycle its module")
+        yield Finding(OK if device["up"] else WARN, text, step)
+    if not running["devices"]:
+        yield Finding(
+            WARN, "no device has connected yet", "let the portal's name lead here, then power-cycle the device's module"
         )
-    if not devices:
-        yield Finding(WARN, "no device has connected yet", "let the portal's name lead here, then power-cycle the device's module")
 
 
 def local_get(settings: Settings, path: str) -> bytes | None:
@@ -4131,39 +5185,46 @@ def local_get(settings: Settings, path: str) -> bytes | None:
         connection.close()
 
 
-def name_findings(settings: Settings) -> Iterator[Finding]:
+def name_findings(settings: Settings, running: dict | None) -> Iterator[Finding]:
     """What the name services say of the portal."""
     host, port = settings.upstream
+    if settings.mode == LOCAL:
+        yield Finding(OK, "mode local: no portal is needed")
+        return
     if is_literal(host):
         yield Finding(OK, f"the portal is given as {host}: no name service is asked")
         return
-    system = sorted({plain(endpoint.sockaddr[0]) for endpoint in system_addresses(host, port)})
-    nowhere = [address for address in system if ipaddress.ip_address(address).is_loopback or ipaddress.ip_address(address).is_unspecified]
-    here = [address for address in system if is_this_machine(address) and address not in nowhere]
-    if nowhere:
-        text = f"this machine's name service says {host} is {', '.join(nowhere)}: that leads a device nowhere"
-        yield Finding(WARN, text, "let the name service that the devices ask answer with this machine's address in your network")
-    elif here:
-        yield Finding(OK, f"this machine's name service says {host} is {', '.join(here)}: an override that leads here")
-    elif not system:
-        yield Finding(
-            WARN, f"this machine's name service has no address for {host}", "if it is the one that your devices ask, add the override there"
-        )
-    elif any(map(is_global, system)):
-        text = f"this machine's name service says {host} is {', '.join(system)}: no override"
-        yield Finding(
-            WARN, text, "fine if the devices ask another one, or are sent here by a DNAT rule or their own web page; else add the override"
-        )
-    else:
-        yield Finding(
-            WARN,
-            f"this machine's name service says {host} is {', '.join(system)}: not this machine",
-            "if that is the override, it leads to the wrong address",
-        )
-    if here and any(":" in address and is_global(address) for address in system):
-        yield Finding(WARN, f"it also gives an IPv6 address for {host}", "a device with IPv6 would go there: answer none for this name")
+    yield from system_findings(host, sorted({plain(found.sockaddr[0]) for found in system_addresses(host, port)}))
     for server in settings.upstream_dns:
         yield server_finding(server, host)
+
+
+def system_findings(host: str, system: list[str]) -> Iterator[Finding]:
+    """What this machine's name service says of the portal's name."""
+    parsed = {address: ipaddress.ip_address(address) for address in system}
+    nowhere = [address for address in system if parsed[address].is_loopback or parsed[address].is_unspecified]
+    here = [address for address in system if is_this_machine(address) and address not in nowhere]
+    text = f"this machine's name service says {host} is {', '.join(nowhere or here or system)}"
+    if not system:
+        step = "if it is the one that your devices ask, add the override there"
+        yield Finding(WARN, f"this machine's name service has no address for {host}", step)
+    elif nowhere:
+        step = "let the name service that the devices ask answer with this machine's address in your network"
+        yield Finding(WARN, f"{text}: that leads a device nowhere", step)
+    elif here:
+        yield Finding(OK, f"{text}: an override that leads here")
+    elif any(map(is_global, system)):
+        step = (
+            "fine if the devices ask another one, or come by a DNAT rule or their own settings; else add the override"
+        )
+        yield Finding(WARN, f"{text}: no override", step)
+    elif in_container():
+        yield Finding(OK, f"{text}: right if that is the host")
+    else:
+        yield Finding(WARN, f"{text}: not this machine", "if that is the override, it leads to the wrong address")
+    if here and any(":" in address and is_global(address) for address in system):
+        step = "a device with IPv6 would go there: answer none for this name"
+        yield Finding(WARN, f"it also gives an IPv6 address for {host}", step)
 
 
 def server_finding(server: tuple[str, int], host: str) -> Finding:
@@ -4172,57 +5233,65 @@ def server_finding(server: tuple[str, int], host: str) -> Finding:
     try:
         found = ask_dns(server, host)
     except (OSError, UnicodeError) as error:
-        return Finding(
-            WARN, f"{where} cannot be asked for {host}: {error}", "let --sems.upstream-dns name a server that this machine reaches"
-        )
+        step = "let --sems.upstream-dns name a server that this machine reaches"
+        return Finding(WARN, f"{where} cannot be asked for {host}: {error}", step)
     if found is None:
-        return Finding(
-            WARN, f"{where} does not answer for {host}", "a firewall may keep UDP port 53 closed; name another in --sems.upstream-dns"
-        )
+        step = "a firewall may keep UDP port 53 closed; name another in --sems.upstream-dns"
+        return Finding(WARN, f"{where} does not answer for {host}", step)
     if not found:
         return Finding(WARN, f"{where} says that {host} does not exist", "look at --sems.upstream")
     if not any(map(is_global, found)):
-        return Finding(
-            FAIL,
-            f"{where} says {host} is {', '.join(found)}: overridden too",
-            "the router redirects all DNS; exempt this machine, or give --sems.upstream as an address",
-        )
+        step = "the router redirects all DNS; exempt this machine, or give --sems.upstream as an address"
+        return Finding(FAIL, f"{where} says {host} is {', '.join(found)}: overridden too", step)
     return Finding(OK, f"{where} says {host} is {', '.join(found)}")
 
 
-def portal_finding(settings: Settings) -> Finding:
+def portal_findings(settings: Settings, running: dict | None) -> Iterator[Finding]:
     """Whether the portal can be reached."""
+    if settings.mode == LOCAL:
+        return
     try:
         host, port = settings.upstream
         found = resolve(host, port, settings.upstream_dns)
     except Unresolved as error:
-        return Finding(
-            FAIL,
-            str(error),
-            "look at this machine's network and at --sems.upstream-dns; until then devices are decoded, and in mode forward not answered",
-        )
-    for candidate in found:
+        step = "look at this machine's network and at --sems.upstream-dns"
+        yield Finding(FAIL, str(error), f"{step}; until then devices are decoded, and in mode forward not answered")
+        return
+    for candidate in found[:ADDRESSES]:
+        where = endpoint_text(candidate.sockaddr)
         try:
             with socket.create_connection(candidate.sockaddr[:2], timeout=5):
-                return Finding(OK, f"the portal answers at {endpoint_text(candidate.sockaddr)}")
+                yield Finding(OK, f"the portal answers at {where}")
+                return
         except OSError as error:
-            why = error
-    text = f"the portal at {endpoint_text(found[-1].sockaddr)} cannot be reached: {why}"
-    return Finding(FAIL, text, "look at this machine's network and firewall; --sems.mode spool keeps what devices send until then")
+            text = f"the portal at {where} cannot be reached: {error.strerror or error}"
+    yield Finding(
+        FAIL, text, "look at this machine's network and firewall; --sems.mode spool keeps what devices send until then"
+    )
+
+
+CHECKS = (container_findings, port_findings, clock_findings, device_findings, name_findings, portal_findings)
 
 
 # ---------------------------------------------------------------------------------------------------- command line
 
 
+def metrics(arguments: list[str]) -> int:
+    """Every metric there is: name, type, labels, unit and meaning, where it is known from."""
+    Parser("metrics", metrics.__doc__ or "").parse_args(arguments)
+    rows = [("name", "type", "labels", "unit", "meaning", "families", "known from"), *metric_rows()]
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    for row in rows:
+        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip())
+    return 0
+
+
 def version(arguments: list[str]) -> int:
     """Version, Python and platform as JSON."""
-    Parser(prog="sems_mitm.py version", description=version.__doc__).parse_args(arguments)
+    Parser("version", version.__doc__ or "").parse_args(arguments)
     system = os.uname()
-    print(
-        json.dumps(
-            {"version": VERSION, "python": sys.version.split()[0], "platform": f"{system.sysname} {system.release} {system.machine}"}
-        )
-    )
+    platform = f"{system.sysname} {system.release} {system.machine}"
+    print(json.dumps({"version": VERSION, "python": sys.version.split()[0], "platform": platform}))
     return 0
 
 
@@ -4233,24 +5302,41 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "decode": decode_command,
     "backfill": backfill,
     "doctor": doctor,
+    "metrics": metrics,
     "version": version,
 }
-COMMANDS_TEXT = "\n".join(f"  {name:9} {(command.__doc__ or '').splitlines()[0]}" for name, command in COMMANDS.items())
+
+
+def help_text() -> str:
+    """What the program is, and its commands."""
+    commands = "\n".join(f"  {name:9} {command.__doc__}" for name, command in COMMANDS.items())
+    what, usage = (__doc__ or "").partition("\n")[0], "usage: python3 sems_mitm.py [COMMAND] [...]"
+    return f"{what}\n\n{usage}\n\n{commands}\n\nCOMMAND --help tells more; without one it is serve."
+
+
+def command_line(arguments: list[str]) -> int:
+    """Run the command that arguments name. Raises UsageError, StartError."""
+    first = arguments[0] if arguments else ""
+    if first in ("-h", "--help"):
+        print(help_text())
+        return 0
+    if first == "--version":
+        return version(arguments[1:])
+    if not first or first.startswith("-"):
+        return serve(arguments)
+    if first not in COMMANDS:
+        raise UsageError(f"{first!a}: no such command; there are {', '.join(COMMANDS)}")
+    return COMMANDS[first](arguments[1:])
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the command line; the exit code: 0 fine, 1 failed, 2 wrong usage."""
-    arguments = sys.argv[1:] if argv is None else argv
-    if arguments[:1] in (["-h"], ["--help"]):
-        print(f"usage: python3 sems_mitm.py [COMMAND] [...]\n\n{COMMANDS_TEXT}\n\nCOMMAND --help tells more; without one it is serve.")
-        return 0
-    command = "serve" if not arguments or arguments[0].startswith("-") else arguments[0]
-    rest = arguments[1:] if arguments[:1] == [command] else arguments
+    """Run the program; the exit code: 0 fine, 1 failed, 2 wrong usage."""
     try:
-        if command not in COMMANDS:
-            raise UsageError(f"{command!a}: no such command; there are {', '.join(COMMANDS)}")
-        return COMMANDS[command](rest)
-    except (UsageError, BindError) as error:
+        try:
+            return command_line(sys.argv[1:] if argv is None else argv)
+        finally:
+            print(end="", flush=True)
+    except (UsageError, StartError) as error:
         print("sems_mitm.py:", " ".join(str(error).split()), file=sys.stderr)
         return 2 if isinstance(error, UsageError) else 1
     except KeyboardInterrupt:
