@@ -1,13 +1,18 @@
 # sems_mitm in a container. It is one file and needs nothing installed, so no step runs at build time:
 # the image is built for any platform without an emulator.
 #
+#   docker build -t sems_mitm .
 #   docker run -d --name sems_mitm --restart unless-stopped -p 20001:20001 -p 14028:14028 -e TZ=Europe/Berlin \
 #     --read-only --cap-drop ALL --security-opt no-new-privileges --memory 64m sems_mitm
 #
-# TZ       local time (the bat signal, the clocks that `--sems.mode local` sets); without it a container runs on UTC.
-#          The base image has the zones. Where it has not: mount /usr/share/zoneinfo read-only, or give the rule
+# A tagged release publishes the same as ghcr.io/OWNER/REPO, OWNER and REPO being the repository's, for three platforms.
+#
+# TZ       local time (the bat signal, the clocks that modes local and spool set, backfill); without it a container runs
+#          on UTC. The base image has the zones. Where it has not: mount /usr/share/zoneinfo read-only, or give the rule
 #          itself, which always works: TZ=CET-1CEST,M3.5.0,M10.5.0/3
-# Settings by environment variable, as in the README. A folder for --sems.capture has to be writable for user 10001.
+# Files    Settings are environment variables, as in the README. A folder for SEMS_SPOOL_FILE, SEMS_CAPTURE or SEMS_BACKFILL
+#          is mounted, and writable for user 10001 (chown 10001 FOLDER), or run with --user and its owner.
+# SIGHUP   opens capture and backfill files anew after a rotation: docker kill -s HUP sems_mitm
 FROM python:3.13-alpine
 
 COPY --chmod=0444 sems_mitm.py /

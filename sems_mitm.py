@@ -44,7 +44,6 @@ import gc
 import html
 import http.client
 import http.server
-import io
 import ipaddress
 import itertools
 import json
@@ -57,7 +56,6 @@ import resource
 import selectors
 import signal
 import socket
-import socketserver
 import stat
 import struct
 import sys
@@ -66,7 +64,8 @@ import time
 import traceback
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from datetime import date, datetime, timedelta, timezone
+from datetime import datetime, timedelta, timezone
+from typing import Union
 
 VERSION = "2.0.0"
 RELEASED = 1795478400  # 2026-11-24: a machine whose clock is before this is wrong, and sets no device's clock
@@ -76,6 +75,7 @@ RELEASED = 1795478400  # 2026-11-24: a machine whose clock is before this is wro
 RECV_SIZE = 64 << 10  # one read: a burst, and no longer than the others may wait for it
 EVENTS = 32  # of one round: what has come is sent on, and what waits is bounded, after so many
 BACKLOG = 256 << 10  # waiting for a connected peer: above it the other side is not read
+PATIENCE = {"outbound": 30, "inbound": 5}  # s for a frame to become whole
 FIRST_ATTEMPT = 64 << 10  # of a device's bytes as they came, while the first attempt to reach the portal is under way
 QUEUE = 1 << 20  # frames for an absent portal, a device: days of a HomeKit 1000, a packet of 166 bytes a minute
 SPOOLED = 4 << 20  # the same in mode spool, objects counted in: over a week
@@ -83,6 +83,7 @@ QUEUES = 16 << 20  # all that waits, of all peers together, objects counted in: 
 OBJECT = 120  # bytes that a waiting frame takes beside its own: the object, and its places in queues
 STALL = 60  # s without progress of a backlog before a peer counts as lost
 CONNECT_TIMEOUT = 10  # s for an attempt to reach the portal, all addresses together
+STUCK = 60  # s after which a look-up counts as stuck, and another is begun
 ADDRESSES = 4  # of the portal that an attempt tries
 BACKOFF = (1, 60)  # s between attempts to reach the portal, doubling
 SILENCE = 30 * 60  # s before a silent device's connection is closed, and a spool without work forgotten
@@ -96,17 +97,17 @@ CRC_BUDGET = 8  # bytes of checksum on bad frames for each byte received: nested
 DECODED = 3  # of a device's waiting live packets: what the dip rule needs to see
 OTHER_TYPES = 32  # packet types beyond the known with a label of their own
 UNKNOWN_REGISTERS = 128  # series of unknown registers a device
-LOOP_WINDOW = 2  # s in which our own first frame coming back is a loop
-OPENING = 1024  # bytes remembered for that
+LOOP_WINDOW = 2  # s in which what we began to say to the portal and that comes back is a loop
+OPENING = 46  # bytes of it that tell: they hold type, serial number and IV, which is the time
 JOURNAL_MIN, JOURNAL_GROWTH = 1 << 20, 4  # a journal is written anew above so many bytes and times what is undelivered
 JOURNAL_LINE = 150  # bytes of a line of it beside the frame's hex, about
+JOURNAL_LONGEST = 1 << 20  # bytes of a line that are read at once: no frame needs so many
 JOURNAL_RETRY = 5  # s between attempts to write a journal anew after a write that failed
 HTTP_CONNECTIONS = 16  # at once
 HTTP_GRACE = 2  # s that a connection has before it may have to make room
 HTTP_HEAD = 16 << 10  # of a request, headers and all
-HTTP_TIMEOUT = 30  # s for a request's head, and for what a client leaves of an answer
+HTTP_TIMEOUT = 30  # s for a request's head, and for a client to take an answer
 HTTP_PIECE = 64 << 10  # bytes of an answer that are sent at once
-HTTP_UNPACKED, HTTP_PATIENCE = 4, 0.2  # answers at once in memory as they are, and s after which a slow one's rest is packed
 LOG_HEX = 256  # bytes of a packet in a log line
 PERIOD, CLOCK_PERIOD = 60, 3600  # s in which the same trouble is one line; a clock that is not good enough stays so
 
@@ -288,25 +289,26 @@ def metric_type(metric: str) -> str:
     return "counter" if metric.endswith("_total") else "gauge"
 
 
-def _parts(how: str) -> tuple[str, tuple[int, int], list[str], tuple[int, ...] | None]:
-    """Kind, (multiply, divide), registers and condition of how a quantity is read."""
+def _parts(how: str) -> tuple[str, int, int, list[str], tuple[int, ...] | None]:
+    """How a quantity is read: kind, multiply, divide, registers, condition."""
     how, _, condition = how.partition(" if ")
     form, *registers = how.split()
     kind, _, divide = form.partition("/")
     kind, _, multiply = kind.partition("*")  # two numbers, since 66 / 10 is 6.6 and 66 * 0.1 is not
     when = tuple(map(int, condition.split("="))) if condition else None
-    return kind, (int(multiply or 1), int(divide or 1)), registers, when
+    return kind, int(multiply or 1), int(divide or 1), registers, when
 
 
 def evidence(row: Quantity, family: str) -> list[str]:
     """Where each register that a row has in a family is known from."""
     known = GUESS if family == "HK3000" else SEEN
-    return [MAP if register.endswith("?") else known for register in _parts(row.read[family])[2] if register != "-"]
+    registers = _parts(row.read[family])[3]
+    return [MAP if register.endswith("?") else known for register in registers if register != "-"]
 
 
 def row_values(row: Quantity, family: str) -> Iterator[Value]:
     """A row's values in a family that reads it. Raises ValueError for a row that makes no sense."""
-    kind, factors, registers, when = _parts(row.read[family])
+    kind, multiply, divide, registers, when = _parts(row.read[family])
     if kind not in KINDS:
         raise ValueError(f"there is no kind {kind}")
     name, *labels = row.labels.split() or [""]
@@ -320,15 +322,15 @@ def row_values(row: Quantity, family: str) -> Iterator[Value]:
         if register != "-":
             first = int(register.rstrip("?"))
             later = tuple(range(first + 1, first + words))
-            yield Value(first, later, missing, number, *factors, (row.metric, text), counter, when)
+            yield Value(first, later, missing, number, multiply, divide, (row.metric, text), counter, when)
 
 
 def family_values(family: str, rows: Sequence[Quantity] = QUANTITIES) -> tuple[Value, ...]:
     """All values of a family. Raises ValueError for rows that make no sense or contradict one another."""
     found: dict[tuple[str, str], Value] = {}
-    for row in [row for row in rows if family in row.read]:
+    for row in rows:
         try:
-            for value in row_values(row, family):
+            for value in row_values(row, family) if family in row.read else ():
                 if found.setdefault(value.series, value) is not value:
                     raise ValueError(f"the series {value.series[1]!r} stands twice")
         except ValueError as error:
@@ -336,15 +338,10 @@ def family_values(family: str, rows: Sequence[Quantity] = QUANTITIES) -> tuple[V
     return tuple(found.values())
 
 
-def _registers(ranges: Iterable[tuple[int, int]]) -> set[int]:
-    return {register for first, last in ranges for register in range(first, last + 1)}
-
-
 VALUES = {family: family_values(family) for family in FAMILIES}
-NO_METRIC = _registers(SILENT).union(*map(_registers, INFO.values()))
+NO_METRIC = {at for first, last in itertools.chain(SILENT, *INFO.values()) for at in range(first, last + 1)}
 KNOWN = {
-    family: frozenset(NO_METRIC.union(*((value.register, *value.later) for value in values)))
-    for family, values in VALUES.items()
+    family: NO_METRIC.union(*((value.register, *value.later) for value in values)) for family, values in VALUES.items()
 }
 
 # ------------------------------------------------------------------------------------------------ internal metrics
@@ -470,7 +467,9 @@ def _crc_table() -> list[int]:
 def crc16(data: bytes) -> int:
     """CRC-16/MODBUS of data; 4B37 for b"123456789". Two bytes a step: of 16 bits nothing is left when 16 go in."""
     table, crc, even = _crc_table(), 0xFFFF, len(data) & ~1
-    words = memoryview(data[:even]).cast("H") if sys.byteorder == "little" else struct.unpack(f"<{even // 2}H", data[:even])
+    words = (
+        memoryview(data[:even]).cast("H") if sys.byteorder == "little" else struct.unpack(f"<{even // 2}H", data[:even])
+    )
     for word in words:
         crc = table[crc ^ word]
     for byte in data[even:]:
@@ -488,31 +487,28 @@ def _int(data: bytes) -> int:
     return int.from_bytes(data, "little")
 
 
+def _double(a: int) -> int:
+    """a times 2 in GF(2^8)."""
+    return a << 1 ^ (0x11B if a & 0x80 else 0)
+
+
 def _times(factor: int, table: bytes) -> bytes:
-    """Each byte of table times factor in GF(2^8)."""
-
-    def product(a: int, b: int) -> int:
-        result = 0
-        while b:
-            result ^= a if b & 1 else 0
-            a, b = a << 1 ^ (0x11B if a & 0x80 else 0), b >> 1
-        return result
-
-    return bytes(product(value, factor) for value in table)
+    """Each byte of table times factor, at least 1, in GF(2^8)."""
+    if factor == 1:
+        return table
+    doubled = map(_double, _times(factor // 2, table))
+    return bytes(a ^ b if factor % 2 else a for a, b in zip(doubled, table))
 
 
 def _sbox() -> bytes:
-    """FIPS 197, 5.1.1: the inverse in GF(2^8), then an affine map. p runs through the powers of 3, q is its inverse."""
-    box, p, q = bytearray([0x63]) * 256, 1, 1
-    while True:
-        p ^= (p << 1 ^ (0x11B if p & 0x80 else 0)) & 0xFF
-        for shift in 1, 2, 4:
-            q ^= q << shift & 0xFF
-        q ^= 0x09 if q & 0x80 else 0
+    """FIPS 197, 5.1.1: the inverse in GF(2^8), then an affine map. The powers of 3 are all bytes but 0."""
+    box, powers = bytearray([0x63]) * 256, [1]
+    while len(powers) < 255:
+        powers.append(powers[-1] ^ _double(powers[-1]))
+    for p, inverse in zip(powers, powers[:1] + powers[:0:-1]):
         for turn in range(5):
-            box[p] ^= (q << turn | q >> 8 - turn) & 0xFF
-        if p == 1:
-            return bytes(box)
+            box[p] ^= (inverse << turn | inverse >> 8 - turn) & 0xFF
+    return bytes(box)
 
 
 SBOX = _sbox()
@@ -538,7 +534,7 @@ def _expanded(key: bytes) -> list[bytes]:
         if len(words) % 4 == 0:
             word = (word[1:] + word[:1]).translate(SBOX)
             word = bytes([word[0] ^ factor]) + word[1:]
-            factor = factor << 1 ^ (0x11B if factor & 0x80 else 0)
+            factor = _double(factor)
         words.append(bytes(a ^ b for a, b in zip(words[-4], word)))
     return [b"".join(words[i : i + 4]) for i in range(0, 44, 4)]
 
@@ -548,7 +544,9 @@ def _unmixed(key: bytes) -> bytes:
     mixed = bytearray(16)
     for i in range(16):
         for j in range(4):
-            mixed[i] ^= _direction(True)[0][j][SBOX[key[i & 12 | (i + j) & 3]]]  # SBOX undoes the substitution in the table
+            mixed[i] ^= _direction(True)[0][j][
+                SBOX[key[i & 12 | (i + j) & 3]]
+            ]  # SBOX undoes the substitution in the table
     return bytes(mixed)
 
 
@@ -557,7 +555,9 @@ def _round_keys(key: bytes, blocks: int, decrypting: bool) -> list[int]:
     keys = _expanded(key)
     if decrypting:
         keys = [keys[10], *map(_unmixed, keys[9:0:-1]), keys[0]]
-    return [_int(b"".join(bytes([k[4 * column + row]]) * blocks for row in range(4) for column in range(4))) for k in keys]
+    return [
+        _int(b"".join(bytes([k[4 * column + row]]) * blocks for row in range(4) for column in range(4))) for k in keys
+    ]
 
 
 def _rounds(data: bytes, decrypting: bool, key: bytes) -> bytes:
@@ -610,21 +610,12 @@ FRAME, MALFORMED, JUNK, KEEPALIVE, MORE = "frame", "malformed", "junk", "keepali
 Piece = tuple[str, bytes]
 
 
-class Wire:
-    """One direction on the wire. head: bytes that name a frame's type and serial; cap: of the length field; order: of the
-    CRC's bytes; patience: s for a frame to become whole; beat: bytes that may stand between frames.
-    """
-
-    def __init__(self, name: str, prefix: bytes, head: int, cap: int, order: str, patience: float, beat: bytes) -> None:
-        self.name, self.prefix, self.head, self.cap = name, prefix, head, cap
-        self.order, self.patience, self.beat = order, patience, beat
-        self.crc = struct.Struct(">H" if order == "big" else "<H")
-        self.length = struct.Struct(">I")
-        self.overhead = len(prefix) + 4 + 3  # the length field is one short, and the CRC
-
-
-OUTBOUND = Wire("outbound", b"POSTGW", 30, 8 << 10, "big", 30, b"")
-INBOUND = Wire("inbound", b"GW", 24, 4 << 10, "little", 5, b"\x01\x02")
+# One direction on the wire. overhead: bytes that a frame has beside its length field's number; head: bytes that name its type
+# and serial; cap: of the length field; order: of the CRC's bytes; beat: what may stand between frames.
+Wire = collections.namedtuple("Wire", "name prefix overhead head cap order beat")
+OUTBOUND = Wire("outbound", b"POSTGW", 13, 30, 8 << 10, "big", b"")
+INBOUND = Wire("inbound", b"GW", 9, 24, 4 << 10, "little", b"\x01\x02")
+LENGTH = struct.Struct(">I")
 
 
 class Framer:
@@ -637,7 +628,7 @@ class Framer:
     def __init__(self, wire: Wire) -> None:
         self.wire = wire
         self.rest = b""
-        self.since = 0.0
+        self.since = self._fed = 0.0
         self._claimed = 0  # of rest: up to where a bad frame before it claims the bytes
         self._bad = False  # that frame has no piece yet
         self._junk = False  # the last piece was junk: more of it is no new packet
@@ -649,23 +640,27 @@ class Framer:
         """The pieces that data completes, in order."""
         # each byte is checked once by the frame that holds it, unasked
         self._budget = min(self._budget + (CRC_BUDGET - 1) * len(data), CRC_BUDGET * RECV_SIZE)
-        return self._cut(self.rest + data, now)
+        self._fed = now
+        return self._cut(self.rest + data)
 
     def expire(self, now: float) -> list[Piece]:
-        """The pieces of an unfinished frame that is given up; due when `since` is `wire.patience` seconds ago."""
-        return self._cut(self.rest, now, give_up=True)
+        """The pieces of an unfinished frame that has waited for too long, and is given up."""
+        pieces: list[Piece] = []
+        while self.rest and now - self.since >= PATIENCE[self.wire.name]:
+            pieces += self._cut(self.rest, give_up=True)
+        return pieces
 
-    def close(self, now: float) -> list[Piece]:
+    def close(self) -> list[Piece]:
         """The pieces of what is left when the stream has ended."""
         pieces: list[Piece] = []
         while self.rest:
-            pieces += self.expire(now)
+            pieces += self._cut(self.rest, give_up=True)
         return pieces
 
-    def _cut(self, buf: bytes, now: float, give_up: bool = False) -> list[Piece]:
+    def _cut(self, buf: bytes, give_up: bool = False) -> list[Piece]:
         wire = self.wire
         pieces: list[Piece] = []
-        size, header, crc = len(wire.prefix), len(wire.prefix) + 4, wire.crc.unpack
+        size, header, overhead, order = len(wire.prefix), len(wire.prefix) + 4, wire.overhead, wire.order
         start = pos = 0  # from start to pos: neither a good frame nor a keep-alive
         while pos < len(buf):
             if wire.beat and self._boundary and start == pos:
@@ -676,15 +671,15 @@ class Framer:
             whole_header = pos + header <= len(buf)
             if pos == len(buf) or not (whole_header or give_up):
                 break
-            length = wire.length.unpack_from(buf, pos + size)[0] if whole_header else 0
-            end = pos + length + wire.overhead
+            length = LENGTH.unpack_from(buf, pos + size)[0] if whole_header else 0
+            end = pos + length + overhead
             if length > wire.cap:
                 pos += size
             elif end > len(buf) and not give_up:
                 break
             elif pos < self._checked and end <= len(buf) and end - pos > self._budget:
                 pos = self._checked
-            elif end <= len(buf) and crc16(buf[pos : end - 2]) == crc(buf[end - 2 : end])[0]:
+            elif end <= len(buf) and crc16(buf[pos : end - 2]) == int.from_bytes(buf[end - 2 : end], order):
                 if start < pos:
                     self._skip(buf, start, pos, pieces)
                 pieces.append((FRAME, buf[pos:end]))
@@ -696,7 +691,7 @@ class Framer:
                 give_up = False  # one at a time: what it hid may be still on its way
         self._skip(buf, start, pos, pieces)
         self._claimed, self._checked = max(self._claimed - pos, 0), max(self._checked - pos, 0)
-        self.since = self.since if self.rest and not pos else now
+        self.since = self.since if self.rest and not pos else self._fed
         self.rest = buf[pos:]
         return pieces
 
@@ -917,7 +912,9 @@ def reading(name: str, words: dict[int, int]) -> Reading:
                 not_finite += 1
                 continue
         values[series] = raw * multiply if divide == 1 else raw / divide
-    unknown = [(register, word) for register, word in words.items() if register not in known and word not in (0, 0xFFFF)]
+    unknown = [
+        (register, word) for register, word in words.items() if register not in known and word not in (0, 0xFFFF)
+    ]
     return Reading(values, not_finite, dict(sorted(unknown)), info(words))
 
 
@@ -1005,7 +1002,9 @@ def with_bat(frame: bytes) -> bytes | None:
         ranges = blocks(packet.clear)
     except ProtocolError:
         return None
-    clear = payload([(first, tuple(drawn.get(first + i, word) for i, word in enumerate(words))) for first, words in ranges])
+    clear = payload(
+        [(first, tuple(drawn.get(first + i, word) for i, word in enumerate(words))) for first, words in ranges]
+    )
     return encode(packet._replace(clear=clear))
 
 
@@ -1045,8 +1044,6 @@ class Order:
     no calendar date is new and takes no part.
     """
 
-    __slots__ = ("_last", "_newest", "_row")
-
     def __init__(self) -> None:
         self._newest = b""
         self._last, self._row = b"", 0  # of the packets older than the newest: the time of the last, how many rise
@@ -1072,8 +1069,6 @@ Day = collections.namedtuple("Day", "date since base")
 class Live:
     """What the live packets of a device said. Times are monotonic but for `day`'s."""
 
-    __slots__ = ("_below", "counters", "day", "fresh", "gauges", "offset", "unknown")
-
     def __init__(self) -> None:
         self.gauges: dict[Series, float] = {}  # of the last reading
         self.counters: dict[Series, float] = {}  # held: they fall only by the dip rule
@@ -1081,7 +1076,9 @@ class Live:
         self.fresh = -math.inf  # when the last reading came
         self.offset: float | None = None
         self.day: Day | None = None
-        self._below: dict[Series, tuple[float, int]] = {}  # a counter's values below the held one: the last, how many in a row
+        self._below: dict[
+            Series, tuple[float, int]
+        ] = {}  # a counter's values below the held one: the last, how many in a row
 
     def take(self, found: Reading, now: float, clock: Clock) -> int:
         """Take a reading that counts as new; how many of its counters were held back as dips."""
@@ -1134,11 +1131,6 @@ ACKS, NACKS, BUFFERED_PACKETS = "sems_mitm_acks_total", "sems_mitm_nacks_total",
 class Device:
     """What is known of one device, and its frames that wait to be decoded."""
 
-    __slots__ = (
-        "counts", "family", "good", "hidden", "info", "kind", "labels", "live", "name", "order", "page", "serial", "told",
-        "version", "waiting",
-    )  # fmt: skip
-
     def __init__(self, where: Address, now: float) -> None:
         self.kind, self.serial = where.owner
         self.family = family(where.cls, where.serial)
@@ -1148,7 +1140,6 @@ class Device:
         self.good = now  # when the last good frame came
         self.live, self.order = Live(), Order()
         self.waiting: dict[int, list[tuple[bytes, float]]] = {SETTINGS: [], LIVE: []}  # frames, and when they came
-        self.hidden = False  # another device has its labels
         self.version = 0  # rises with every change, so that an unchanged device is not rendered again
         self.page: tuple[tuple[int, bool], dict[str, str]] = ((-1, False), {})
 
@@ -1158,26 +1149,25 @@ class Device:
         self.name = identity(self.kind, self.serial, model_name)
         self.labels = device_labels(self.name)
 
-    def samples(self, stale: bool) -> list[tuple[str, str, float]]:
-        """(metric, labels beside the three, number) of everything that does not change by itself."""
-        live = self.live
-        found: list[tuple[str, str, float]] = [(name, "", number) for name, number in self.counts.items()]
-        found += [(metric, labels, number) for (metric, labels), number in live.counters.items()]
-        texts = {"full_serial": label_text(self.serial), **self.info}
-        found.append(("sems_mitm_device_info", ",".join(label(name, text) for name, text in texts.items()), 1))
+    def samples(self, stale: bool) -> dict[Series, float]:
+        """Everything that does not change by itself."""
+        live, texts = self.live, {"full_serial": label_text(self.serial), **self.info}
+        found: dict[Series, float] = {(name, ""): number for name, number in self.counts.items()}
+        found["sems_mitm_device_info", ",".join(map(label, texts, texts.values()))] = 1
+        found.update(live.counters)
         if not stale:
-            found += [(metric, labels, number) for (metric, labels), number in live.gauges.items()]
+            found.update(live.gauges)
             unknown = f"{self.kind}_unknown_register"
-            found += [(unknown, f'register="{register}"', word) for register, word in live.unknown.items()]
+            found.update(((unknown, f'register="{register}"'), word) for register, word in live.unknown.items())
             if live.offset is not None:
-                found.append(("sems_mitm_device_clock_offset_seconds", "", live.offset))
+                found["sems_mitm_device_clock_offset_seconds", ""] = live.offset
         return found
 
 
-def page(labels: str, samples: list[tuple[str, str, float]]) -> dict[str, str]:
+def page(labels: str, samples: Mapping[Series, float]) -> dict[str, str]:
     """Metric name to its lines, for samples that share labels."""
     lines: dict[str, list[str]] = {}
-    for metric, more, number in samples:
+    for (metric, more), number in samples.items():
         both = f"{labels},{more}" if labels and more else labels or more
         lines.setdefault(metric, []).append(f"{metric}{{{both}}} {number}\n" if both else f"{metric} {number}\n")
     return {metric: "".join(parts) for metric, parts in lines.items()}
@@ -1196,14 +1186,18 @@ def exposition(pages: list[dict[str, str]]) -> Iterator[str]:
 STARTED = round(time.time(), 2)
 
 
-def process_gauges() -> list[tuple[str, str, float]]:
-    """Memory and file descriptors of this process, as far as the system tells (Linux: all)."""
-    found: list[tuple[str, str, float]] = []
+def process_samples() -> dict[Series, float]:
+    """Samples of this process, as far as the system tells (Linux: all)."""
+    found: dict[Series, float] = {
+        ("sems_mitm_build_info", f"{label('version', VERSION)},{label('python', sys.version.split()[0])}"): 1,
+        ("process_cpu_seconds_total", ""): time.process_time(),
+        ("process_start_time_seconds", ""): STARTED,
+        ("process_max_fds", ""): resource.getrlimit(resource.RLIMIT_NOFILE)[0],
+    }
     with contextlib.suppress(OSError), open("/proc/self/statm", "rb") as file:
-        found.append(("process_resident_memory_bytes", "", int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")))
+        found["process_resident_memory_bytes", ""] = int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
     with contextlib.suppress(OSError):
-        found.append(("process_open_fds", "", len(os.listdir("/dev/fd")) - 1))  # less the one that lists them
-    found.append(("process_max_fds", "", resource.getrlimit(resource.RLIMIT_NOFILE)[0]))
+        found["process_open_fds", ""] = len(os.listdir("/dev/fd")) - 1  # less the one that lists them
     return found
 
 
@@ -1221,7 +1215,6 @@ class FairLock:
         self._lock.release()
 
 
-PACKET_LABELS = ("direction", "type", "verdict")
 LABELLED = TYPES | {MALFORMED, KEEPALIVE, JUNK}
 
 
@@ -1234,7 +1227,7 @@ class Store:
         self.lock = FairLock()
         self.stale_after, self.max_devices, self.batsignal, self.clock = stale_after, max_devices, batsignal, clock
         self.devices: dict[tuple[str, str], Device] = {}
-        self.names: dict[tuple[str, str, str], Device] = {}
+        self.names: dict[tuple[str, str, str], Device] = {}  # the devices that are shown, by their identities
         self.undecoded: dict[Device, None] = {}  # devices with waiting frames, in the order of the first
         self.readings = 0  # taken so far
         self.totals = {(name, label(key, value) if key else ""): 0 for name, key, values in FIXED for value in values}
@@ -1265,9 +1258,7 @@ class Store:
     def meet(self, where: Address, frame: bytes, now: float) -> None:
         """Count a good frame of a device, and keep it if it is to be decoded."""
         device = self.devices.get(where.owner) or self._newcomer(where, now)
-        if device is not None and device.hidden:
-            self._name(device, now)
-        if device is None or device.hidden:
+        if device is None or not self._is_named(device, now):
             self.add("sems_mitm_unlisted_device_packets_total")
             return
         function = where.function
@@ -1295,7 +1286,7 @@ class Store:
         """A device met for the first time; None if it gets no series."""
         device = Device(where, now)
         if device.name in self.names:
-            self._name(device, now)
+            self._is_named(device, now)  # says so
             return None
         if len(self.devices) >= self.max_devices:
             silent = min(self.devices.values(), key=lambda other: other.good)
@@ -1306,17 +1297,17 @@ class Store:
             del self.devices[silent.kind, silent.serial]
             self.undecoded.pop(silent, None)
             self._unname(silent)
-        self.devices[where.owner] = device
-        self.names[device.name] = device
+        self.devices[where.owner] = self.names[device.name] = device
         log.info("new device: %s %s", device.name[1], device.serial)
         return device
 
-    def _name(self, device: Device, now: float) -> None:
-        """Give the device the series of its name, or none if another has them."""
-        device.hidden = self.names.setdefault(device.name, device) is not device
-        if device.hidden:
-            text = f"another device has the labels of {device.serial}, which gets no metrics: {' '.join(device.name)}"
-            self.troubles.say("same-name", text, now)
+    def _is_named(self, device: Device, now: float) -> bool:
+        """Whether the device has the series of its name; if no other has, it gets them."""
+        if self.names.setdefault(device.name, device) is device:
+            return True
+        text = f"another device has the labels of {device.serial}, which gets no metrics: {' '.join(device.name)}"
+        self.troubles.say("same-name", text, now)
+        return False
 
     def _unname(self, device: Device) -> None:
         if self.names.get(device.name) is device:
@@ -1353,6 +1344,7 @@ class Store:
         words = registers(packet.clear)
         if function == SETTINGS:
             return self._learn(device, info(words), came)
+        device.family = family(frame[10], device.serial)
         found, live = reading(device.family, words), device.live
         self.add("sems_mitm_rejected_values_total", live.take(found, came, self.clock), label("reason", "dip"))
         self.add("sems_mitm_rejected_values_total", found.not_finite, label("reason", "not_finite"))
@@ -1369,7 +1361,7 @@ class Store:
         if told != device.told:
             self._unname(device)
             device.is_told(told)
-            self._name(device, now)
+            self._is_named(device, now)
         device.version += 1
 
     # A scrape
@@ -1379,41 +1371,31 @@ class Store:
         changed, shown = [], []
         with self.lock:
             self.digest(now)
-            for device in self.devices.values():
-                if device.hidden:
-                    continue
+            for device in self.names.values():
                 key = (device.version, self.is_stale(device.live.fresh, now))
                 if device.page[0] != key:
                     changed.append((device, key, device.labels, device.samples(key[1])))
                 shown.append((device, device.labels, device.good))
-            totals = self._totals()
-        for device, key, labels, samples in changed:
-            device.page = (key, page(labels, samples))
-        ages = [(labels, int(not self.is_stale(good, now)), wall_clock(good)) for _, labels, good in shown]
-        up = [("sems_mitm_device_up", labels, up) for labels, up, _ in ages]
-        last = [("sems_mitm_device_last_packet_timestamp_seconds", labels, round(good, 3)) for labels, _, good in ages]
-        return [page("", totals + self._process(now) + up + last), *(device.page[1] for device, _, _ in shown)]
+            samples = self._samples(now)
+        for device, key, labels, own in changed:
+            device.page = (key, page(labels, own))
+        for _, labels, good in shown:
+            samples["sems_mitm_device_up", labels] = int(not self.is_stale(good, now))
+            samples["sems_mitm_device_last_packet_timestamp_seconds", labels] = round(wall_clock(good), 3)
+        return [page("", {**samples, **process_samples()}), *(device.page[1] for device, _, _ in shown)]
 
-    def _totals(self) -> list[tuple[str, str, float]]:
+    def _samples(self, now: float) -> dict[Series, float]:
+        """What is no device's."""
+        found: dict[Series, float] = {**self.totals, ("sems_mitm_stale_after_seconds", ""): self.stale_after}
+        found["sems_mitm_suppressed_log_lines_total", ""] = self.troubles.suppressed
+        for key, count in self.packets.items():
+            found["sems_mitm_packets_total", ",".join(map(label, ("direction", "type", "verdict"), key))] = count
         asked = ((name, ask()) for name, ask in self.gauges.items())
-        return [
-            *((name, labels, number) for (name, labels), number in self.totals.items()),
-            *(("sems_mitm_packets_total", ",".join(map(label, PACKET_LABELS, key)), count) for key, count in self.packets.items()),
-            *((name, "", number) for name, number in asked if number is not None),
-            ("sems_mitm_suppressed_log_lines_total", "", self.troubles.suppressed),
-        ]
-
-    def _process(self, now: float) -> list[tuple[str, str, float]]:
-        version = ",".join((label("version", VERSION), label("python", sys.version.split()[0])))
-        found = [
-            ("sems_mitm_build_info", version, 1),
-            ("sems_mitm_stale_after_seconds", "", self.stale_after),
-            ("process_cpu_seconds_total", "", time.process_time()),
-            ("process_start_time_seconds", "", STARTED),
-        ]
+        found.update(((name, ""), number) for name, number in asked if number is not None)
         if self.batsignal:
-            found += zip(("batsignal_top", "batsignal_bottom"), ("", ""), bat(datetime.fromtimestamp(self.clock(now))))
-        return found + process_gauges()
+            edges = bat(datetime.fromtimestamp(self.clock(now)))
+            found["batsignal_top", ""], found["batsignal_bottom", ""] = edges
+        return found
 
 
 # ----------------------------------------------------------------------------------------------------------- rules
@@ -1425,9 +1407,8 @@ def allowed(where: Address, clear: bytes, classes: set[int]) -> str:
     """What a frame from the portal is if it may pass to a device that has sent these classes: ack, nack, clock or ""."""
     if where.cls in classes and where.function in DATA and len(clear) == 16 and not any(clear[1:]):
         return {0: "ack", 2: "nack"}.get(clear[0], "")
-    first, last = clear[:2], clear[2:4]
-    clocks = [CLOCK[cls].to_bytes(2, "big") + (CLOCK[cls] + 2).to_bytes(2, "big") for cls in classes if cls in CLOCK]
-    if where.type == CLOCK_TYPE and len(clear) == 16 and first + last in clocks:
+    clocks = [struct.pack(">HH", CLOCK[cls], CLOCK[cls] + 2) for cls in classes if cls in CLOCK]
+    if where.type == CLOCK_TYPE and len(clear) == 16 and clear[:4] in clocks:
         return "clock" if device_time(clear[4:10]) and not any(clear[10:]) else ""
     return ""
 
@@ -1456,7 +1437,13 @@ def answer(where: Address, local: datetime, clock: bool) -> bytes:
 _NAME, _OFFSET = r"(?:[A-Za-z]{3,}|<[A-Za-z0-9+-]{3,}>)", r"[+-]?(?:[01]?[0-9]|2[0-4])(?::[0-5][0-9]){0,2}"
 _DATE = r",(?:M(?:[1-9]|1[0-2])\.[1-5]\.[0-6]|J?[0-9]{1,3})(?:/[+-]?[0-9]{1,3}(?::[0-5][0-9]){0,2})?"
 ZONE_RULE = f"{_NAME}{_OFFSET}(?:{_NAME}(?:{_OFFSET})?(?:{_DATE}{_DATE})?)?"  # POSIX, 8.3
-ZONE_DIRECTORIES = ("/usr/share/zoneinfo", "/usr/lib/zoneinfo", "/usr/share/lib/zoneinfo", "/etc/zoneinfo", "/var/db/timezone/zoneinfo")
+ZONE_DIRECTORIES = (
+    "/usr/share/zoneinfo",
+    "/usr/lib/zoneinfo",
+    "/usr/share/lib/zoneinfo",
+    "/etc/zoneinfo",
+    "/var/db/timezone/zoneinfo",
+)
 
 
 def zone_is_known(zone: str | None, exists: Callable[[str], bool]) -> bool:
@@ -1472,12 +1459,16 @@ def zone_is_known(zone: str | None, exists: Callable[[str], bool]) -> bool:
 class Outbox:
     """Bytes that wait for a peer, in order: whole frames, or stretches of a stream."""
 
-    __slots__ = ("_offset", "_parts", "size")
-
     def __init__(self) -> None:
         self._parts: collections.deque[bytes] = collections.deque()
         self._offset = 0  # of the first, how much is sent already
         self.size = 0  # bytes that wait
+        self.owed = 0  # bytes that were taken and want an answer: of a Spool alone
+
+    @property
+    def undelivered(self) -> int:
+        """Bytes that wait to be sent or answered."""
+        return self.size + self.owed
 
     @property
     def weight(self) -> int:
@@ -1532,80 +1523,56 @@ class Outbox:
         return iter(self._parts)
 
 
-class Spool:
+class Spool(Outbox):
     """A serial number's frames for the portal: an outbox that keeps what is sent until it is answered.
 
     An answer names no frame: it is for the oldest unanswered one of its type.
     """
 
-    __slots__ = ("_numbers", "_owed", "_sent", "_sent_size", "_waiting")
-
     def __init__(self) -> None:
-        self._waiting = Outbox()
-        self._sent: dict[int, bytes] = {}  # sent and not answered, by number, in the order of sending
-        self._sent_size = 0
-        self._owed: dict[bytes, collections.deque[int]] = {}  # the two bytes of a type to its numbers in _sent
+        super().__init__()
+        # the two bytes of a type to what is sent and not answered, oldest first: its number in the order of sending, and it
+        self._sent: dict[bytes, collections.deque[tuple[int, bytes]]] = collections.defaultdict(collections.deque)
         self._numbers = itertools.count()
 
     @property
-    def size(self) -> int:
-        """Bytes that wait to be sent."""
-        return self._waiting.size
-
-    @property
-    def undelivered(self) -> int:
-        """Bytes that wait to be sent or answered."""
-        return self._waiting.size + self._sent_size
-
-    @property
     def weight(self) -> int:
-        """Bytes of memory that it takes, about; what is sent stands in two tables."""
-        return self._waiting.weight + self._sent_size + 2 * OBJECT * len(self._sent)
-
-    @property
-    def owed(self) -> bool:
-        """Whether the portal owes an answer."""
-        return bool(self._sent)
+        """Bytes of memory that it takes, about; what is sent has a number beside its place."""
+        return super().weight + self.owed + 2 * OBJECT * sum(map(len, self._sent.values()))
 
     def __iter__(self) -> Iterator[bytes]:
         """All that is not delivered, in order."""
-        return itertools.chain(self._sent.values(), self._waiting)
+        return itertools.chain(self._unanswered(), super().__iter__())
 
-    def put(self, frame: bytes) -> None:
-        """Let a frame wait behind all else."""
-        self._waiting.put(frame)
+    def _unanswered(self) -> list[bytes]:
+        return [frame for _, frame in sorted(itertools.chain(*self._sent.values()))]
 
-    def ready(self) -> bytes:
-        """The next bytes to send."""
-        return self._waiting.ready()
-
-    def took(self, count: int) -> None:
+    def took(self, count: int) -> list[bytes]:
         """The portal took so many bytes: keep the frames that get an answer."""
-        for frame in self._waiting.took(count):
+        sent = super().took(count)
+        for frame in sent:
             if frame[11] in DATA:
-                number = next(self._numbers)
-                self._sent[number] = frame
-                self._sent_size += len(frame)
-                self._owed.setdefault(frame[10:12], collections.deque()).append(number)
+                self._sent[frame[10:12]].append((next(self._numbers), frame))
+                self.owed += len(frame)
+        return sent
 
     def answered(self, packet_type: bytes) -> bool:
         """An answer of this type came; whether a frame was waiting for it."""
-        owed = self._owed.get(packet_type)
-        if not owed:
+        if not self._sent.get(packet_type):
             return False
-        self._sent_size -= len(self._sent.pop(owed.popleft()))
+        self.owed -= len(self._sent[packet_type].popleft()[1])
         return True
 
     def lost(self) -> None:
         """The connection is gone: what is not answered goes again on the next."""
-        self._waiting.put_back(list(self._sent.values()))
+        self.put_back(self._unanswered())
         self._sent.clear()
-        self._owed.clear()
-        self._sent_size = 0
+        self.owed = 0
 
-    def postpone(self) -> None:
-        """Let the first frame go behind all others: the portal does not like it."""
-        self._waiting.put(self._waiting.drop_oldest())
+    def postpone(self, frame: bytes) -> None:
+        """Let a frame that the portal does not like go behind all others, if it is still the first."""
+        if next(iter(self._parts), None) is frame:
+            self.put(self.drop_oldest())
 
 
 def good_frames(data: bytes, now: float, sent: int = 0) -> list[bytes]:
@@ -1628,7 +1595,9 @@ def may_draw_bat(rest: bytes) -> bool:
     """Whether an unfinished frame may turn out to be one that gets the bat."""
     cls, function = rest[10:11] or bytes([METER]), rest[11:12] or bytes([LIVE])
     serial = rest[LONG.serial : LONG.iv].decode("latin-1")
-    fits = OUTBOUND.prefix.startswith(rest[: len(OUTBOUND.prefix)]) and cls[0] == METER and function[0] in (LIVE, BUFFERED)
+    fits = (
+        OUTBOUND.prefix.startswith(rest[: len(OUTBOUND.prefix)]) and cls[0] == METER and function[0] in (LIVE, BUFFERED)
+    )
     return fits and family(METER, serial) == "HK1000"
 
 
@@ -1638,7 +1607,12 @@ def may_draw_bat(rest: bytes) -> bool:
 def capture_line(wall: float, peer: str, direction: str, verdict: str, data: bytes) -> str:
     """A frame as a line of the capture file."""
     when = datetime.fromtimestamp(wall, timezone.utc).isoformat(timespec="milliseconds")
-    return json.dumps({"time": when, "peer": peer, "direction": direction, "verdict": verdict, "hex": data.hex()}) + "\n"
+    return (
+        json.dumps({"time": when, "peer": peer, "direction": direction, "verdict": verdict, "hex": data.hex()}) + "\n"
+    )
+
+
+APPENDING = os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NONBLOCK
 
 
 class Appender:
@@ -1676,36 +1650,26 @@ class RecordFile:
         self.path, self.name, self.store = path, name, store
         self._appender: Appender | None = None
         self._lines: list[str] = []  # of this round
-        self.reopen()
+        self.flush(is_rotated=True)
 
     def put(self, line: str) -> None:
         """Append a line at the end of the round."""
         self._lines.append(line)
 
-    def flush(self) -> None:
-        """Write the lines of this round."""
+    def flush(self, is_rotated: bool = False) -> None:
+        """Write the lines of this round, to a file opened anew if another stands under the name now."""
         lines, self._lines = self._lines, []
+        if not lines and not is_rotated:
+            return
         try:
+            if is_rotated and self._appender:
+                old, self._appender = self._appender, None
+                os.close(old.file)
+            self._appender = self._appender or Appender(os.open(self.path, APPENDING, 0o640))
             if lines:
-                self._opened().append(lines)
+                self._appender.append(lines)
         except OSError as error:
             count_file_error(self.store, self.name, self.path, error, len(lines))
-
-    def reopen(self) -> None:
-        """Open the file anew: another may stand under its name now."""
-        old, self._appender = self._appender, None
-        try:
-            if old:
-                os.close(old.file)
-            self._opened()
-        except OSError as error:
-            count_file_error(self.store, self.name, self.path, error, 0)
-
-    def _opened(self) -> Appender:
-        if self._appender is None:
-            flags = os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NONBLOCK
-            self._appender = Appender(os.open(self.path, flags, 0o640))
-        return self._appender
 
 
 class Files:
@@ -1731,9 +1695,7 @@ class Files:
         """At the end of a round: open anew what was rotated, write what was recorded."""
         are_rotated, self.are_rotated = self.are_rotated, False
         for file in self.open:
-            if are_rotated:
-                file.reopen()
-            file.flush()
+            file.flush(are_rotated)
 
 
 def synced(file: int) -> None:
@@ -1767,7 +1729,7 @@ class Journal:
     def _locked(self) -> int:
         """The file, opened and locked, so that no other process writes it. Raises OSError."""
         while True:
-            file = os.open(self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NONBLOCK, 0o600)
+            file = os.open(self.path, APPENDING, 0o600)
             try:
                 if not stat.S_ISREG(os.fstat(file).st_mode):
                     raise OSError(errno.EINVAL, "not a regular file")
@@ -1786,7 +1748,7 @@ class Journal:
         """The good frames in the file, in order. A line that holds none is passed over and counted."""
         found, bad = [], 0
         with open(self.path, "rb") as file:
-            for line in file:
+            for line in iter(lambda: file.readline(JOURNAL_LONGEST), b""):
                 try:
                     frames = good_frames(bytes.fromhex(json.loads(line)["hex"]), 0.0)
                 except (ValueError, TypeError, KeyError, RecursionError):
@@ -1827,13 +1789,27 @@ class Journal:
 
     def tend(self, now: float) -> None:
         """Write the file anew if it is time to; once a second."""
-        if now >= self._next and (self._broken or self._has_grown()):
+        if now < self._next:
+            return
+        try:
+            if not self._is_in_place():
+                old, self._appender, self._broken = self._appender, Appender(self._locked()), True
+                os.close(old.file)
+        except OSError as error:
+            self._broken = True
+            return self._failed(error)
+        has_grown = self.size > JOURNAL_MIN and self.size > JOURNAL_GROWTH * sum(
+            2 * len(frame) + JOURNAL_LINE for frame in self.undelivered()
+        )
+        if self._broken or has_grown:
             self.rewrite()
 
-    def _has_grown(self) -> bool:
-        if self.size <= JOURNAL_MIN:
+    def _is_in_place(self) -> bool:
+        """Whether the file still stands under its name. Raises OSError."""
+        try:
+            return os.path.samestat(os.fstat(self._appender.file), os.stat(self.path))
+        except FileNotFoundError:
             return False
-        return self.size > JOURNAL_GROWTH * sum(2 * len(frame) + JOURNAL_LINE for frame in self.undelivered())
 
     def rewrite(self) -> None:
         """Write the file anew, beside itself, with what is undelivered."""
@@ -1841,7 +1817,7 @@ class Journal:
         try:
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(new)
-            file = os.open(new, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+            file = os.open(new, APPENDING | os.O_EXCL, 0o600)
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 with open(file, "wb", closefd=False) as buffered:
@@ -1907,20 +1883,22 @@ def is_literal(host: str) -> bool:
     return host.lower() == "localhost"
 
 
+def own_address(host: str) -> str:
+    """This machine's address towards another, "" if there is no way: that of a UDP socket, which sends nothing."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with contextlib.suppress(OSError), socket.socket(family, socket.SOCK_DGRAM) as probe:
+        probe.connect((host, 9))
+        return plain(probe.getsockname()[0])
+    return ""
+
+
 def is_this_machine(host: str) -> bool:
     """Whether an address is one of this machine's: from there the kernel would talk to it.
 
     Whether a socket can be bound to it tells nothing where ip_nonlocal_bind is set.
     """
     address = ipaddress.ip_address(plain(host))
-    if address.is_loopback or address.is_unspecified:
-        return True
-    with contextlib.suppress(OSError), socket.socket(
-        socket.AF_INET6 if address.version == 6 else socket.AF_INET, socket.SOCK_DGRAM
-    ) as probe:
-        probe.connect((str(address), 9))  # sends nothing
-        return plain(probe.getsockname()[0]) == str(address)
-    return False
+    return address.is_loopback or address.is_unspecified or own_address(str(address)) == str(address)
 
 
 class Unresolved(OSError):
@@ -1950,7 +1928,12 @@ def dns_answer(data: bytes, query: bytes) -> list[str] | None:
 
     Raises ProtocolError for what is no answer to this query: another's, forged, cut.
     """
-    if data[:2] != query[:2] or len(data) < 12 or not data[2] & 0x80 or data[12 : len(query)].lower() != query[12:].lower():
+    if (
+        data[:2] != query[:2]
+        or len(data) < 12
+        or not data[2] & 0x80
+        or data[12 : len(query)].lower() != query[12:].lower()
+    ):
         raise ProtocolError("not the answer to the question", data)
     if data[3] & 0x0F:
         return [] if data[3] & 0x0F == 3 else None
@@ -1963,7 +1946,8 @@ def dns_answer(data: bytes, query: bytes) -> list[str] | None:
                 found.append(socket.inet_ntoa(data[pos : pos + 4]))
             pos += size
     except (struct.error, IndexError, OSError):
-        raise ProtocolError("a record runs past the end", data) from None
+        if not found:
+            raise ProtocolError("a record runs past the end", data) from None
     return found or None
 
 
@@ -2023,8 +2007,13 @@ def resolve(host: str, port: int, servers: list[tuple[str, int]]) -> list[Endpoi
     if unroutable:
         mend = "name a server there that knows its real address, or give that as --sems.upstream"
         raise Unresolved("loop", f"{host} is overridden at --sems.upstream-dns too: {mend}")
-    why = f" that can be used: here it is {system[0].sockaddr[0]}, and --sems.upstream-dns does not help" if system else ""
+    why = (
+        f" that can be used: here it is {system[0].sockaddr[0]}, and --sems.upstream-dns does not help"
+        if system
+        else ""
+    )
     raise Unresolved("dns", f"{host} has no address{why}")
+
 
 # ----------------------------------------------------------------------------------------------- network: sockets
 
@@ -2086,10 +2075,8 @@ class Connection:
     on_data(data, now) is told what came, on_end(error or None, now) that no more will. Both only put; `flush` sends.
     """
 
-    __slots__ = ("_events", "_handler", "_progress", "_room", "_selector", "is_open", "on_data", "on_end", "outbox", "sock")
-
     def __init__(
-        self, selector: selectors.BaseSelector, sock: socket.socket, outbox: Outbox | Spool, handler: Handler,
+        self, selector: selectors.BaseSelector, sock: socket.socket, outbox: Outbox, handler: Handler,
         on_data: Callable[[bytes, float], None], on_end: Callable[[OSError | None, float], None],
     ) -> None:  # fmt: skip
         self._selector, self.sock, self.outbox, self._handler = selector, sock, outbox, handler
@@ -2189,7 +2176,8 @@ class Upstream:
         self.up: int | None = None  # whether the last attempt of any line succeeded
         self.lines: set[Line] = set()  # that have a connection, standing or under way
         self.own_addresses: set[tuple[str, int]] = set()  # where this exporter listens
-        self._waiting: list[Line] = []  # for the look-up that is under way
+        self._waiting: dict[Line, None] = {}  # for the look-up that is under way
+        self._asked = -math.inf  # when it began
 
     def look_up(self, line: Line, now: float) -> None:
         """Have the line's on_addresses called with the portal's addresses, or with Unresolved. One look-up serves all that wait."""
@@ -2197,8 +2185,10 @@ class Upstream:
         with contextlib.suppress(ValueError):
             family = socket.AF_INET6 if ipaddress.ip_address(host.partition("%")[0]).version == 6 else socket.AF_INET
             return line.on_addresses([Endpoint(family, (host, port))], now)
-        self._waiting.append(line)
-        if len(self._waiting) == 1:
+        is_under_way = bool(self._waiting) and now - self._asked < STUCK
+        self._waiting[line] = None
+        if not is_under_way:
+            self._asked = now
             try:
                 threading.Thread(target=self._resolve, name="resolver", daemon=True).start()
             except RuntimeError:  # no thread to be had
@@ -2220,7 +2210,7 @@ class Upstream:
 
     def _found(self, found: list[Endpoint] | Unresolved) -> None:
         """Tell all that wait, each as an event of its own."""
-        waiting, self._waiting = self._waiting, []
+        waiting, self._waiting = self._waiting, {}
         for line in waiting:
             self._later(functools.partial(line.on_addresses, found), line.owner)
 
@@ -2233,14 +2223,9 @@ class Upstream:
         """Whether a device's connection is one of ours to the portal, come back."""
         return any(line.own_end == peer for line in self.lines)
 
-    def began_with(self, frame: bytes, now: float) -> bool:
-        """Whether one of our connections began with this frame just now. It says so once: a device may repeat itself."""
-        for line in self.lines:
-            is_fresh = line.up and now - line.since <= LOOP_WINDOW and not line.owner.has_ended
-            if is_fresh and line.opening.startswith(frame[:OPENING]):
-                line.opening = b""
-                return True
-        return False
+    def begun(self, now: float) -> list[Line]:
+        """The lines that have begun to talk to the portal just now: what they say may come back."""
+        return [line for line in self.lines if line.up and now - line.since <= LOOP_WINDOW and line.may_come_back]
 
     def came(self, now: float) -> None:
         """A connection stands."""
@@ -2260,16 +2245,17 @@ class Upstream:
 class Line:
     """The way of one relay or courier to the portal: an attempt, a connection, the back-off until the next.
 
-    Its owner has `on_portal_data`, `on_portal_up`, `on_portal_down`, `has_ended`, and an outbox that outlives connections.
+    Its owner has `on_portal`, `on_portal_up`, `on_portal_down`, `has_ended`, and an outbox that outlives connections.
     """
 
-    def __init__(self, upstream: Upstream, owner: Relay | Courier, outbox: Outbox | Spool) -> None:
-        self.upstream, self.owner, self.outbox = upstream, owner, outbox
+    def __init__(self, upstream: Upstream, owner: Relay | Courier, outbox: Outbox, inward: Inward) -> None:
+        self.upstream, self.owner, self.outbox, self.inward = upstream, owner, outbox, inward
         self.connection: Connection | None = None
         self.up = False  # it stands
         self.since = 0.0  # when it did, or its attempt began
         self.own_end = ""  # our HOST:PORT of it
-        self.opening = b""  # the first bytes sent on it, for a moment
+        self.opening = b""  # the first bytes sent on it
+        self.may_come_back = True  # they may: a device that repeats itself is taken for a loop once
         self.sent = False  # something was ever sent
         self.trying = False  # an attempt is under way: a look-up, or a connection that does not stand yet
         self._addresses: list[Endpoint] = []  # still to be tried in it
@@ -2309,10 +2295,12 @@ class Line:
         """Begin to connect. Raises OSError."""
         if self.upstream.is_own(endpoint):
             where = endpoint_text(endpoint.sockaddr)
-            raise Unresolved("loop", f"its address {where} is this exporter's own: check --sems.upstream and --sems.upstream-dns")
+            raise Unresolved(
+                "loop", f"its address {where} is this exporter's own: check --sems.upstream and --sems.upstream-dns"
+            )
         sock = socket.socket(endpoint.family, socket.SOCK_STREAM)
-        handler, on_data = Handler(self._on_ready, self.owner), self.owner.on_portal_data
-        self.connection = Connection(self.upstream.selector, sock, self.outbox, handler, on_data, self._on_end)
+        handler = Handler(self._on_ready, self.owner)
+        self.connection = Connection(self.upstream.selector, sock, self.outbox, handler, self._on_data, self._on_end)
         self.upstream.lines.add(self)
         tuned(sock, 20, 10, STALL)
         code = sock.connect_ex(endpoint.sockaddr)
@@ -2327,22 +2315,22 @@ class Line:
             code = self.connection.sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
             if code:
                 return self._try_next(reason_of(OSError(code, "")), os.strerror(code), now)
-            self.trying, self.up, self.since, self.opening = False, True, now, b""
+            self.trying, self.up, self.since, self.opening, self.may_come_back = False, True, now, b"", True
             self.upstream.came(now)
             self.owner.on_portal_up(now)
         elif events & selectors.EVENT_READ:
             self.connection.receive(now)
 
-    def proven(self) -> None:
-        """The portal has sent something: the next attempt need not wait long."""
-        self._backoff = BACKOFF[0]
+    def _on_data(self, data: bytes, now: float) -> None:
+        self._backoff = BACKOFF[0]  # it is the portal, and well: the next attempt need not wait long
+        self.owner.on_portal(self.inward.feed(data, now), now)
 
     def flush(self, now: float) -> None:
         """Send what the portal takes, if it is there."""
         if self.connection and self.up and self.outbox.size:
             self.sent = True
-            if now - self.since <= LOOP_WINDOW and len(self.opening) < OPENING:
-                self.opening += self.outbox.ready()[:OPENING]
+            if len(self.opening) < OPENING:
+                self.opening += self.outbox.ready()[: OPENING - len(self.opening)]
             self.connection.flush(now)
 
     def watch(self, room: int) -> None:
@@ -2351,9 +2339,12 @@ class Line:
             self.connection.watch(room if self.up else 0, writing=self.trying)
 
     def look(self, now: float) -> None:
-        """See to deadlines: an attempt that takes too long, a portal that takes nothing."""
+        """See to deadlines: an unfinished frame, an attempt that takes too long, a portal that takes nothing."""
+        self.owner.on_portal(self.inward.expired(now), now)
         if self.connection and self.trying and now - self.since >= self._patience:
             self._try_next("timeout", f"no answer for {self._patience:.0f} s", now)
+        elif self.trying and not self.connection and now - self.since >= CONNECT_TIMEOUT:
+            self.failed("dns", f"the name services have not answered for {CONNECT_TIMEOUT} s", now)
         elif self.connection and self.up and self.connection.is_stalled(now):
             self._on_end(TimeoutError(errno.ETIMEDOUT, "it takes nothing"), now)
 
@@ -2361,13 +2352,17 @@ class Line:
         """The connection is gone."""
         if error:
             self.upstream.up = 0
-        self.failed("", "", now)
+        self.ended(now)
 
     def failed(self, reason: str, text: str, now: float) -> None:
-        """The attempt has failed, or (without a reason) a connection has ended: the next waits for the back-off."""
-        if reason:
-            self.upstream.failed(reason, text, now)
+        """The attempt has failed."""
+        self.upstream.failed(reason, text, now)
+        self.ended(now)
+
+    def ended(self, now: float) -> None:
+        """An attempt or a connection has ended: the next waits for the back-off."""
         self.drop(now)
+        self.owner.on_portal(self.inward.closed(now), now)
         self.owner.on_portal_down(now)
 
     def drop(self, now: float) -> None:
@@ -2396,121 +2391,103 @@ class Line:
 # touched; `look` once a second. `close` ends it at once and feeds nothing to a handler again, so it may follow a fault of our own.
 
 
-Taken = tuple  # what a reader makes of a piece: (kind, bytes, address of a good frame or None[, its meaning]); kind is its type
+# What a reader makes of a piece: (kind, bytes, address of a good frame or None; inward also its meaning); kind is its type.
+Taken = tuple
 
 
-class Outward:
-    """The reader of a device's connection: its stream as pieces, recognised, its good frames met by the store."""
+class Stream:
+    """What comes on a connection, as pieces that are recognised. classes: those that the device has sent."""
 
-    def __init__(self, loop: Loop, peer: str) -> None:
-        self.store, self.files, self.upstream, self.peer = loop.store, loop.files, loop.upstream, peer
-        self.framer = Framer(OUTBOUND)
-        self.classes: set[int] = set()  # that the device has sent
-        self.is_loop = False  # its first good frame is one with which we began to talk to the portal just now
+    recognised: Callable[[list[Piece], float], list[Taken]]  # by direction
+
+    def __init__(self, wire: Wire, loop: Loop, peer: str, classes: set[int]) -> None:
+        self.wire, self.loop, self.peer, self.classes = wire, loop, peer, classes
+        self.framer = Framer(wire)
 
     def feed(self, data: bytes, now: float) -> list[Taken]:
         """What data completes."""
-        self.store.add("sems_mitm_bytes_total", len(data), 'direction="outbound"')
-        return self._recognised(self.framer.feed(data, now), now)
+        self.loop.store.add("sems_mitm_bytes_total", len(data), f'direction="{self.wire.name}"')
+        return self.recognised(self.framer.feed(data, now), now)
 
     def expired(self, now: float) -> list[Taken]:
         """What a frame was that is unfinished for too long."""
-        if not self.framer.rest or now - self.framer.since < OUTBOUND.patience:
-            return []
-        return self._recognised(self.framer.expire(now), now)
+        return self.recognised(self.framer.expire(now), now) if self.framer.rest else []
 
     def closed(self, now: float) -> list[Taken]:
-        """What is left when the stream has ended."""
-        return self._recognised(self.framer.close(now), now)
-
-    def _recognised(self, pieces: list[Piece], now: float) -> list[Taken]:
-        found: list[Taken] = []
-        for kind, piece in pieces:
-            where = None
-            if kind == FRAME:
-                if len(piece) > 13 and piece[11] not in FUNCTIONS:  # in 13 bytes the CRC stands there
-                    self.store.add("outbound_unknown_packets_total")
-                try:
-                    where = address(piece[: OUTBOUND.head], len(piece), OUTBOUND)
-                    kind = where.type
-                except ProtocolError:
-                    kind = MALFORMED
-            if where:
-                if not self.classes and self.upstream.began_with(piece, now):
-                    self.is_loop = True
-                    break
-                self.classes.add(where.cls)
-                self.store.meet(where, piece, now)
-            found.append((kind, piece, where))
-        return found
+        """What is left when the stream has ended; the next begins anew."""
+        pieces, self.framer = self.framer.close(), Framer(self.wire)
+        return self.recognised(pieces, now)
 
     def decide(self, kind: str, verdict: str, piece: bytes) -> None:
         """Count and record a piece whose fate is decided."""
         if kind:
-            self.store.count(OUTBOUND, kind, verdict)
-        self.files.record(self.peer, OUTBOUND, kind, verdict, piece)
+            self.loop.store.count(self.wire, kind, verdict, len(piece) // 2 if kind == KEEPALIVE else 1)
+        self.loop.files.record(self.peer, self.wire, kind, verdict, piece)
 
 
-class Inward:
-    """The reader of a portal's connection: its stream as pieces, each with a meaning: that of `allowed`, or keepalive.
+class Outward(Stream):
+    """The reader of a device's connection: the store meets its good frames."""
 
-    A piece without one may not pass. classes: those that the device has sent.
-    """
+    def recognised(self, pieces: list[Piece], now: float) -> list[Taken]:
+        """Pieces with their addresses."""
+        store, found = self.loop.store, []
+        for kind, piece in pieces:
+            where = None
+            if kind == FRAME:
+                if len(piece) > 13 and piece[11] not in FUNCTIONS:  # in 13 bytes the CRC stands there
+                    store.add("outbound_unknown_packets_total")
+                try:
+                    where = address_of(piece, OUTBOUND)
+                    kind = where.type
+                except ProtocolError:
+                    kind = MALFORMED
+            if where:
+                self.classes.add(where.cls)
+                store.meet(where, piece, now)
+            found.append((kind, piece, where))
+        return found
 
-    def __init__(self, loop: Loop, peer: str) -> None:
-        self.store, self.files, self.peer = loop.store, loop.files, peer
-        self.framer = Framer(INBOUND)
 
-    def feed(self, data: bytes, classes: set[int], now: float) -> list[Taken]:
-        """What data completes."""
-        self.store.add("sems_mitm_bytes_total", len(data), 'direction="inbound"')
-        return [self._read(kind, piece, classes) for kind, piece in self.framer.feed(data, now)]
+class Inward(Stream):
+    """The reader of a portal's connection: a piece has the meaning of `allowed`, or keepalive; without one it may not pass."""
 
-    def _read(self, kind: str, piece: bytes, classes: set[int]) -> Taken:
-        if kind != FRAME:
-            return kind, piece, None, KEEPALIVE if kind == KEEPALIVE else ""
-        try:
-            where = address_of(piece, INBOUND)
-            kind, meaning = where.type, allowed(where, decode(piece, INBOUND).clear, classes)
-        except ProtocolError:
-            kind, where, meaning = MALFORMED, None, ""
-        if not meaning:
-            self.store.add("inbound_unknown_packets_total")
-        return kind, piece, where, meaning
+    def recognised(self, pieces: list[Piece], now: float) -> list[Taken]:
+        """Pieces with addresses and meanings."""
+        return [self._read(kind, piece, now) for kind, piece in pieces]
 
-    def expired(self, classes: set[int], now: float) -> list[Taken]:
-        """What a frame was that is unfinished for too long."""
-        if not self.framer.rest or now - self.framer.since < INBOUND.patience:
-            return []
-        return [self._read(kind, piece, classes) for kind, piece in self.framer.expire(now)]
-
-    def closed(self, classes: set[int], now: float) -> list[Taken]:
-        """What is left when the stream has ended; the next begins anew."""
-        pieces, self.framer = self.framer.close(now), Framer(INBOUND)
-        return [self._read(kind, piece, classes) for kind, piece in pieces]
-
-    def decide(self, kind: str, verdict: str, piece: bytes, meaning: str, now: float) -> None:
-        """Count and record a piece whose fate is decided, and say what was blocked."""
-        if kind:
-            self.store.count(INBOUND, kind, verdict, len(piece) // 2 if kind == KEEPALIVE else 1)
+    def _read(self, kind: str, piece: bytes, now: float) -> Taken:
+        store, where, meaning = self.loop.store, None, KEEPALIVE if kind == KEEPALIVE else ""
+        if kind == FRAME:
+            try:
+                where = address_of(piece, INBOUND)
+                kind, meaning = where.type, allowed(where, decode(piece, INBOUND).clear, self.classes)
+            except ProtocolError:
+                kind = MALFORMED
+            if not meaning:
+                store.add("inbound_unknown_packets_total")
         if not meaning:
             what = f"blocked what the portal sent to {self.peer}, type {kind or JUNK}: {piece[:LOG_HEX].hex()}"
-            self.store.troubles.say("blocked", what, now)
-        self.files.record(self.peer, INBOUND, kind, verdict, piece)
-
-    def nacked(self, where: Address, now: float) -> None:
-        """The portal did not accept a packet."""
-        text = f"the portal did not accept a packet of {where.serial} (NACK), type {where.type}"
-        self.store.troubles.say("nack", text, now)
+            store.troubles.say("blocked", what, now)
+        if where and meaning == "nack":
+            store.answered(where.owner, NACKS)
+            text = f"the portal did not accept a packet of {where.serial} (NACK), type {where.type}"
+            store.troubles.say("nack", text, now)
+        return kind, piece, where, meaning
 
 
 class DeviceEnd:
-    """A device's connection, and its life: it may fall silent, take nothing, send its end and still read."""
+    """A device's connection, and its life: it may fall silent, take nothing, send its end and still read.
 
-    def __init__(self, loop: Loop, sock: socket.socket, now: float, owner: Relay | Answerer) -> None:
+    Its owner's `on_device(pieces, data, now)` is told what came: data as it is, and the pieces that it completes.
+    """
+
+    def __init__(self, loop: Loop, sock: socket.socket, peer: str, now: float, owner: Relay | Answerer) -> None:
         handler = Handler(self._on_ready, owner)
-        self.connection = Connection(loop.selector, sock, Outbox(), handler, owner.on_device_data, self._on_end)
+        self.connection = Connection(loop.selector, sock, Outbox(), handler, self._on_data, self._on_end)
+        self.outward = Outward(OUTBOUND, loop, peer, set())
         self.ended = False  # it sends no more
+        self.suspects: list[Line] | None = None  # lines that began, just before it, as it does so far
+        self._opening = b""
         self._owner, self._heard = owner, now
 
     def _on_ready(self, events: int, now: float) -> None:
@@ -2518,19 +2495,40 @@ class DeviceEnd:
             self._heard = now
             self.connection.receive(now)
 
+    def _on_data(self, data: bytes, now: float) -> None:
+        if self._is_loop(data, now):
+            self.outward.loop.door.refuse("loop", self.outward.peer, now)
+            return self._owner.close()
+        self._owner.on_device(self.outward.feed(data, now), data, now)
+
+    def _is_loop(self, data: bytes, now: float) -> bool:
+        """Whether this is a connection of ours to the portal, come back: from its first byte it says the same."""
+        if self.suspects is None:
+            self.suspects = self.outward.loop.upstream.begun(now)
+        if not self.suspects:
+            return False
+        self._opening += data[: OPENING - len(self._opening)]
+        same = [line for line in self.suspects if line.opening.startswith(self._opening)]
+        self.suspects = [line for line in same if line.up and not line.owner.has_ended]
+        if not self.suspects or len(self._opening) < OPENING:
+            return False
+        self.suspects[0].may_come_back = False
+        return True
+
     def _on_end(self, error: OSError | None, now: float) -> None:
         if error:
             self.connection.close()
         if not self.ended:
             self.ended = True
-            self._owner.on_device_end(now)
+            self._owner.on_device(self.outward.closed(now), b"", now)
 
     def watch(self, room: int) -> None:
         """Wait for the device: that it speaks if there is room for so many bytes, takes what waits."""
         self.connection.watch(0 if self.ended else room)
 
     def look(self, now: float) -> None:
-        """See to deadlines: a device that is silent or takes nothing is gone."""
+        """See to deadlines: an unfinished frame; a device that is silent or takes nothing is gone."""
+        self._owner.on_device(self.outward.expired(now), b"", now)
         if self.connection.is_open and (now - self._heard >= SILENCE or self.connection.is_stalled(now)):
             self._on_end(TimeoutError(), now)
 
@@ -2543,11 +2541,10 @@ class Relay:
     """
 
     def __init__(self, loop: Loop, sock: socket.socket, peer: str, now: float) -> None:
-        self.loop, self.peer = loop, peer
-        self.outward, self.inward = Outward(loop, peer), Inward(loop, peer)
-        self.device = DeviceEnd(loop, sock, now, self)
+        self.loop = loop
+        self.device = DeviceEnd(loop, sock, peer, now, self)
         self.outbox = Outbox()  # for the portal
-        self.line = Line(loop.upstream, self, self.outbox)
+        self.line = Line(loop.upstream, self, self.outbox, Inward(INBOUND, loop, peer, self.device.outward.classes))
         self._bat = loop.store.batsignal
         self._piping = True
         self._ahead = 0  # with the bat: how much of the unfinished frame is in the outbox already
@@ -2564,78 +2561,46 @@ class Relay:
         """Bytes of memory that wait."""
         return self.outbox.weight + self.device.connection.outbox.weight
 
-    @property
-    def for_portal(self) -> int:
-        """Bytes that wait for the portal."""
-        return self.outbox.size
-
-    # Outward: device -> portal
-
-    def on_device_data(self, data: bytes, now: float) -> None:
-        """Bytes came from the device."""
-        pieces = self.outward.feed(data, now)
-        if self.outward.is_loop:
-            self.loop.door.refuse("loop", self.peer, now)
-            return self.close()
-        if self._piping and not self._bat:
+    def on_device(self, pieces: list[Taken], data: bytes, now: float) -> None:
+        """Decide what becomes of what the device sent; a pipe without the bat takes its bytes as they came."""
+        is_pure = self._piping and not self._bat
+        if is_pure:
             self.outbox.put(data)
-        self._decide(pieces, now)
-        self.line.reach(now)
-
-    def _decide(self, pieces: list[Taken], now: float) -> None:
-        """Decide what becomes of pieces; a pipe without the bat has their bytes already."""
-        if self._piping and not self._bat:
-            for kind, piece, _ in pieces:
-                self.outward.decide(kind, "forwarded", piece)
-        else:
-            self._queue(pieces, now)
-
-    def _queue(self, pieces: list[Taken], now: float) -> None:
-        """The same where bytes do not just pass: the portal is away, or there is the bat."""
         for kind, piece, where in pieces:
-            drawn = with_bat(piece) if self._bat and where and draws_bat(where) and not self._ahead else None
-            verdict = "rewritten" if drawn else "forwarded" if self._piping or where else "dropped"
-            if self._piping:
-                self.outbox.put((drawn or piece)[self._ahead :])
-                self._ahead = max(self._ahead - len(piece), 0)
-            elif where:
-                self.outbox.put(drawn or piece)
-                self._shed(self.outbox.size - QUEUE)
-            self.outward.decide(kind, verdict, piece)
+            self.device.outward.decide(kind, "forwarded" if is_pure else self._queued(piece, where), piece)
         self._pass_rest(now)
+        if data and not self.device.suspects:  # else it may be a loop, and another connection would be its next turn
+            self.line.reach(now)
+
+    def _queued(self, piece: bytes, where: Address | None) -> str:
+        """Let a piece wait where bytes do not just pass, the portal is away or there is the bat; its verdict."""
+        drawn = with_bat(piece) if self._bat and where and draws_bat(where) and not self._ahead else None
+        if self._piping:
+            self.outbox.put((drawn or piece)[self._ahead :])
+            self._ahead = max(self._ahead - len(piece), 0)
+        elif where:
+            self.outbox.put(drawn or piece)
+            self._shed(self.outbox.size - QUEUE)
+        return "rewritten" if drawn else "forwarded" if self._piping or where else "dropped"
 
     def _pass_rest(self, now: float) -> None:
         """With the bat: pass on an unfinished frame that does not wait for it."""
-        framer = self.outward.framer
-        if self._piping and self._bat and framer.rest:
-            if self._ahead or now - framer.since >= HOLD or not may_draw_bat(framer.rest):
-                self.outbox.put(framer.rest[self._ahead :])
-                self._ahead = len(framer.rest)
+        framer = self.device.outward.framer
+        if not (self._piping and self._bat and framer.rest):
+            return
+        if self._ahead or now - framer.since >= HOLD or not may_draw_bat(framer.rest):
+            self.outbox.put(framer.rest[self._ahead :])
+            self._ahead = len(framer.rest)
 
-    def on_device_end(self, now: float) -> None:
-        """The device sends no more: its unfinished frame is what it is."""
-        self._decide(self.outward.closed(now), now)
-        self._deadline = None if self.line.up else now + LAST_ATTEMPT
-
-    # Inward: portal -> device
-
-    def on_portal_data(self, data: bytes, now: float) -> None:
-        """Bytes came from the portal."""
-        self.line.proven()
-        self._let_through(self.inward.feed(data, self.outward.classes, now), now)
-
-    def _let_through(self, pieces: list[Taken], now: float) -> None:
+    def on_portal(self, pieces: list[Taken], now: float) -> None:
+        """Let through what has a meaning."""
         for kind, piece, where, meaning in pieces:
-            passes = bool(meaning) and self.device.connection.is_open
+            passes = meaning and self.device.connection.is_open
             if passes:
                 self.device.connection.outbox.put(piece)
-            if where and meaning in ("ack", "nack"):
-                self.loop.store.answered(where.owner, ACKS if meaning == "ack" else NACKS)
-            if where and meaning == "nack":
-                self.inward.nacked(where, now)
-            self.inward.decide(kind, "forwarded" if passes else "dropped", piece, meaning, now)
-
-    # Portal
+            if meaning == "ack":
+                self.loop.store.answered(where.owner, ACKS)
+            self.line.inward.decide(kind, "forwarded" if passes else "dropped", piece)
 
     def on_portal_up(self, now: float) -> None:
         """The portal is there: first what waited, then what comes."""
@@ -2643,13 +2608,11 @@ class Relay:
             self._piping = True
             self._pass_rest(now)
             if not self._bat:
-                self.outbox.put(self.outward.framer.rest)
-        if self.device.ended:
-            self._deadline = None
+                self.outbox.put(self.device.outward.framer.rest)
+        self._deadline = None
 
     def on_portal_down(self, now: float) -> None:
         """An attempt failed, or the connection is gone: from now on only whole good frames wait."""
-        self._let_through(self.inward.closed(self.outward.classes, now), now)
         if self._piping:
             data, sent = self.outbox.take_all()
             for frame in good_frames(data, now, sent):
@@ -2668,10 +2631,8 @@ class Relay:
         if self.device.connection.outbox.weight > self.outbox.weight:
             return self.close()
         if self._piping:  # the portal takes nothing; what is sent of a frame cannot be taken back
-            self.line.failed("", "", now)
+            self.line.ended(now)
         self._shed(min(excess, self.outbox.size))
-
-    # Life
 
     def end_round(self, now: float) -> None:
         """Send what waits, both ways; wait for what may come next, or end."""
@@ -2686,6 +2647,7 @@ class Relay:
     def _is_done(self, now: float) -> bool:
         """Whether nothing is left to do for a device that sends no more; sees to the next step if something is."""
         if not self.line.up:
+            self._deadline = self._deadline or now + LAST_ATTEMPT
             return not self.line.trying
         if self.outbox.size or self._half_closed:
             return False
@@ -2701,9 +2663,6 @@ class Relay:
         """See to deadlines."""
         if self._deadline is not None and now >= self._deadline:
             return self.close()
-        self._decide(self.outward.expired(now), now)
-        self._let_through(self.inward.expired(self.outward.classes, now), now)
-        self._pass_rest(now)
         self.device.look(now)
         self.line.look(now)
         if self.line.since:  # the device has sent something
@@ -2719,27 +2678,17 @@ class Relay:
 class Answerer:
     """Modes local and spool: a device's connection that the exporter answers."""
 
-    for_portal = 0
-
     def __init__(self, loop: Loop, sock: socket.socket, peer: str, now: float) -> None:
-        self.loop, self.peer = loop, peer
-        self.outward = Outward(loop, peer)
-        self.device = DeviceEnd(loop, sock, now, self)
+        self.loop = loop
+        self.device = DeviceEnd(loop, sock, peer, now, self)
 
     @property
     def weight(self) -> int:
         """Bytes of memory that wait."""
         return self.device.connection.outbox.weight
 
-    def on_device_data(self, data: bytes, now: float) -> None:
-        """Bytes came from the device."""
-        pieces = self.outward.feed(data, now)
-        if self.outward.is_loop:
-            self.loop.door.refuse("loop", self.peer, now)
-            return self.close()
-        self._answer(pieces, now)
-
-    def _answer(self, pieces: list[Taken], now: float) -> None:
+    def on_device(self, pieces: list[Taken], data: bytes, now: float) -> None:
+        """Answer good frames, in mode spool those that are kept."""
         local = datetime.fromtimestamp(self.loop.store.clock(now))
         for kind, piece, where in pieces:
             verdict = "dropped"
@@ -2752,7 +2701,7 @@ class Answerer:
                     verdict = "answered"
                 elif self.loop.settings.mode == SPOOL:
                     verdict = "forwarded"
-            self.outward.decide(kind, verdict, piece)
+            self.device.outward.decide(kind, verdict, piece)
 
     def _is_kept(self, frame: bytes, where: Address, now: float) -> bool:
         """Whether a good frame may be answered: in mode spool if it is kept for the portal."""
@@ -2763,10 +2712,6 @@ class Answerer:
         text = f"the spool has no room for a packet of {where.serial}: it is not acknowledged, and stays the device's"
         self.loop.store.troubles.say("spool full", text, now)
         return False
-
-    def on_device_end(self, now: float) -> None:
-        """The device sends no more."""
-        self._answer(self.outward.closed(now), now)
 
     def lighten(self, excess: int, now: float) -> None:
         """All queues together are too heavy: this device takes none of its answers."""
@@ -2781,7 +2726,6 @@ class Answerer:
 
     def look(self, now: float) -> None:
         """See to deadlines."""
-        self._answer(self.outward.expired(now), now)
         self.device.look(now)
 
     def close(self) -> None:
@@ -2798,9 +2742,7 @@ class Courier:
     def __init__(self, loop: Loop, serial: str, now: float) -> None:
         self.loop, self.serial = loop, serial
         self.spool = Spool()
-        self.line = Line(loop.upstream, self, self.spool)
-        self.inward = Inward(loop, serial)
-        self.classes: set[int] = set()  # that the device has sent
+        self.line = Line(loop.upstream, self, self.spool, Inward(INBOUND, loop, serial, set()))
         self.heard = now  # when its device's last frame came
         self._since = now  # when the portal last answered, or was first sent what it owes an answer to
 
@@ -2809,44 +2751,31 @@ class Courier:
         """Bytes of memory that wait."""
         return self.spool.weight
 
-    @property
-    def for_portal(self) -> int:
-        """Bytes that wait for the portal, or for its answer."""
-        return self.spool.undelivered
-
     def keep(self, frame: bytes, where: Address) -> None:
         """Keep a frame, come what may: it is acknowledged."""
-        self.classes.add(where.cls)
+        self.line.inward.classes.add(where.cls)
         drawn = with_bat(frame) if self.loop.store.batsignal and draws_bat(where) else None
         self.spool.put(drawn or frame)
 
-    def on_portal_data(self, data: bytes, now: float) -> None:
-        """Bytes came from the portal: nothing of it reaches a device."""
-        self.line.proven()
-        self._note(self.inward.feed(data, self.classes, now), now)
-
-    def _note(self, pieces: list[Taken], now: float) -> None:
-        for kind, piece, where, meaning in pieces:
-            if where and meaning in ("ack", "nack") and self.spool.answered(piece[6:8]):
+    def on_portal(self, pieces: list[Taken], now: float) -> None:
+        """Note the portal's answers: nothing of it reaches a device."""
+        for kind, piece, _, meaning in pieces:
+            if meaning in ("ack", "nack") and self.spool.answered(piece[6:8]):
                 self._since = now
-            if where and meaning == "nack":
-                self.loop.store.answered(where.owner, NACKS)
-                self.inward.nacked(where, now)
-            self.inward.decide(kind, "dropped", piece, meaning, now)
+            self.line.inward.decide(kind, "dropped", piece)
 
     def on_portal_up(self, now: float) -> None:
         """The portal is there."""
 
     def on_portal_down(self, now: float) -> None:
         """An attempt failed, or the connection is gone: what is not answered goes again."""
-        self._note(self.inward.closed(self.classes, now), now)
         self.spool.lost()
 
     def end_round(self, now: float) -> None:
         """Send what waits; go on, or wait for what may come next."""
-        owed = self.spool.owed
+        if not self.spool.owed:
+            self._since = now
         self.line.flush(now)
-        self._since = self._since if owed else now
         if self.spool.undelivered:
             self.line.reach(now)
         self.line.watch(RECV_SIZE)
@@ -2856,17 +2785,19 @@ class Courier:
         if not self.spool.undelivered and now - self.heard >= SILENCE:
             self.line.drop(now)
             return self.loop.depot.forget(self)
-        self._note(self.inward.expired(self.classes, now), now)
         self.line.look(now)
         if self.line.up and self.spool.owed and now - self._since >= ANSWER_TIMEOUT:
+            suspect = next(iter(self.spool))
             self.line.failed("timeout", f"no answer to a packet of {self.serial} for {ANSWER_TIMEOUT} s", now)
-            self.spool.postpone()
+            self.spool.postpone(suspect)
 
     def close(self) -> None:
         """After an error of our own: the connection goes, what is spooled stays."""
         self.line.drop(time.monotonic())
         self.spool.lost()
 
+
+Owner = Union[Relay, Answerer, Courier]
 
 # ------------------------------------------------------------------------------------------------------------ loop
 
@@ -2952,14 +2883,11 @@ class Depot:
         self.couriers: dict[str, Courier] = {}
         self.room = QUEUES  # how many bytes may still be kept in this round, objects counted in
         if journal:
-            journal.undelivered = self._undelivered
+            journal.undelivered = lambda: itertools.chain(*(courier.spool for courier in self.couriers.values()))
             for frame in journal.load():
                 where = address_of(frame, OUTBOUND)
                 self._courier(where.serial, time.monotonic()).keep(frame, where)
             journal.rewrite()
-
-    def _undelivered(self) -> Iterator[bytes]:
-        return itertools.chain.from_iterable(courier.spool for courier in self.couriers.values())
 
     def take(self, frame: bytes, where: Address, now: float) -> bool:
         """Keep a good frame until it is delivered; whether there is room. The journal has it before it is acknowledged."""
@@ -3037,50 +2965,44 @@ class Loop:
     All of it in one thread, which holds the store's lock while it works on what is shown, and not while a disk does.
     """
 
-    def __init__(self, store: Store, settings: argparse.Namespace, files: Files, journal: Journal | None = None) -> None:
+    def __init__(
+        self, store: Store, settings: argparse.Namespace, files: Files, journal: Journal | None = None
+    ) -> None:
         """Raises OSError if the port cannot be had."""
         self.store, self.settings, self.files = store, settings, files
         self.listening = listeners(*settings.listen_address)
+        self.port = self.listening[0].getsockname()[1]
         self.selector = selectors.DefaultSelector()
         self.mailbox = Mailbox(self.selector, self._do)
         self.upstream = Upstream(settings, store, self.selector, self.mailbox.put)
-        self.owners: dict[Relay | Answerer | Courier, None] = {}
+        self.owners: dict[Owner, None] = {}
         self.every_second: list[Callable[[float], None]] = []
         self.stopping = False
-        self._touched: dict[Relay | Answerer | Courier, None] = {}  # in this round
+        self._touched: dict[Owner, None] = {}  # in this round
         self._next_look = 0.0
         self.door = Door(self)
-        self.upstream.own_addresses.update(sock.getsockname()[:2] for sock in self.listening)
+        self.own_addresses = self.upstream.own_addresses  # where this exporter listens: no portal is there
+        self.own_addresses.update(sock.getsockname()[:2] for sock in self.listening)
         self.depot = Depot(self, journal)
         store.gauges["sems_mitm_queue_bytes"] = self._queue_bytes
         store.gauges["sems_mitm_device_connections"] = self.device_connections
         store.gauges["sems_mitm_upstream_connections"] = lambda: sum(line.up for line in self.upstream.lines)
         store.gauges["sems_mitm_upstream_up"] = lambda: self.upstream.up
 
-    @property
-    def port(self) -> int:
-        """Where devices connect."""
-        return self.listening[0].getsockname()[1]
-
-    @property
-    def own_addresses(self) -> set[tuple[str, int]]:
-        """Where this exporter listens: no portal is there."""
-        return self.upstream.own_addresses
-
     def device_connections(self) -> int:
         """How many devices are connected."""
         return len(self.owners) - len(self.depot.couriers)
 
     def _queue_bytes(self) -> int:
-        return sum(owner.for_portal for owner in self.owners)
+        return sum(owner.line.outbox.undelivered for owner in self.owners if not isinstance(owner, Answerer))
 
     # What the modes ask for
 
-    def touch(self, owner: Relay | Answerer | Courier) -> None:
+    def touch(self, owner: Owner) -> None:
         """Have the owner send and settle at the end of the round."""
         self._touched[owner] = None
 
-    def forget(self, owner: Relay | Answerer | Courier) -> None:
+    def forget(self, owner: Owner) -> None:
         """The owner has closed its sockets for good."""
         self.owners.pop(owner, None)
         self._touched.pop(owner, None)
@@ -3088,7 +3010,7 @@ class Loop:
     def clock_ok(self, now: float) -> bool:
         """Whether this machine's clock is good enough to set a device's by it."""
         wall = self.store.clock(now)
-        if wall >= RELEASED and zone_is_known(os.environ.get("TZ"), os.path.exists):
+        if wall >= RELEASED and zone_is_known(os.environ.get("TZ"), os.path.isfile):
             return True
         why = "TZ is no time zone that this system knows" if wall >= RELEASED else "this machine's own clock is wrong"
         self.store.troubles.say("clock", f"the devices' clocks are not set: {why}", now, CLOCK_PERIOD)
@@ -3137,14 +3059,13 @@ class Loop:
             return max(min(self._next_look, until) - time.monotonic(), 0)
         return None
 
-    def _do(self, where: str, owner: Relay | Answerer | Courier | None, work: Callable[..., object], *arguments: object) -> None:
-        """Do work on behalf of an owner, which sends and settles at the end of the round."""
+    def _do(self, where: str, owner: Owner | None, work: Callable[..., object], *arguments: object) -> None:
+        """Do work on behalf of an owner, which sends and settles at the end of the round.
+
+        The boundary of an event and of a deadline: an error of our own ends the owner's connection, and nothing else.
+        """
         if owner:
             self._touched[owner] = None
-        self._contain(where, owner, work, *arguments)
-
-    def _contain(self, where: str, owner: Relay | Answerer | Courier | None, work: Callable[..., object], *arguments: object) -> None:
-        """The boundary of an event and of a deadline: an error of our own ends the owner's connection, and nothing else."""
         try:
             work(*arguments)
         except Exception:
@@ -3160,8 +3081,8 @@ class Loop:
         with self.store.lock:
             while self._touched:
                 owner = next(iter(self._touched))
-                del self._touched[owner]
-                self._contain("an event of a connection", owner, owner.end_round, now)
+                self._do("an event of a connection", owner, owner.end_round, now)
+                self._touched.pop(owner, None)
                 waits = waits or owner.weight > 0
             if waits or self.depot.room < QUEUES:
                 self._bound(now)
@@ -3197,7 +3118,9 @@ class Loop:
         end = time.monotonic() + SHUTDOWN
         self.door.shut()
         self._end_round(time.monotonic())
-        while time.monotonic() < end and any(key.events & selectors.EVENT_WRITE for key in self.selector.get_map().values()):
+        while time.monotonic() < end and any(
+            key.events & selectors.EVENT_WRITE for key in self.selector.get_map().values()
+        ):
             self._round(end)
         for owner in list(self.owners):
             owner.close()
@@ -3227,11 +3150,7 @@ ASKED = {
     "generation": ROOF, "generated": ROOF, "export": GRID_SIDE, "exported": GRID_SIDE, "imported": GRID_SIDE,
     "battery": (FAMILIES,),
 }  # fmt: skip
-SOLAR = (
-    "meter_power_generation_watts",
-    "inverter_string_power_watts",
-    "inverter_power_output_watts",
-)  # the first there is
+SOLAR = ("meter_power_generation_watts", "inverter_string_power_watts", "inverter_power_output_watts")  # the first
 COUNTED = {  # energies: the counters of which the first that there is counts, and how much of it is a kWh
     "generated": {"meter_energy_generation_decawatt_hours_total": 100, "inverter_energy_output_hectowatt_hours_total": 10},
     "imported": {"meter_energy_import_decawatt_hours_total": 100},
@@ -3241,7 +3160,8 @@ COUNTED = {  # energies: the counters of which the first that there is counts, a
 }  # fmt: skip
 DAILY = ("generated", "imported", "exported")
 FLOWS = ("generation_watts", "house_watts", "export_watts", "battery_watts", "battery_charge_percent")
-KEYS = (*FLOWS, *(f"{word}_today_kilowatt_hours" for word in DAILY), *(f"{word}_kilowatt_hours" for word in COUNTED))
+TODAY = tuple(f"{word}_today_kilowatt_hours" for word in DAILY)
+KEYS = (*FLOWS, *TODAY, *(f"{word}_kilowatt_hours" for word in COUNTED))
 SERIES: dict[str, list[Series]] = collections.defaultdict(list)  # of a metric, for all its labels
 for _series in dict.fromkeys(value.series for values in VALUES.values() for value in values):
     SERIES[_series[0]].append(_series)
@@ -3364,7 +3284,7 @@ class History:
         if store.readings == self._readings and now < self._until:
             return
         store.digest(now)
-        devices = [device for device in store.devices.values() if not device.hidden]
+        devices = store.names.values()
         fresh = [device.live.fresh for device in devices if not store.is_stale(device.live.fresh, now)]
         newest = max(fresh, default=now) if store.readings != self._readings else now
         self._hold(min(max(newest, self._since), now))
@@ -3412,6 +3332,8 @@ class History:
             means = [watts / seconds if seconds else None for watts, seconds in zip(sums, sums[count:])]
             found.append(Point(clock(number * self.step), clock(min((number + 1) * self.step, now)), means))
         return found
+
+
 # ------------------------------------------------------------------------------------------- page, API, Home Assistant
 #
 # What HTTP shows beside the metrics. `see` takes what is needed under the store's lock; all else is text made of that.
@@ -3421,11 +3343,19 @@ Shown = collections.namedtuple("Shown", "name serial info up age member values")
 Seen = collections.namedtuple("Seen", "devices house upstream blocked")
 
 
+def shown(device: Device, store: Store, now: float) -> Shown:
+    """A device as it is shown; the store's lock is held."""
+    live, age = device.live, round(max(now - device.good, 0), 1)
+    values = {**({} if store.is_stale(live.fresh, now) else live.gauges), **live.counters}
+    up = not store.is_stale(device.good, now)
+    return Shown(device.name, label_text(device.serial), dict(device.info), up, age, member(device, store, now), values)
+
+
 def see(store: Store, settings: argparse.Namespace, now: float) -> Seen:
     """Everything that the page and the API show, but for the picture."""
     with store.lock:
         store.digest(now)
-        devices = [shown(device, store, now) for device in store.devices.values() if not device.hidden]
+        devices = [shown(device, store, now) for device in store.names.values()]
         up, waiting = (store.gauges.get(f"sems_mitm_{name}", lambda: None)() for name in ("upstream_up", "queue_bytes"))
         blocked = store.totals["inbound_unknown_packets_total", ""]
     address = "" if settings.mode == LOCAL else settings.upstream_text
@@ -3434,12 +3364,10 @@ def see(store: Store, settings: argparse.Namespace, now: float) -> Seen:
     return Seen(devices, house([device.member for device in devices]), upstream, blocked)
 
 
-def shown(device: Device, store: Store, now: float) -> Shown:
-    """A device as it is shown; the store's lock is held."""
-    live, age = device.live, round(max(now - device.good, 0), 1)
-    values = {**({} if store.is_stale(live.fresh, now) else live.gauges), **live.counters}
-    up = not store.is_stale(device.good, now)
-    return Shown(device.name, label_text(device.serial), dict(device.info), up, age, member(device, store, now), values)
+@functools.lru_cache(maxsize=1024)
+def flat(metric: str, labels: str) -> str:
+    """A metric with its label as one word: meter_voltage_volts_channel_1."""
+    return "_".join((metric, *re.findall(r"\w+", labels)))
 
 
 def devices_json(seen: Seen) -> Iterator[str]:
@@ -3459,26 +3387,29 @@ def household_json(seen: Seen) -> Iterator[str]:
     yield json.dumps({"house": seen.house, "devices": devices}) + "\n"
 
 
-@functools.lru_cache(maxsize=1024)
-def flat(metric: str, labels: str) -> str:
-    """A metric with its label as one word: meter_voltage_volts_channel_1."""
-    return "_".join((metric, *re.findall(r"\w+", labels)))
-
-
-# A figure on the page. negative: its title while it is negative, and then without the sign; css: class.
-Tile = collections.namedtuple("Tile", "key title negative unit decimals css")
-FLOW_TILES = (
-    Tile("generation_watts", "Solar", "", "W", 0, "solar"),
-    Tile("house_watts", "House", "", "W", 0, ""),
-    Tile("export_watts", "To the grid", "From the grid", "W", 0, "grid"),
-    Tile("battery_watts", "From the battery", "Into the battery", "W", 0, "battery"),
-    Tile("battery_charge_percent", "Battery", "", "%", 0, "battery"),
-)
-TODAY_TILES = (
-    Tile("generated_today_kilowatt_hours", "Solar", "", "kWh", 1, "solar"),
-    Tile("imported_today_kilowatt_hours", "From the grid", "", "kWh", 1, "grid"),
-    Tile("exported_today_kilowatt_hours", "To the grid", "", "kWh", 1, "grid"),
-)
+# A household figure by its key: title on the page, title while it is negative (it has no sign then), colour; its name in
+# Home Assistant.
+TITLES = {
+    "generation_watts": ("Solar", "", "solar", "solar power"),
+    "house_watts": ("House", "", "", "house power"),
+    "export_watts": ("To the grid", "From the grid", "grid", "power to the grid"),
+    "battery_watts": ("From the battery", "Into the battery", "battery", "power from the battery"),
+    "battery_charge_percent": ("Battery", "", "battery", "battery charge"),
+    "generated_today_kilowatt_hours": ("Solar", "", "solar", "solar energy today"),
+    "imported_today_kilowatt_hours": ("From the grid", "", "grid", "energy from the grid today"),
+    "exported_today_kilowatt_hours": ("To the grid", "", "grid", "energy to the grid today"),
+    "generated_kilowatt_hours": ("", "", "", "solar energy"),
+    "imported_kilowatt_hours": ("", "", "", "energy from the grid"),
+    "exported_kilowatt_hours": ("", "", "", "energy to the grid"),
+    "battery_charged_kilowatt_hours": ("", "", "", "energy into the battery"),
+    "battery_discharged_kilowatt_hours": ("", "", "", "energy from the battery"),
+}
+# By the last word of the key: unit, decimals on the page; Home Assistant's device_class and state_class.
+FORMS = {
+    "watts": ("W", 0, "power", "measurement"),
+    "percent": ("%", 0, "battery", "measurement"),
+    "hours": ("kWh", 1, "energy", "total_increasing"),
+}
 STYLE = """
 :root{color-scheme:light dark;--ink:#1c2430;--dim:#566070;--back:#f4f5f7;--card:#fff;--line:#dde1e6;
 --solar:#9a5800;--grid:#1a5fb4;--battery:#8a2a8a;--good:#17693b;--bad:#b3261e}
@@ -3530,29 +3461,6 @@ with it.</li>
 """
 
 
-def html_page(
-    seen: Seen, points: list[Point], settings: argparse.Namespace, addresses: Sequence[str]
-) -> Iterator[str]:
-    """The page at /, in parts. addresses: of this machine."""
-    yield HEAD.format(style=STYLE, portal=portal_state(seen.upstream))
-    if seen.devices:
-        yield SECTION.format("The house", tiles(seen.house, FLOW_TILES) or SILENT_HOUSE)
-        yield picture(points, seen.house)
-        row, since = tiles(seen.house, TODAY_TILES), seen.house.get("today_since", "")[11:16]
-        yield row and SECTION.format(f"Today <small>since {since}</small>" if since else "Today", row)
-    else:
-        now = f" (now {html.escape(' or '.join(addresses))})" if addresses else ""
-        steps = SET_UP.format(now=now, host=html.escape(settings.upstream[0]), port=settings.listen_address[1])
-        yield SECTION.format("No device has connected yet", steps)
-    for device in sorted(seen.devices, key=lambda device: (device.name[0] != "meter", *device.name[1:])):
-        yield card(device)
-    yield FOOT.format(
-        blocked=f"{seen.blocked:,} packet{'' if seen.blocked == 1 else 's'}",
-        telemetry=html.escape(settings.telemetry_path),
-        version=VERSION,
-    )
-
-
 def portal_state(upstream: dict) -> str:
     """The portal's state in words."""
     if upstream["mode"] == LOCAL:
@@ -3562,41 +3470,24 @@ def portal_state(upstream: dict) -> str:
     return f"Portal {html.escape(upstream['address'])}: {states[upstream['up']]}{waiting}"
 
 
-def tiles(figures: dict, rows: Sequence[Tile]) -> str:
-    """The figures that are known."""
-    told = ((tile.css, *in_words(tile, figures[tile.key])) for tile in rows if tile.key in figures)
-    found = "".join(f'<div><dt>{title}</dt><dd class="{css}">{text}</dd></div>' for css, title, text in told)
-    return found and f"<dl>{found}</dl>"
-
-
-def in_words(tile: Tile, number: float) -> tuple[str, str]:
-    """A figure's title and text, without a sign where the title says it."""
-    title, number = (tile.negative, -number) if tile.negative and number < 0 else (tile.title, number)
-    return title, minus(f"{number:,.{tile.decimals}f} {tile.unit}")
-
-
 def minus(text: str) -> str:
     """A number's text with the sign that people write."""
     return text.replace("-", "−")
 
 
-def card(device: Shown) -> str:
-    """A device on the page; every text of a device is escaped."""
-    kind, model, serial, firmware = map(html.escape, (*device.name[:2], device.serial, device.info["firmware"]))
-    asleep = "" if kind == "meter" else " (an inverter sleeps at night)"
-    state = '<b class="good">reporting</b>' if device.up else f'<b class="bad">silent</b>{asleep}'
-    return (
-        f"<section><h2>{model}</h2><p>{state}, last packet {span(device.age)} ago</p>"
-        f'<p class="dim">{kind} · serial {serial}{f" · firmware {firmware}" if firmware else ""}</p>'
-        f"{table(device.values) if device.values else ''}</section>\n"
-    )
+def in_words(key: str, number: float) -> tuple[str, str]:
+    """A figure's title and text, without a sign where the title says it."""
+    title, negative, *_ = TITLES[key]
+    unit, decimals, *_ = FORMS[key.rpartition("_")[2]]
+    title, number = (negative, -number) if negative and number < 0 else (title, number)
+    return title, minus(f"{number:,.{decimals}f} {unit}")
 
 
-def table(values: dict[Series, float]) -> str:
-    """All values of a device, foldable."""
-    told = ((quantity(*series), amount(series[0], number)) for series, number in values.items())
-    rows = (f"<tr><th>{what}</th><td>{text}</td></tr>" for what, text in told)
-    return f"<details><summary>All {len(values)} values</summary><table>{''.join(rows)}</table></details>"
+def tiles(figures: dict, keys: Sequence[str]) -> str:
+    """The figures that are known."""
+    told = ((TITLES[key][2], *in_words(key, figures[key])) for key in keys if key in figures)
+    found = "".join(f'<div><dt>{title}</dt><dd class="{css}">{text}</dd></div>' for css, title, text in told)
+    return found and f"<dl>{found}</dl>"
 
 
 @functools.lru_cache(maxsize=1024)
@@ -3620,11 +3511,30 @@ def amount(metric: str, number: float) -> str:
     return minus(f"{round(number * multiply, 3) if multiply != 1 else number:,} {name}").rstrip()
 
 
+def table(values: dict[Series, float]) -> str:
+    """All values of a device, foldable."""
+    told = ((quantity(*series), amount(series[0], number)) for series, number in values.items())
+    rows = (f"<tr><th>{what}</th><td>{text}</td></tr>" for what, text in told)
+    return f"<details><summary>All {len(values)} values</summary><table>{''.join(rows)}</table></details>"
+
+
 def span(seconds: float) -> str:
     """An age in words."""
     units = ((86400, "day"), (3600, "hour"), (60, "minute"))
     size, word = next((unit for unit in units if seconds >= unit[0]), (1, "second"))
     return f"{seconds // size:.0f} {word}{'' if seconds // size == 1 else 's'}"
+
+
+def card(device: Shown) -> str:
+    """A device on the page; every text of a device is escaped."""
+    kind, model, serial, firmware = map(html.escape, (*device.name[:2], device.serial, device.info["firmware"]))
+    asleep = "" if kind == "meter" else " (an inverter sleeps at night)"
+    state = '<b class="good">reporting</b>' if device.up else f'<b class="bad">silent</b>{asleep}'
+    return (
+        f"<section><h2>{model}</h2><p>{state}, last packet {span(device.age)} ago</p>"
+        f'<p class="dim">{kind} · serial {serial}{f" · firmware {firmware}" if firmware else ""}</p>'
+        f"{table(device.values) if device.values else ''}</section>\n"
+    )
 
 
 # The picture: of PICTURED, class and legend. Solar is an area, the others are lines of their own patterns.
@@ -3641,35 +3551,6 @@ FIGURE = """<figure><svg role="img" aria-labelledby="title desc">
 {texts}</svg><figcaption><ul>{legend}</ul></figcaption></figure>
 """
 PLOT = 92  # % of the picture's height; the hours stand below
-# Where the picture lies: shown time from left to right, W from low to high in round steps.
-Axes = collections.namedtuple("Axes", "left right low high step")
-
-
-def picture(points: list[Point], figures: dict) -> str:
-    """The house's flows as SVG, nothing if there is none. It is drawn in seconds and W and stretches; its texts do not."""
-    drawn = [i for i in range(len(PICTURED)) if any(point.means[i] is not None for point in points)]
-    if not drawn:
-        return ""
-    axes = axes_of(points)
-    levels = [axes.low + i * axes.step for i in range(round((axes.high - axes.low) / axes.step) + 1)]
-    width, height, hours = axes.right - axes.left, axes.high - axes.low, whole_hours(axes)
-    rules = [f"M0 {-level:g}H{width:.0f}" for level in levels] + [
-        f"M{at:.0f} {-axes.high:g}v{height:g}" for at in hours
-    ]
-    paths = [("rule", "".join(rules)), ("zero", f"M0 0H{width:.0f}")]
-    paths += [(LEGEND[i][0], outline(points, i, axes.left)) for i in drawn]
-    texts = [(0, PLOT * (axes.high - level) / height, "level", f"{level / 1000:g} kW") for level in levels]
-    for i, at in enumerate(hours):
-        texts.append((100 * at / width, 100, "other" if i % 2 and len(hours) > 4 else "", clock_text(axes.left + at)))
-    figure = FIGURE.format(
-        told=present(figures),
-        height=PLOT,
-        box=f"0 {-axes.high:g} {width:.0f} {height:g}",
-        paths="".join(f'<path class="{css}" d="{path}"/>' for css, path in paths),
-        texts="".join(axis_text(*text) for text in texts),
-        legend="".join(SWATCH.format(LEGEND[i][0], "M0 6H32" if i else "M1 11V3H31V11Z", LEGEND[i][1]) for i in drawn),
-    )
-    return SECTION.format("Power", figure)
 
 
 def axis_text(x: float, y: float, css: str, text: str) -> str:
@@ -3687,6 +3568,16 @@ def outline(points: list[Point], which: int, left: float) -> str:
             line = "V".join(f"{y}H{end:.1f}" for _, end, y in steps)
             parts.append(f"M{steps[0][0]:.1f} {line}" if which else f"M{steps[0][0]:.1f} 0V{line}V0Z")
     return "".join(parts)
+
+
+# Where the picture lies: shown time from left to right, W from low to high in round steps.
+Axes = collections.namedtuple("Axes", "left right low high step")
+
+
+def past_the_hour(moment: float) -> float:
+    """Seconds since the last whole hour of local time."""
+    local = datetime.fromtimestamp(moment)
+    return local.minute * 60 + local.second + local.microsecond / 1e6
 
 
 def axes_of(points: list[Point]) -> Axes:
@@ -3712,39 +3603,61 @@ def whole_hours(axes: Axes) -> list[float]:
     return [at for at in hours if datetime.fromtimestamp(round(axes.left + at)).hour % every == 0]
 
 
-def past_the_hour(moment: float) -> float:
-    """Seconds since the last whole hour of local time."""
-    local = datetime.fromtimestamp(moment)
-    return local.minute * 60 + local.second + local.microsecond / 1e6
-
-
-def clock_text(moment: float) -> str:
-    """A time of day."""
-    return datetime.fromtimestamp(round(moment)).strftime("%H:%M")
-
-
 def present(figures: dict) -> str:
     """The present figures in a sentence."""
-    told = [" ".join(in_words(tile, figures[tile.key])) for tile in FLOW_TILES if tile.key in figures]
+    told = [" ".join(in_words(key, figures[key])) for key in FLOWS if key in figures]
     return f"Now: {'; '.join(told)}." if told else "Nothing is known now."
 
 
-# Home Assistant: what it calls a household key, device_class, state_class, unit.
-SENSORS = {
-    "generation_watts": ("solar power", "power", "measurement", "W"),
-    "house_watts": ("house power", "power", "measurement", "W"),
-    "export_watts": ("power to the grid", "power", "measurement", "W"),
-    "battery_watts": ("power from the battery", "power", "measurement", "W"),
-    "battery_charge_percent": ("battery charge", "battery", "measurement", "%"),
-    "generated_today_kilowatt_hours": ("solar energy today", "energy", "total_increasing", "kWh"),
-    "imported_today_kilowatt_hours": ("energy from the grid today", "energy", "total_increasing", "kWh"),
-    "exported_today_kilowatt_hours": ("energy to the grid today", "energy", "total_increasing", "kWh"),
-    "generated_kilowatt_hours": ("solar energy", "energy", "total_increasing", "kWh"),
-    "imported_kilowatt_hours": ("energy from the grid", "energy", "total_increasing", "kWh"),
-    "exported_kilowatt_hours": ("energy to the grid", "energy", "total_increasing", "kWh"),
-    "battery_charged_kilowatt_hours": ("energy into the battery", "energy", "total_increasing", "kWh"),
-    "battery_discharged_kilowatt_hours": ("energy from the battery", "energy", "total_increasing", "kWh"),
-}
+def picture(points: list[Point], figures: dict) -> str:
+    """The house's flows as SVG, nothing if there is none. It is drawn in seconds and W and stretches; its texts do not."""
+    drawn = [i for i in range(len(PICTURED)) if any(point.means[i] is not None for point in points)]
+    if not drawn:
+        return ""
+    axes = axes_of(points)
+    levels = [axes.low + i * axes.step for i in range(round((axes.high - axes.low) / axes.step) + 1)]
+    width, height, hours = axes.right - axes.left, axes.high - axes.low, whole_hours(axes)
+    rules = [f"M0 {-level:g}H{width:.0f}" for level in levels] + [
+        f"M{at:.0f} {-axes.high:g}v{height:g}" for at in hours
+    ]
+    paths = [("rule", "".join(rules)), ("zero", f"M0 0H{width:.0f}")]
+    paths += [(LEGEND[i][0], outline(points, i, axes.left)) for i in drawn]
+    texts = [(0, PLOT * (axes.high - level) / height, "level", f"{level / 1000:g} kW") for level in levels]
+    for i, at in enumerate(hours):
+        clock = datetime.fromtimestamp(round(axes.left + at)).strftime("%H:%M")
+        texts.append((100 * at / width, 100, "other" if i % 2 and len(hours) > 4 else "", clock))
+    figure = FIGURE.format(
+        told=present(figures),
+        height=PLOT,
+        box=f"0 {-axes.high:g} {width:.0f} {height:g}",
+        paths="".join(f'<path class="{css}" d="{path}"/>' for css, path in paths),
+        texts="".join(axis_text(*text) for text in texts),
+        legend="".join(SWATCH.format(LEGEND[i][0], "M0 6H32" if i else "M1 11V3H31V11Z", LEGEND[i][1]) for i in drawn),
+    )
+    return SECTION.format("Power", figure)
+
+
+def html_page(seen: Seen, points: list[Point], settings: argparse.Namespace, address: str) -> Iterator[str]:
+    """The page at /, in parts. address: this machine's, if it is known."""
+    yield HEAD.format(style=STYLE, portal=portal_state(seen.upstream))
+    if seen.devices:
+        yield SECTION.format("The house", tiles(seen.house, FLOWS) or SILENT_HOUSE)
+        yield picture(points, seen.house)
+        row, since = tiles(seen.house, TODAY), seen.house.get("today_since", "")[11:16]
+        yield row and SECTION.format(f"Today <small>since {since}</small>" if since else "Today", row)
+    else:
+        now = f" (now {html.escape(address)})" if address else ""
+        steps = SET_UP.format(now=now, host=html.escape(settings.upstream[0]), port=settings.listen_address[1])
+        yield SECTION.format("No device has connected yet", steps)
+    for device in sorted(seen.devices, key=lambda device: (device.name[0] != "meter", *device.name[1:])):
+        yield card(device)
+    yield FOOT.format(
+        blocked=f"{seen.blocked:,} packet{'' if seen.blocked == 1 else 's'}",
+        telemetry=html.escape(settings.telemetry_path),
+        version=VERSION,
+    )
+
+
 PACKAGE = """# sems_mitm in Home Assistant: a package for the devices known now. Save it with
 #     curl -fo /config/packages/sems_mitm.yaml http://{address}/home-assistant.yaml
 # and have in configuration.yaml, once:
@@ -3754,26 +3667,12 @@ PACKAGE = """# sems_mitm in Home Assistant: a package for the devices known now.
 """
 
 
-def home_assistant(seen: Seen, address: str) -> str:
-    """A package of sensors on http://ADDRESS/api/household. Nothing from the network is more than a JSON string in it."""
-    head, named = PACKAGE.format(address=address), named_for_home(seen.devices)
-    if not named:
-        return f"{head}#\n# No device is known yet: fetch it again when http://{address}/ shows one.\n{{}}\n"
-    resource = json.dumps(f"http://{address}/api/household")
-    lines = ["rest:", f"  - resource: {resource}", "    scan_interval: 60", "    sensor:"]
-    for device, name in named:
-        for key in (key for key in SENSORS if key in device.member.told):
-            first, *more = (f"{field}: {json.dumps(text)}" for field, text in sensor(device.serial, name, key).items())
-            lines += [f"      - {first}", *(f"        {row}" for row in more)]
-    return "\n".join((head + counted_twice(named), *lines, ""))
-
-
 def sensor(serial: str, name: str, key: str) -> dict[str, str]:
     """A sensor of Home Assistant; what is not known there is unavailable, without a word in its log."""
-    title, device_class, state_class, unit = SENSORS[key]
+    unit, _, device_class, state_class = FORMS[key.rpartition("_")[2]]
     number = f"value_json.get('devices', {{}}).get('{serial}', {{}}).get('{key}')"
     return {
-        "name": f"{name} {title}",
+        "name": f"{name} {TITLES[key][3]}",
         "unique_id": f"{serial}_{key}",
         "device_class": device_class,
         "state_class": state_class,
@@ -3807,6 +3706,22 @@ def counted_twice(named: list[tuple[Shown, str]]) -> str:
             better, other = (" and ".join(names) for names in groups)
             found += f"# {better} and {other} count the same {what}: take only the energies of {better} there.\n"
     return found
+
+
+def home_assistant(seen: Seen, address: str) -> str:
+    """A package of sensors on http://ADDRESS/api/household. Nothing from the network is more than a JSON string in it."""
+    head, named = PACKAGE.format(address=address), named_for_home(seen.devices)
+    if not named:
+        return f"{head}#\n# No device is known yet: fetch it again when http://{address}/ shows one.\n{{}}\n"
+    resource = json.dumps(f"http://{address}/api/household")
+    lines = ["rest:", f"  - resource: {resource}", "    scan_interval: 60", "    sensor:"]
+    for device, name in named:
+        for key in (key for key in KEYS if key in device.member.told):
+            first, *more = (f"{field}: {json.dumps(text)}" for field, text in sensor(device.serial, name, key).items())
+            lines += [f"      - {first}", *(f"        {row}" for row in more)]
+    return "\n".join((head + counted_twice(named), *lines, ""))
+
+
 # ------------------------------------------------------------------------------------------------------------ HTTP
 #
 # The standard library's threading server, with a bound. One request a connection.
@@ -3821,113 +3736,6 @@ SAFE_HEADERS = {
     "Vary": "Accept-Encoding",
     "Connection": "close",
 }
-
-
-class Web:
-    """Where HTTP is served, and the connections that there are."""
-
-    def __init__(
-        self, store: Store, settings: argparse.Namespace, history: History, is_ready: Callable[[], bool]
-    ) -> None:
-        self.store, self.settings, self.history, self.is_ready = store, settings, history, is_ready
-        self.listening = listeners(*settings.web_address)
-        self.rendering = threading.Lock()  # one answer is made at a time
-        self.large = threading.BoundedSemaphore(HTTP_UNPACKED)  # answers that are neither sent nor packed
-        self.closed = False
-        self._open: dict[socket.socket, float] = {}  # connections, the oldest first, and since when
-        self._left = threading.Condition()  # one of them is gone
-
-    @property
-    def port(self) -> int:
-        """The port of HTTP."""
-        return self.listening[0].getsockname()[1]
-
-    def start(self) -> None:
-        """Serve, in threads that end with the process."""
-        for sock in self.listening:
-            threading.Thread(target=Server(sock, self).serve, name="http", daemon=True).start()
-
-    def admit(self, sock: socket.socket) -> None:
-        """Wait for room for one connection more; when all are old, the oldest makes it."""
-        crowded = False
-        with self._left:
-            while len(self._open) >= HTTP_CONNECTIONS:
-                oldest = next(iter(self._open))
-                patience = self._open[oldest] + HTTP_GRACE - time.monotonic()
-                crowded = patience <= 0
-                if crowded:
-                    self._shut(oldest)
-                else:
-                    self._left.wait(patience)
-            self._open[sock] = time.monotonic()
-        if crowded:
-            with self.store.lock:
-                self.store.add("sems_mitm_http_closed_connections_total")
-
-    def leave(self, sock: socket.socket) -> None:
-        """A connection has ended."""
-        with self._left:
-            self._shut(sock)
-            self._left.notify()
-
-    def _shut(self, sock: socket.socket) -> None:
-        self._open.pop(sock, None)
-        with contextlib.suppress(OSError):
-            sock.shutdown(socket.SHUT_RDWR)  # its thread notices
-
-    def close(self) -> None:
-        """Listen no more, and end the connections there are."""
-        self.closed = True
-        for sock in self.listening:
-            with contextlib.suppress(OSError):
-                sock.shutdown(socket.SHUT_RDWR)  # wakes the thread that waits for it
-            sock.close()
-        with self._left:
-            for sock in list(self._open):
-                self._shut(sock)
-
-
-class Server(http.server.ThreadingHTTPServer):
-    """The standard server on a socket that listens already: it asks no name service."""
-
-    def __init__(self, listening: socket.socket, web: Web) -> None:
-        self.address_family = listening.family
-        super().__init__(listening.getsockname(), Requests, bind_and_activate=False)
-        self.socket.close()
-        self.socket, self.web = listening, web
-        listening.setblocking(True)
-
-    def serve(self) -> None:
-        """Take connections until the socket is closed."""
-        with contextlib.suppress(ValueError):  # it was closed just now
-            while not self.web.closed:
-                self.handle_request()
-
-    def get_request(self) -> tuple[socket.socket, tuple]:
-        """The next connection. Raises OSError, which the base class takes for "none"."""
-        try:
-            return self.socket.accept()
-        except OSError as error:
-            if error.errno != errno.ECONNABORTED and not self.web.closed:
-                time.sleep(0.5)  # out of descriptors: without a pause the base class spins
-            raise
-
-    def process_request(self, request: socket.socket, client_address: tuple) -> None:  # type: ignore[override]
-        """Serve a connection in a thread when there is room for it."""
-        self.web.admit(request)
-        super().process_request(request, client_address)
-
-    def shutdown_request(self, request: socket.socket) -> None:  # type: ignore[override]
-        """End a connection. What it still said is read, or its end would be a reset that takes the answer along."""
-        with contextlib.suppress(OSError):
-            request.shutdown(socket.SHUT_WR)
-            request.setblocking(False)
-            request.recv(HTTP_HEAD)
-        self.web.leave(request)
-        request.close()
-
-    def handle_error(self, request: object, client_address: object) -> None:
-        """The connection ends without a word: no thread, or no client. Our own errors end in Requests."""
 
 
 class RequestHead:
@@ -3945,6 +3753,17 @@ class RequestHead:
         if not self.left:
             raise ProtocolError("a request's head is too long", line)
         return line
+
+
+def in_pieces(parts: Iterable[str]) -> Iterator[bytes]:
+    """A text as bytes, so many at once as are good to send."""
+    waiting = bytearray()
+    for part in parts:
+        waiting += part.encode()
+        if len(waiting) >= HTTP_PIECE:
+            yield bytes(waiting)
+            waiting.clear()
+    yield bytes(waiting)
 
 
 class Requests(http.server.BaseHTTPRequestHandler):
@@ -4004,7 +3823,7 @@ class Requests(http.server.BaseHTTPRequestHandler):
             points = web.history.points(time.monotonic())
         host = re.sub(r":[0-9]+$", "", self.host()).strip("[]")
         local = host.startswith("127.") or host in ("localhost", "::1")
-        return html_page(seen, points, web.settings, own_addresses() if local else [host])
+        return html_page(seen, points, web.settings, own_address("192.0.2.1") if local else host)
 
     def host(self) -> str:
         """HOST:PORT by which the client reached this machine, as far as it says so plainly."""
@@ -4019,20 +3838,14 @@ class Requests(http.server.BaseHTTPRequestHandler):
 
     def answer(self, status: int, content_type: str, text: str | Callable[[], Iterable[str]]) -> None:
         """Send an answer. A text that has to be made waits for its turn, a ready one does not."""
-        web = self.server.web
         if isinstance(text, str):
             self.start_answer(status, content_type, len(text))
-            self.deliver(collections.deque([text.encode()]))
-            return
-        with web.large:
-            with web.rendering:
-                pieces = self.in_pieces(text)
-            self.start_answer(status, content_type, sum(map(len, pieces)), self.wants_gzip())
-            if self.deliver(pieces, HTTP_PATIENCE):
-                return
-            with web.rendering:
-                pieces = collections.deque(zlib.compress(piece, 1) for piece in pieces)
-        self.deliver(pieces, packed=True)
+            return self.deliver([text.encode()])
+        is_gzip = self.wants_gzip()
+        with self.server.web.rendering:
+            size, pieces = self.packed(text, is_gzip)
+        self.start_answer(status, content_type, size, is_gzip)
+        self.deliver(pieces if is_gzip else map(zlib.decompress, pieces))
 
     def start_answer(self, status: int, content_type: str, size: int, packed: bool = False) -> None:
         """Send an answer's head."""
@@ -4046,34 +3859,27 @@ class Requests(http.server.BaseHTTPRequestHandler):
         self.answered = True
         self.end_headers()
 
-    def in_pieces(self, text: Callable[[], Iterable[str]]) -> collections.deque[bytes]:
-        """Text as bytes, gzip if asked for, in pieces. Raises OSError if the connection had to make room."""
-        self.connection.getpeername()
-        packer = zlib.compressobj(1, wbits=31) if self.wants_gzip() else None
-        found: collections.deque[bytes] = collections.deque()
-        waiting = bytearray()
-        for part in text():
-            waiting += packer.compress(part.encode()) if packer else part.encode()
-            if len(waiting) >= HTTP_PIECE:
-                found.append(bytes(waiting))
-                waiting.clear()
-        found.append(bytes(waiting) + (packer.flush() if packer else b""))
-        return found
+    def packed(self, text: Callable[[], Iterable[str]], is_gzip: bool) -> tuple[int, list[bytes]]:
+        """The size of an answer, and it in pieces: of one gzip file, or each packed for itself.
 
-    def deliver(self, pieces: collections.deque[bytes], seconds: float = HTTP_TIMEOUT, packed: bool = False) -> bool:
-        """Send a body; whether all of it could be sent in time. What could not is still in pieces."""
-        end = time.monotonic() + seconds
-        while pieces and self.command != "HEAD":
-            piece = pieces.popleft()
-            left = memoryview(zlib.decompress(piece) if packed else piece)
-            with contextlib.suppress(socket.timeout):
-                while left and (rest := end - time.monotonic()) > 0:
-                    self.connection.settimeout(rest)
-                    left = left[self.connection.send(left) :]
-            if left:
-                pieces.appendleft(bytes(left))
-                return False
-        return True
+        A slow client leaves it in memory for long. Raises OSError if the connection had to make room.
+        """
+        self.connection.getpeername()
+        size, found, packer = 0, [], zlib.compressobj(1, wbits=31)
+        for piece in in_pieces(text()):
+            size += len(piece)
+            found.append(packer.compress(piece) if is_gzip else zlib.compress(piece, 1))
+        if is_gzip:
+            found.append(packer.flush())
+            size = sum(map(len, found))
+        return size, found
+
+    def deliver(self, pieces: Iterable[bytes]) -> None:
+        """Send a body. Raises OSError if it cannot be sent in time."""
+        end = time.monotonic() + HTTP_TIMEOUT
+        for piece in pieces if self.command != "HEAD" else ():
+            self.connection.settimeout(max(end - time.monotonic(), 0.001))
+            self.connection.sendall(piece)
 
     def wants_gzip(self) -> bool:
         """Whether the client takes gzip: by its name, else as *, and not with q=0 (RFC 9110, 12.5.3)."""
@@ -4086,186 +3892,216 @@ class Requests(http.server.BaseHTTPRequestHandler):
         log.debug("http %s %r", self.address_string(), format % args)
 
 
-def own_addresses() -> list[str]:
-    """This machine's address towards the network: that of a UDP socket which sends nothing."""
-    with contextlib.suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
-        sock.connect(("192.0.2.1", 9))
-        return [sock.getsockname()[0]]
-    return []
+class Server(http.server.ThreadingHTTPServer):
+    """The standard server on a socket that listens already: it asks no name service."""
+
+    def __init__(self, listening: socket.socket, web: Web) -> None:
+        self.address_family = listening.family
+        super().__init__(listening.getsockname(), Requests, bind_and_activate=False)
+        self.socket.close()
+        self.socket, self.web = listening, web
+        listening.setblocking(True)
+
+    def serve(self) -> None:
+        """Take connections until the socket is closed."""
+        with contextlib.suppress(ValueError):  # it was closed just now
+            while not self.web.closed:
+                self.handle_request()
+
+    def get_request(self) -> tuple[socket.socket, tuple]:
+        """The next connection. Raises OSError, which the base class takes for "none"."""
+        try:
+            return self.socket.accept()
+        except OSError as error:
+            if error.errno != errno.ECONNABORTED and not self.web.closed:
+                time.sleep(0.5)  # out of descriptors: without a pause the base class spins
+            raise
+
+    def process_request(self, request: socket.socket, client_address: tuple) -> None:  # type: ignore[override]
+        """Serve a connection in a thread when there is room for it."""
+        self.web.admit(request)
+        super().process_request(request, client_address)
+
+    def shutdown_request(self, request: socket.socket) -> None:  # type: ignore[override]
+        """End a connection. What it still said is read, or its end would be a reset that takes the answer along."""
+        with contextlib.suppress(OSError):
+            request.shutdown(socket.SHUT_WR)
+            request.setblocking(False)
+            request.recv(HTTP_HEAD)
+        self.web.leave(request)
+        request.close()
+
+    def handle_error(self, request: object, client_address: object) -> None:
+        """The connection ends without a word: no thread, or no client. Our own errors end in Requests."""
+
+
+class Web:
+    """Where HTTP is served, and the connections that there are."""
+
+    def __init__(
+        self, store: Store, settings: argparse.Namespace, history: History, is_ready: Callable[[], bool]
+    ) -> None:
+        self.store, self.settings, self.history, self.is_ready = store, settings, history, is_ready
+        self.listening = listeners(*settings.web_address)
+        self.port = self.listening[0].getsockname()[1]
+        self.rendering = threading.Lock()  # one answer is made at a time
+        self.closed = False
+        self._open: dict[socket.socket, float] = {}  # connections, the oldest first, and since when
+        self._left = threading.Condition()  # one of them is gone
+
+    def start(self) -> None:
+        """Serve, in threads that end with the process."""
+        for sock in self.listening:
+            threading.Thread(target=Server(sock, self).serve, name="http", daemon=True).start()
+
+    def admit(self, sock: socket.socket) -> None:
+        """Wait for room for one connection more; when all are old, the oldest makes it."""
+        crowded = False
+        with self._left:
+            while len(self._open) >= HTTP_CONNECTIONS:
+                oldest = next(iter(self._open))
+                patience = self._open[oldest] + HTTP_GRACE - time.monotonic()
+                crowded = patience <= 0
+                if crowded:
+                    self._shut(oldest)
+                else:
+                    self._left.wait(patience)
+            self._open[sock] = time.monotonic()
+        if crowded:
+            with self.store.lock:
+                self.store.add("sems_mitm_http_closed_connections_total")
+
+    def leave(self, sock: socket.socket) -> None:
+        """A connection has ended."""
+        with self._left:
+            self._shut(sock)
+            self._left.notify()
+
+    def _shut(self, sock: socket.socket) -> None:
+        self._open.pop(sock, None)
+        with contextlib.suppress(OSError):
+            sock.shutdown(socket.SHUT_RDWR)  # its thread notices
+
+    def close(self) -> None:
+        """Listen no more, and end the connections there are."""
+        self.closed = True
+        for sock in self.listening:
+            with contextlib.suppress(OSError):
+                sock.shutdown(socket.SHUT_RDWR)  # wakes the thread that waits for it
+            sock.close()
+        with self._left:
+            for sock in list(self._open):
+                self._shut(sock)
+
+
 # -------------------------------------------------------------------------------------------------- settings, serve
 #
 # The environment is read like a command line that stands before the real one; argparse does the rest.
 
 Settings = argparse.Namespace  # of serve: a value for each row of FLAGS, by its fourth column
+HOST_ERRORS = (OSError, UnicodeError)  # of a host that cannot be had, or whose name cannot be one
+HOST, V6, PORT = r"(\[[\w.%]*:[\w.%:]*\]|[^\[\]:\s/@,]+)", r"[\w.%]*(:[\w.%]*){2,}", r"(?!0+\b)[0-9]{1,5}"
 
 
-def endpoint(text: str, lowest: int = 1) -> tuple[str, int]:
-    """[HOST]:PORT as (host, port); no host is "". Raises ValueError: what was expected, as all readers of flags."""
-    match = re.fullmatch(r"(\[([0-9A-Fa-f:.%\w]*:[0-9A-Fa-f:.%\w]*)\]|[^\[\]:\s/@]*):([0-9]{1,5})", text)
-    if not match or not lowest <= int(match[3]) <= 65535:
-        raise ValueError("expected HOST:PORT, [v6]:PORT or :PORT")
-    return match[2] or match[1], int(match[3])
+class Reader:
+    """How a flag's value is read: its name in --help, what is expected in words and as a pattern, and text to value."""
+
+    def __init__(self, metavar: str, expected: str, pattern: str, value: Callable) -> None:
+        self.metavar, self.expected, self.pattern, self.value = metavar, expected, re.compile(pattern, re.ASCII), value
+
+    def __call__(self, text: str):
+        """Raises ArgumentTypeError, for argparse."""
+        with contextlib.suppress(ValueError, argparse.ArgumentTypeError):
+            if self.pattern.fullmatch(text):
+                return self.value(text)
+        raise argparse.ArgumentTypeError(f"expected {self.expected}, not {text!a}")
 
 
-def listen_endpoint(text: str) -> tuple[str, int]:
-    """Where to listen; port 0 is a free one."""
-    return endpoint(text, 0)
+def host_and_port(text: str) -> tuple[str, int]:
+    """[HOST]:PORT as a pair, HOST without its brackets. Raises ValueError."""
+    host, _, port = text.rpartition(":")
+    if int(port) > 65535:
+        raise ValueError(text)
+    return host.strip("[]"), int(port)
 
 
-def portal_endpoint(text: str) -> tuple[str, int]:
-    """Where to connect."""
-    with contextlib.suppress(ValueError):
-        host, port = endpoint(text)
-        if host:
-            return host, port
-    raise ValueError("expected HOST:PORT or [v6]:PORT")
+def server_list(text: str) -> list[tuple[str, int]]:
+    """HOST[:PORT] of name servers, comma-separated, as pairs. Raises ValueError."""
+    parts = [] if text == "none" else re.split(" *, *", text)
+    return [host_and_port(part if re.fullmatch(f"{HOST}:{PORT}", part) else f"{part}:53") for part in parts]
 
 
-def name_servers(text: str) -> list[tuple[str, int]]:
-    """HOST[:PORT] of name servers, comma-separated, or none."""
-    found = []
-    for part in map(str.strip, text.split(",")) if text != "none" else ():
-        bare_v6 = part.count(":") > 1 and not part.startswith("[")
-        whole = f"[{part}]:53" if bare_v6 else part if re.search(r":[0-9]+$", part) else f"{part}:53"
-        try:
-            found.append(portal_endpoint(whole))
-        except ValueError:
-            raise ValueError("expected name servers such as 1.1.1.1,192.168.1.1:53, or none") from None
-    return found
+def seconds_of(text: str) -> int:
+    """1h30m in seconds."""
+    units = {"d": 86400, "h": 3600, "m": 60, "s": 1}
+    return sum(int(number) * units[unit] for number, unit in re.findall(r"(\d+)([dhms])", text))
 
 
-def networks(text: str) -> list:
-    """Networks in CIDR, comma-separated."""
-    try:
-        return [ipaddress.ip_network(part.strip(), strict=False) for part in text.split(",") if text]
-    except ValueError:
-        raise ValueError("expected networks such as 192.168.1.0/24, comma-separated") from None
-
-
-def duration(text: str) -> float:
-    """Seconds of 90s, 5m, 1h30m or 0."""
-    match = re.fullmatch(r"(?=.)(?:(\d{1,6})d)?(?:(\d{1,6})h)?(?:(\d{1,6})m)?(?:(\d{1,6})s)?", text, re.ASCII)
-    if not match and text != "0":
-        raise ValueError("expected a duration such as 90s, 5m or 1h30m")
-    return sum(int(number) * size for number, size in zip(match.groups("0"), (86400, 3600, 60, 1))) if match else 0
-
-
-TRUTH = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
-
-
-def boolean(text: str) -> bool:
-    """true, 1, yes or false, 0, no in any case."""
-    if text.lower() not in TRUTH:
-        raise ValueError("expected true, false, 1, 0, yes or no")
-    return TRUTH[text.lower()]
-
-
-def debug(text: str) -> str:
-    """A boolean as a level of the log."""
-    return "debug" if boolean(text) else "info"
-
-
-def count(text: str) -> int:
-    """A positive whole number."""
-    if not re.fullmatch(r"[1-9][0-9]{0,5}", text):
-        raise ValueError("expected a positive whole number")
-    return int(text)
-
-
-def one_of(*words: str) -> Callable[[str], str]:
-    """A reader that takes these words, in any case."""
-
-    def word(text: str) -> str:
-        if text.lower() not in words:
-            raise ValueError(f"expected {', '.join(words[:-1])} or {words[-1]}")
-        return text.lower()
-
-    return word
-
-
-TAKEN = ("/api/devices", "/api/household", "/home-assistant.yaml", "/-/healthy", "/-/ready")
-
-
-def url_path(text: str) -> str:
-    """A path as it stands in a request, without a query."""
-    if not re.fullmatch(r"/[!-~]+", text) or re.search("[?#]", text) or text in TAKEN:
-        raise ValueError("expected a path that begins with / and is not taken")
-    return text
-
+# fmt: off
+TRUE, TRUTH = ("true", "1", "yes"), ("BOOL", "true, false, 1, 0, yes or no", "(?i)true|false|1|0|yes|no")
+listen_endpoint = Reader("[HOST]:PORT", "HOST:PORT, [v6]:PORT or :PORT", f"{HOST}?:[0-9]{{1,5}}", host_and_port)  # port 0: a free one
+portal_endpoint = Reader("HOST:PORT", "HOST:PORT or [v6]:PORT", f"{HOST}:{PORT}", host_and_port)
+name_servers = Reader("HOST[:PORT],...", "name servers such as 1.1.1.1,192.168.1.1:53, or none", f"({HOST}(:{PORT})?|{V6})( *, *({HOST}(:{PORT})?|{V6}))*", server_list)
+networks = Reader("CIDR,...", "networks such as 192.168.1.0/24, comma-separated", ".*", lambda text: [ipaddress.ip_network(part.strip(), strict=False) for part in text.split(",") if text])
+duration = Reader("DURATION", "a duration such as 90s, 5m or 1h30m", r"0|(?=\d)(\d{1,6}d)?(\d{1,6}h)?(\d{1,6}m)?(\d{1,6}s)?", seconds_of)
+whole_number = Reader("N", "a positive whole number", "[1-9][0-9]{0,5}", int)
+file_name = Reader("FILE", "a file", "(?s).*", str)
+url_path = Reader("/PATH", "a path that begins with / and is not taken", r"(?!.*[?#])(?!/api/|/-/|/home-assistant\.yaml$)/[!-~]+", str)
+mode_name = Reader("MODE", "forward, local or spool", "(?i)forward|local|spool", str.lower)
+level_name = Reader("LEVEL", "debug, info, warning or error", "(?i)debug|info|warning|error", str.lower)
+boolean = Reader(*TRUTH, lambda text: text.lower() in TRUE)
+debug_level = Reader(*TRUTH, lambda text: "debug" if text.lower() in TRUE else "info")
+SWITCHES = (boolean, debug_level)  # flags that need no value: --flag is true, --no-flag false
 
 # Every flag of serve, as --help groups them: name, default, reader, attribute in Settings, help. The environment variable
 # follows from the name. --debug sets what --log.level sets: the last one counts.
-# fmt: off
 FLAG_GROUPS = (
     ("devices", (
         ("sems.listen-address", ":20001", listen_endpoint, "listen_address", "where devices connect; HOST:PORT, [v6]:PORT or :PORT"),
         ("sems.allow-from", "", networks, "allow_from", "networks whose devices may connect, comma-separated CIDR"),
-        ("sems.max-connections", "256", count, "max_connections", "device connections at once"),
-        ("sems.max-devices", "256", count, "max_devices", "devices with series of their own"),
+        ("sems.max-connections", "256", whole_number, "max_connections", "device connections at once"),
+        ("sems.max-devices", "256", whole_number, "max_devices", "devices with series of their own"),
         ("metrics.stale-after", "5m", duration, "stale_after", "when the gauges of a silent device go; 0 is never"),
     )),
     ("portal", (
         ("sems.upstream", "tcp.goodwe-power.com:20001", portal_endpoint, "upstream", "the portal"),
         ("sems.upstream-dns", "1.1.1.1,8.8.8.8", name_servers, "upstream_dns", "asked for the portal's address when the system's answer is nothing or not globally routable; none turns it off"),
-        ("sems.mode", FORWARD, one_of(FORWARD, LOCAL, SPOOL), "mode", "forward: the portal answers the devices. local: no portal, the exporter answers. spool: the exporter answers and delivers everything to the portal, however late"),
+        ("sems.mode", FORWARD, mode_name, "mode", "forward: the portal answers the devices. local: no portal, the exporter answers. spool: the exporter answers and delivers everything to the portal, however late"),
         ("sems-passthrough", "true", boolean, "passthrough", "the original's switch: false is --sems.mode local, unless that flag or its variable says otherwise"),
         ("batsignal", "false", boolean, "batsignal", "Batman on the portal's graph"),
     )),
     ("files", (
-        ("sems.capture", "", str, "capture", "append every frame to this file"),
-        ("sems.backfill", "", str, "backfill", "append buffered readings to this file, for the command backfill"),
-        ("sems.spool-file", "", str, "spool_file", "mode spool only: a journal of what is not delivered yet, so that it outlives process and machine"),
+        ("sems.capture", "", file_name, "capture", "append every frame to this file"),
+        ("sems.backfill", "", file_name, "backfill", "append buffered readings to this file, for the command backfill"),
+        ("sems.spool-file", "", file_name, "spool_file", "mode spool only: a journal of what is not delivered yet, so that it outlives process and machine"),
     )),
     ("HTTP", (
         ("web.listen-address", ":14028", listen_endpoint, "web_address", "where HTTP is served"),
         ("web.telemetry-path", "/metrics", url_path, "telemetry_path", "where the metrics are"),
     )),
     ("log", (
-        ("debug", "false", debug, "log_level", "the same as --log.level debug"),
-        ("log.level", "info", one_of("debug", "info", "warning", "error"), "log_level", "debug, info, warning or error; one line an event, to stderr"),
+        ("debug", "false", debug_level, "log_level", "the same as --log.level debug"),
+        ("log.level", "info", level_name, "log_level", "debug, info, warning or error; one line an event, to stderr"),
     )),
 )
 # fmt: on
 FLAGS = tuple(row for _, rows in FLAG_GROUPS for row in rows)
-SWITCHES = (boolean, debug)  # readers of flags that need no value: --flag is true, --no-flag false
-METAVARS = {
-    listen_endpoint: "[HOST]:PORT",
-    portal_endpoint: "HOST:PORT",
-    name_servers: "HOST[:PORT],...",
-    networks: "CIDR,...",
-    count: "N",
-    duration: "DURATION",
-    url_path: "/PATH",
-    str: "FILE",
-}
 
 
 def variable(flag: str) -> str:
     """The environment variable of a flag."""
-    return flag.upper().replace(".", "_").replace("-", "_")
+    return re.sub("[.-]", "_", flag.upper())
 
 
 class Parser(argparse.ArgumentParser):
     """Says what is wrong with a command line in one line, and does not guess at flags cut short."""
 
-    def __init__(self, command: str, about: str, usage: str | None = None) -> None:
+    def __init__(self, command: str, about: str | None, usage: str | None = None) -> None:
         layout = functools.partial(argparse.HelpFormatter, max_help_position=32)
         super().__init__(f"python3 sems_mitm.py {command}", usage, about, allow_abbrev=False, formatter_class=layout)
 
     def error(self, message: str) -> None:  # type: ignore[override]
-        raise UsageError(message[len("argument ") :] if message.startswith("argument ") else message)
-
-
-def read_by(reader: Callable[[str], object]) -> Callable[[str], object]:
-    """A reader for argparse: what it expected, and the value that it got."""
-
-    def read(text: str) -> object:
-        try:
-            return reader(text)
-        except ValueError as error:
-            raise argparse.ArgumentTypeError(f"{error}, not {text!a}") from None
-
-    return read
+        raise UsageError(re.sub("^argument ", "", message))
 
 
 def serve_parser(command: str, about: str) -> Parser:
@@ -4276,46 +4112,39 @@ def serve_parser(command: str, about: str) -> Parser:
         group = parser.add_argument_group(title)
         for name, default, reader, key, text in rows:
             told = f"{text} [{default or ('all' if reader is networks else 'off')}] {variable(name)}"
-            more: dict = {"metavar": METAVARS.get(reader, key.rpartition("_")[2].upper())}
+            how: dict = {"dest": key, "default": default, "type": reader, "metavar": reader.metavar, "help": told}
             if reader in SWITCHES:
-                more = {"metavar": "BOOL", "nargs": "?", "const": "true"}
-                hidden: dict = {"help": argparse.SUPPRESS, "default": argparse.SUPPRESS}
+                how.update(nargs="?", const="true")
+                hidden: dict = {"default": argparse.SUPPRESS, "help": argparse.SUPPRESS}
                 group.add_argument(f"--no-{name}", dest=key, action="store_const", const=reader("false"), **hidden)
-            group.add_argument(f"--{name}", dest=key, type=read_by(reader), default=default, help=told, **more)
+            group.add_argument(f"--{name}", **how)
     parser.set_defaults(mode=None)  # --sems-passthrough decides where nobody names the mode
     return parser
 
 
-def environment_arguments(environment: Mapping[str, str]) -> list[str]:
+def environment_arguments(environment: Mapping) -> list[str]:
     """The variables of flags as arguments. An empty one is unset."""
-    found = []
-    for name, *_ in FLAGS:
-        text = environment.get(variable(name))
-        if text and name == "debug" and text.lower() not in TRUTH:  # shells set it to all sorts of things
-            log.warning("ignored: DEBUG=%a is neither true nor false", text)
-        elif text:
-            found.append(f"--{name}={text}")
-    return found
+    given = {name: environment.get(variable(name), "") for name, *_ in FLAGS}
+    if given["debug"] and not debug_level.pattern.fullmatch(given["debug"]):  # shells set it to all sorts of things
+        log.warning("ignored: DEBUG=%a is neither true nor false", given.pop("debug"))
+    return [f"--{name}={text}" for name, text in given.items() if text]
 
 
 def joined(arguments: list[str]) -> list[str]:
     """Arguments with --flag VALUE as --flag=VALUE: VALUE may begin with a -."""
     valued = {f"--{name}" for name, _, reader, _, _ in FLAGS if reader not in SWITCHES}
-    left, found = iter(arguments), []
-    for argument in left:
-        value = next(left, None) if argument in valued else None
-        found.append(argument if value is None else f"{argument}={value}")
+    found: list[str] = []
+    for argument in arguments:
+        if found and found[-1] in valued:
+            found[-1] += f"={argument}"
+        else:
+            found.append(argument)
     return found
 
 
-def serve_settings(
-    arguments: list[str], environment: Mapping[str, str], command: str = "serve", about: str = ""
-) -> Settings:
-    """The settings of serve: the command line beats the environment, which beats the defaults. Raises UsageError.
-
-    command and about are what --help says, for another command that takes the flags of serve.
-    """
-    parser = serve_parser(command, about or serve.__doc__ or "")
+def serve_settings(arguments: list[str], environment: Mapping, command: str = "serve", about: str = "") -> Settings:
+    """The settings of serve: the command line beats the environment, which beats the defaults. Raises UsageError."""
+    parser = serve_parser(command, about)
     try:
         settings = parser.parse_args(environment_arguments(environment))
     except UsageError as error:  # of a variable, not of the flag that it stands for
@@ -4333,20 +4162,55 @@ def zone_trouble() -> tuple[str, str]:
     zone = os.environ.get("TZ")
     if zone_is_known(zone, os.path.isfile):
         return "", ""
-    if zone is None:
-        return "TZ is not set, and there is no /etc/localtime", "set TZ, for instance to CET-1CEST,M3.5.0,M10.5.0/3"
-    step = "install the system's time zones (tzdata), or use a rule such as CET-1CEST,M3.5.0,M10.5.0/3"
-    return f"TZ={zone} is no time zone that this system knows", step
+    unknown = "TZ is not set, and there is no /etc/localtime"
+    trouble = unknown if zone is None else f"TZ={zone} is no time zone that this system knows"
+    return trouble, "install the system's time zones (tzdata), or let TZ be a rule such as CET-1CEST,M3.5.0,M10.5.0/3"
+
+
+def bound(flag: str, address: tuple[str, int], bind: Callable):
+    """What bind() makes, which has a port. Raises StartError that names the flag, and how to find the port's owner."""
+    try:
+        return bind()
+    except HOST_ERRORS as error:
+        hint = "; `ss -ltnp` shows what has it" if getattr(error, "errno", None) == errno.EADDRINUSE else ""
+        raise StartError(f"--{flag}={endpoint_text(address)}: {error.args[-1]}{hint}") from None
+
+
+def started(settings: Settings, clock: Clock = wall_clock) -> tuple[Store, Loop, Web]:
+    """An exporter whose ports are bound and whose HTTP is served; `loop.run` is left to do. Raises StartError."""
+    sys.setswitchinterval(0.0005)  # a scrape must not keep packets waiting for the interpreter
+    store = Store(settings.stale_after, settings.max_devices, settings.batsignal, clock)
+    journal = Journal(settings.spool_file, store) if settings.spool_file else None
+    files, history = Files(store, settings.capture, settings.backfill), History(store)
+    loop = bound("sems.listen-address", settings.listen_address, lambda: Loop(store, settings, files, journal))
+    serving = functools.partial(Web, store, settings, history, lambda: not loop.stopping)
+    try:
+        web = bound("web.listen-address", settings.web_address, serving)
+    except StartError:
+        loop.close()
+        raise
+    loop.own_addresses.update(sock.getsockname()[:2] for sock in web.listening)
+    loop.every_second.append(history.note)
+    web.start()
+    gc.freeze()  # what is there now stays: the collector need not look at it again
+    return store, loop, web
+
+
+def at_signal(stop: Callable[[], None]) -> None:
+    """Have SIGTERM and SIGINT stop what runs."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: stop())
 
 
 def serve(arguments: list[str]) -> int:
     """The exporter, until SIGTERM or SIGINT; also without a command."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
-    settings = serve_settings(arguments, os.environ)
+    settings = serve_settings(arguments, os.environ, "serve", f"{serve.__doc__}")
+    at_signal(sys.exit)  # a start may take a while: a spool file is read
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
     logging.getLogger().setLevel(settings.log_level.upper())
     _, loop, web = started(settings)
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: loop.stop())
+    at_signal(loop.stop)
     signal.signal(signal.SIGHUP, lambda *_: loop.reopen())
     text = "sems_mitm %s, mode %s: devices connect to port %d, metrics at http://HOST:%d%s"
     log.info(text, VERSION, settings.mode, loop.port, web.port, settings.telemetry_path)
@@ -4358,33 +4222,6 @@ def serve(arguments: list[str]) -> int:
     return 0
 
 
-def started(settings: Settings, clock: Clock = wall_clock) -> tuple[Store, Loop, Web]:
-    """An exporter whose ports are bound and whose HTTP is served; `loop.run` is left to do. Raises StartError."""
-    sys.setswitchinterval(0.0005)  # a scrape must not keep packets waiting for the interpreter
-    store = Store(settings.stale_after, settings.max_devices, settings.batsignal, clock)
-    files = Files(store, settings.capture, settings.backfill)
-    journal = Journal(settings.spool_file, store) if settings.spool_file else None
-    with port_had("sems.listen-address", settings.listen_address):
-        loop = Loop(store, settings, files, journal)
-    history = History(store)
-    with port_had("web.listen-address", settings.web_address):
-        web = Web(store, settings, history, lambda: not loop.stopping)
-    loop.own_addresses.update(sock.getsockname()[:2] for sock in web.listening)
-    loop.every_second.append(history.note)
-    web.start()
-    gc.freeze()  # what is there now stays: the collector need not look at it again
-    return store, loop, web
-
-
-@contextlib.contextmanager
-def port_had(flag: str, address: tuple[str, int]) -> Iterator[None]:
-    """Where a port is bound: raises StartError that names the flag, and says how to find the port's owner."""
-    try:
-        yield
-    except (OSError, UnicodeError) as error:  # the latter for what cannot be a host's name
-        why = getattr(error, "strerror", None) or str(error)
-        hint = "; `ss -ltnp` shows what has it" if getattr(error, "errno", None) == errno.EADDRINUSE else ""
-        raise StartError(f"--{flag}={endpoint_text(address)}: {why}{hint}") from None
 # ------------------------------------------------------------------------------------------------------- simulator
 
 
@@ -4393,18 +4230,13 @@ class House:
 
     CAPACITY, RESERVE, STRONGEST = 10_000, 1_000, 3_000  # of the battery, Wh and W
 
-    def __init__(self, seed: int = 1, battery: bool = False) -> None:
-        self.random = random.Random(seed)
+    def __init__(self, seed: int, battery: bool) -> None:
+        self.random, self.has_battery, self.stored = random.Random(seed), battery, 4_000.0 if battery else 0.0
         self.clock: datetime | None = None
-        self.generation = self.load = self.battery = 0.0  # battery: positive while it gives
-        self.stored = 4_000.0 if battery else 0.0
-        self.has_battery = battery
+        self.generation = self.load = self.battery = self._cloud = 0.0  # battery: positive while it gives
         self.today, self.uptime = 0.0, 1667.0  # generated, Wh; hours of sun
-        self.energy: dict[str, float] = {
-            "export": 270_780, "import": 801_550, "generation": 579_410, "standby": 70,
-            "up": 783_400, "down": 734_840, "load": 1_110_180, "charge": 0, "discharge": 0,
-        }  # fmt: skip
-        self._cloud = 0.2
+        self.energy = dict.fromkeys(self.flows(), 0.0)
+        self.energy.update({"export": 270_780, "import": 801_550, "generation": 579_410, "load": 1_110_180})
 
     @property
     def export(self) -> float:
@@ -4413,23 +4245,22 @@ class House:
 
     def flows(self) -> dict[str, float]:
         """Power by the name of the energy that it adds to while it is positive."""
-        both = self.generation + self.export
         return {
             "export": self.export, "import": -self.export, "generation": self.generation, "standby": -self.generation,
-            "up": both, "down": -both, "load": self.load, "discharge": self.battery, "charge": -self.battery,
+            "load": self.load, "discharge": self.battery, "charge": -self.battery,
         }  # fmt: skip
 
     def move(self, clock: datetime) -> None:
         """Let time pass until clock, at the powers of before, and find those of now."""
+        if clock == self.clock:  # another of its devices has come here before
+            return
         hours = (clock.timestamp() - self.clock.timestamp()) / 3600 if self.clock else 0.0
         for name, power in self.flows().items():
             self.energy[name] += max(power, 0) * hours
         self.stored = min(max(self.stored - self.battery * hours, 0), self.CAPACITY)
-        if self.clock and clock.date() != self.clock.date():
-            self.today = 0.0
-        if self.generation > 0:
-            self.today += self.generation * hours
-            self.uptime += hours
+        self.today *= self.clock is not None and clock.date() == self.clock.date()
+        self.today += max(self.generation, 0) * hours
+        self.uptime += hours if self.generation > 0 else 0
         self.clock = clock
         self._weather(clock.hour + clock.minute / 60 + clock.second / 3600)
 
@@ -4445,219 +4276,153 @@ class House:
         self.battery = lacking if self.has_battery and useful else 0.0
 
 
+# What a device says of its house: metric to a number, or to a tuple with one for each value of its label.
+
+
+def meter_says(house: House) -> dict:
+    """A HomeKit 1000: channel 1 is the grid, channel 2 the inverter."""
+    out, solar, energy, volts = house.export, house.generation, house.energy, 231.0 + house.export / 1500
+    return {
+        "meter_channel_power_watts": (out, solar, 0), "meter_sum_of_power_generation_and_export_watts": out + solar,
+        "meter_voltage_volts": (volts, volts + 0.1, 0), "meter_current_amperes": (abs(out) / volts, abs(solar) / volts, 0),
+        "meter_channel_energy_export_watthours_total": (energy["export"], energy["generation"], 0),
+        "meter_channel_energy_import_watthours_total": (energy["import"], energy["standby"], 0),
+    }  # fmt: skip
+
+
+def inverter_says(house: House) -> dict:
+    """A DNS G3: one string, one phase, nothing at night."""
+    power, volts, string = house.generation, 231.0 + house.generation / 1500, 250 + 90 * min(house.generation / 600, 1)
+    return {} if power <= 0 else {
+        "inverter_power_output_watts": power, "inverter_apparent_power_voltamperes": power * 1.01, "inverter_reactive_power_vars": -power / 20, "inverter_power_factor_ratio": 0.99,
+        "inverter_string_voltage_volts": (string, 0), "inverter_string_current_amperes": (power * 1.03 / string, 0), "inverter_bus_voltage_volts": 380,
+        "inverter_phase_voltage_volts": volts, "inverter_phase_current_amperes": power / volts, "inverter_phase_frequency_hertz": 50.01,
+        "inverter_energy_output_hectowatt_hours_day": house.today / 100, "inverter_energy_output_hectowatt_hours_total": house.energy["generation"] / 100, "inverter_uptime_hours_total": house.uptime,
+        "inverter_work_mode": 1, "inverter_error_bitmap": 0, "inverter_warning_bitmap": 0, "inverter_grid_code": 85,
+        "inverter_internal_temperature_decidegrees_celsius": 250 + power / 12, "inverter_rssi_percent": 59,
+    }  # fmt: skip
+
+
+def hybrid_says(house: House) -> dict:
+    """A hybrid with two strings, three phases, a battery and a meter of its own."""
+    solar, out, energy, battery = max(house.generation, 0), house.export, house.energy, house.battery
+    power, mode = solar + battery, 1 + (battery != 0) + (battery < 0)  # standby, discharging, charging
+    return {
+        "inverter_power_output_watts": power, "inverter_active_power_watts": out, "inverter_load_watts": house.load, "inverter_hybrid_work_mode": 1,
+        "inverter_string_voltage_volts": (600 if solar else 0,) * 2, "inverter_string_current_amperes": (solar * 0.001, solar * 0.0007), "inverter_string_power_watts": (solar * 0.6, solar * 0.4),
+        "inverter_phase_voltage_volts": (231, 232, 230), "inverter_phase_current_amperes": (abs(power) / 693,) * 3, "inverter_phase_frequency_hertz": (50.01,) * 3, "inverter_phase_power_watts": (power / 3,) * 3,
+        "inverter_energy_output_hectowatt_hours_day": house.today / 100, "inverter_energy_output_hectowatt_hours_total": energy["generation"] / 100, "inverter_uptime_hours_total": house.uptime,
+        "inverter_energy_export_watthours_total": energy["export"], "inverter_energy_import_watthours_total": energy["import"], "inverter_energy_load_watthours_total": energy["load"],
+        "inverter_internal_temperature_decidegrees_celsius": 250 + abs(power) / 12, "inverter_rssi_percent": 59,
+        "battery_power_watts": battery, "battery_voltage_volts": 380, "battery_current_amperes": battery / 380, "battery_mode": mode, "battery_temperature_celsius": 24,
+        "battery_state_of_charge_ratio": house.stored / house.CAPACITY, "battery_state_of_health_ratio": 0.98,
+        "battery_energy_charge_watthours_total": energy["charge"], "battery_energy_discharge_watthours_total": energy["discharge"],
+        "meter_power_export_watts": out, "meter_channel_power_watts": (out / 3,) * 3, "meter_frequency_hertz": 50.01,
+        "meter_energy_export_decawatt_hours_total": energy["export"] / 10, "meter_energy_import_decawatt_hours_total": energy["import"] / 10,
+    }  # fmt: skip
+
+
 def text_words(text: str, size: int) -> tuple[int, ...]:
     """ASCII text in registers, filled up with NUL."""
     return struct.unpack(f">{size}H", text.encode("ascii").ljust(2 * size, b"\0"))
 
 
-def meter_says(house: House) -> dict:
-    """The readings of a HomeKit 1000: channel 1 is the grid, channel 2 the inverter."""
-    out, solar, energy, volts = house.export, house.generation, house.energy, 231.0 + house.export / 1500
-    return {
-        "meter_channel_energy_export_watthours_total": (energy["export"], energy["generation"], 0),
-        "meter_channel_energy_import_watthours_total": (energy["import"], energy["standby"], 0),
-        "meter_sum_of_energy_generation_and_export_decawatt_hours_total": energy["up"] / 10,
-        "meter_sum_of_energy_import_less_generation_decawatt_hours_total": energy["down"] / 10,
-        "meter_voltage_volts": (volts, volts + 0.1, 0),
-        "meter_current_amperes": (abs(out) / volts, abs(solar) / volts, 0),
-        "meter_channel_power_watts": (out, solar, 0),
-        "meter_sum_of_power_generation_and_export_watts": out + solar,
-    }
-
-
-def inverter_says(house: House) -> dict:
-    """The readings of a DNS G3: one string, one phase, nothing at night."""
-    power, volts, string = house.generation, 231.0 + house.generation / 1500, 250 + 90 * min(house.generation / 600, 1)
-    return {} if power <= 0 else {
-        "inverter_string_voltage_volts": (string, 0), "inverter_string_current_amperes": (power * 1.03 / string, 0),
-        "inverter_phase_voltage_volts": volts, "inverter_phase_current_amperes": power / volts,
-        "inverter_phase_frequency_hertz": 50.01, "inverter_power_output_watts": power,
-        "inverter_apparent_power_voltamperes": power * 1.01, "inverter_reactive_power_vars": -power / 20,
-        "inverter_power_factor_ratio": 0.99, "inverter_work_mode": 1,
-        "inverter_error_bitmap": 0, "inverter_warning_bitmap": 0,
-        "inverter_energy_output_hectowatt_hours_day": house.today / 100, "inverter_uptime_hours_total": house.uptime,
-        "inverter_energy_output_hectowatt_hours_total": house.energy["generation"] / 100, "inverter_grid_code": 85,
-        "inverter_internal_temperature_decidegrees_celsius": 250 + power / 12,
-        "inverter_bus_voltage_volts": 380, "inverter_rssi_percent": 59,
-    }  # fmt: skip
-
-
-def hybrid_says(house: House) -> dict:
-    """The readings of a hybrid with two strings, three phases, a battery and a meter of its own."""
-    solar, out, energy, battery = max(house.generation, 0), house.export, house.energy, house.battery
-    power = solar + battery
-    return {
-        "inverter_string_voltage_volts": (600 if solar else 0,) * 2, "inverter_phase_power_watts": (power / 3,) * 3,
-        "inverter_string_power_watts": (solar * 0.6, solar * 0.4), "inverter_active_power_watts": out,
-        "inverter_string_current_amperes": (solar * 0.001, solar * 0.0007), "inverter_load_watts": house.load,
-        "inverter_phase_voltage_volts": (231, 232, 230), "inverter_phase_current_amperes": (abs(power) / 693,) * 3,
-        "inverter_phase_frequency_hertz": (50.01,) * 3, "inverter_power_output_watts": power,
-        "inverter_internal_temperature_decidegrees_celsius": 250 + abs(power) / 12, "inverter_hybrid_work_mode": 1,
-        "inverter_energy_output_hectowatt_hours_day": house.today / 100, "inverter_uptime_hours_total": house.uptime,
-        "inverter_energy_output_hectowatt_hours_total": energy["generation"] / 100, "inverter_rssi_percent": 59,
-        "inverter_energy_export_watthours_total": energy["export"], "battery_power_watts": battery,
-        "inverter_energy_import_watthours_total": energy["import"], "battery_current_amperes": battery / 380,
-        "inverter_energy_load_watthours_total": energy["load"], "battery_voltage_volts": 380,
-        "battery_energy_charge_watthours_total": energy["charge"], "battery_temperature_celsius": 24,
-        "battery_energy_discharge_watthours_total": energy["discharge"], "meter_frequency_hertz": 50.01,
-        "battery_mode": 1 + (battery != 0) + (battery < 0),  # standby, discharging, charging
-        "battery_state_of_charge_ratio": house.stored / house.CAPACITY, "battery_state_of_health_ratio": 0.98,
-        "meter_energy_export_decawatt_hours_total": energy["export"] / 10, "meter_channel_power_watts": (out / 3,) * 3,
-        "meter_energy_import_decawatt_hours_total": energy["import"] / 10, "meter_power_export_watts": out,
-    }  # fmt: skip
-
-
 # A model that can be simulated: its class, the first half of its serial numbers, the register ranges of its settings packet,
-# the first register of its time in a live one (0: none), and what its live packet says.
+# the first register of its time in a live one (0: none), and what that says.
 Simulable = collections.namedtuple("Simulable", "cls start settings clock says")
 PORTAL_TEXT = "tcp.goodwe-power.com"
-HOMEKIT = Simulable(
-    METER, "91000HKU",
-    [(4608, (12, *text_words(f"20001,{PORTAL_TEXT}", 15))), (4864, (*text_words("02053-05-000Me05", 8), 0, 4))],
-    0, meter_says,
-)  # fmt: skip
-DNS = Simulable(
-    GRID_TIED, "53000DSC",
-    [(30221, text_words("410-02065-04", 6)), (40075, text_words(PORTAL_TEXT, 26))],
-    30100, inverter_says,
-)  # fmt: skip
-HYBRID_ET = Simulable(
-    HYBRID_CLASS, "9010KETU",
-    [(35011, text_words("GW10K-ET", 5)), (35021, text_words("04029-08-S11", 6)), (40075, text_words(PORTAL_TEXT, 26))],
-    35100, hybrid_says,
-)  # fmt: skip
-
-Simulated = collections.namedtuple("Simulated", "model house serial")
-
-
-def simulated_house(number: int, hybrid: bool = False) -> list[Simulated]:
-    """The devices of a house, counted from 0. No two devices of any houses end alike."""
-    house, models = House(number, battery=hybrid), (HYBRID_ET,) if hybrid else (HOMEKIT, DNS)
-    return [Simulated(model, house, f"{model.start}{2 * number + i:08d}") for i, model in enumerate(models, 1)]
+# fmt: off
+HOMEKIT = Simulable(METER, "91000HKU", [(4608, (12, *text_words(f"20001,{PORTAL_TEXT}", 15))), (4864, (*text_words("02053-05-000Me05", 8), 0, 4))], 0, meter_says)
+DNS = Simulable(GRID_TIED, "53000DSC", [(30221, text_words("410-02065-04", 6)), (40075, text_words(PORTAL_TEXT, 26))], 30100, inverter_says)
+HYBRID_ET = Simulable(HYBRID_CLASS, "9010KETU", [(35011, text_words("GW10K-ET", 5)), (35021, text_words("04029-08-S11", 6)), (40075, text_words(PORTAL_TEXT, 26))], 35100, hybrid_says)
+# fmt: on
 
 
 def register_words(name: str, told: dict) -> dict[int, int]:
-    """Register to word of what a device of the family `name` says, the inverse of `reading`.
-
-    told: metric to a number, or to a tuple with one for each value of its label.
-    """
+    """Register to word of what a device of the family `name` says, the inverse of `reading`."""
     found: dict[int, int] = {}
     for value in VALUES[name]:
         metric, labels = value.series
         numbers = told.get(metric, ())
         numbers = numbers if isinstance(numbers, tuple) else (numbers,)
-        at, places = int(re.sub(r"\D", "", labels) or 1) - 1, (value.register, *value.later)
+        at = int(re.sub(r"\D", "", labels) or 1) - 1
         if at < len(numbers):
             raw = numbers[at] * value.divide / value.multiply
             is_float = value.number is KINDS["f32"].number
             bits = int.from_bytes(struct.pack(">f", raw), "big") if is_float else round(raw)
-            found.update((place, bits >> 16 * i & 0xFFFF) for i, place in enumerate(reversed(places)))
+            for place in reversed((value.register, *value.later)):
+                found[place], bits = bits & 0xFFFF, bits >> 16
             found.update([value.when] if value.when else [])
     return found
 
 
-def simulated_frame(device: Simulated, function: int, when: datetime) -> bytes:
-    """A frame of the device as its house is now, with the time `when`; nothing while it is off."""
-    model, stamp, ranges = device.model, time_stamp(when), device.model.settings
-    if function == LIVE:
-        found = register_words(family(model.cls, device.serial), model.says(device.house))
-        if found and model.clock:
-            found.update(zip(range(model.clock, model.clock + 3), struct.unpack(">3H", stamp)))
-        ranges = []
-        for register, word in sorted(found.items()):
-            if not ranges or register != ranges[-1][0] + len(ranges[-1][1]):
-                ranges.append((register, []))
-            ranges[-1][1].append(word)
-    packet_type = f"{model.cls:02x}{function:02x}"
-    packet = Packet(OUTBOUND, packet_type, device.serial, device_iv(stamp), stamp, payload(ranges))
-    return encode(packet) if ranges else b""
+class Simulated:
+    """A simulated device in a house, and its connection."""
 
+    def __init__(self, model: Simulable, house: House, number: int) -> None:
+        self.model, self.house, self.serial = model, house, f"{model.start}{number:08d}"
+        self.sock: socket.socket | None = None
 
-class Simulation(threading.Thread):
-    """The devices of one house, each with its connection, until `stop`; they connect again when that is lost.
+    def frame(self, function: int, when: datetime) -> bytes:
+        """Its frame as its house is now, with the time `when`; nothing while it is off."""
+        cls, clock, stamp, ranges = self.model.cls, self.model.clock, time_stamp(when), self.model.settings
+        if function == LIVE:
+            found = register_words(family(cls, self.serial), self.model.says(self.house))
+            if found and clock:
+                found.update(zip(range(clock, clock + 3), struct.unpack(">3H", stamp)))
+            ranges = []
+            for register, word in sorted(found.items()):
+                if not ranges or register != ranges[-1][0] + len(ranges[-1][1]):
+                    ranges.append((register, []))
+                ranges[-1][1].append(word)
+        packet = Packet(OUTBOUND, f"{cls:02x}{function:02x}", self.serial, device_iv(stamp), stamp, payload(ranges))
+        return encode(packet) if ranges else b""
 
-    clock tells the house's time of day, stamp the one in the packets.
-    """
-
-    def __init__(
-        self, target: tuple[str, int], devices: list[Simulated], interval: float, clock: Clock, stamp: Clock
-    ) -> None:
-        super().__init__(name="simulator", daemon=True)
-        self.target, self.devices, self.interval, self.clock, self.stamp = target, devices, interval, clock, stamp
-        self.stopped, self.troubles = threading.Event(), Troubles()
-        self._sockets: dict[str, socket.socket] = {}
-
-    def run(self) -> None:
-        while not self.stopped.is_set():
-            now = time.monotonic()
-            self.devices[0].house.move(datetime.fromtimestamp(self.clock(now)))
-            for device in self.devices:
-                try:
-                    self._report(device, datetime.fromtimestamp(self.stamp(now)))
-                except (OSError, UnicodeError) as error:  # the latter for what cannot be a host's name
-                    text = f"simulated devices cannot reach {endpoint_text(self.target)}: {error}"
-                    self.troubles.say("simulator", text, now)
-                    self._hang_up(device.serial)
-            self.stopped.wait(self.interval)
-        for serial in list(self._sockets):
-            self._hang_up(serial)
-
-    def stop(self) -> None:
-        """Close the connections and end the thread."""
-        self.stopped.set()
-        self.join()
-
-    def _report(self, device: Simulated, when: datetime) -> None:
-        live = simulated_frame(device, LIVE, when)
+    def report(self, target: tuple[str, int], when: datetime) -> None:
+        """Send live data, on a new connection behind settings. Raises HOST_ERRORS."""
+        live = self.frame(LIVE, when)
         if not live:  # it sleeps
-            return self._hang_up(device.serial)
-        sock = self._sockets.get(device.serial)
-        if sock is None:
-            sock = self._sockets[device.serial] = socket.create_connection(self.target, timeout=5)
-            sock.sendall(simulated_frame(device, SETTINGS, when))
-        sock.sendall(live)
-        sock.settimeout(0)
+            return self.hang_up()
+        if not self.sock:
+            self.sock = socket.create_connection(target, timeout=5)
+            self.sock.sendall(self.frame(SETTINGS, when))
+        self.sock.sendall(live)
+        self.sock.settimeout(0)
         with contextlib.suppress(BlockingIOError):
-            while sock.recv(4096):
-                pass
-            raise ConnectionResetError("closed by the peer")
-        sock.settimeout(5)
+            self.sock.recv(4096)  # the answers; if it is the end, the next packet will fail
+        self.sock.settimeout(5)
 
-    def _hang_up(self, serial: str) -> None:
-        if serial in self._sockets:
-            self._sockets.pop(serial).close()
-
-
-class LocalPortal(socketserver.ThreadingTCPServer):
-    """A stand-in for the portal: it answers as the real one does."""
-
-    allow_reuse_address = daemon_threads = True
-
-    def __init__(self, host: str = "127.0.0.1", port: int = 0) -> None:
-        super().__init__((host, port), LocalPortalConnection)
-        threading.Thread(target=self.serve_forever, name="portal", daemon=True).start()
+    def hang_up(self) -> None:
+        """Close the connection."""
+        if self.sock:
+            self.sock.close()
+            self.sock = None
 
 
-class LocalPortalConnection(socketserver.BaseRequestHandler):
-    """One device's connection to the stand-in."""
-
-    def handle(self) -> None:
-        """Answer every good packet until the device goes."""
-        framer = Framer(OUTBOUND)
-        with contextlib.suppress(OSError):
-            while data := self.request.recv(RECV_SIZE):
-                for kind, piece in framer.feed(data, time.monotonic()):
-                    with contextlib.suppress(ProtocolError):
-                        if kind == FRAME:
-                            self.request.sendall(answer(address_of(piece, OUTBOUND), datetime.now(), True))
+def simulated_house(number: int, hybrid: bool = False) -> list[Simulated]:
+    """The devices of a house, counted from 0. No two devices of any houses end alike."""
+    house, models = House(number, battery=hybrid), (HYBRID_ET,) if hybrid else (HOMEKIT, DNS)
+    return [Simulated(model, house, 2 * number + i) for i, model in enumerate(models, 1)]
 
 
-def positive(text: str) -> float:
-    """A number from 0.001 to 100000."""
-    with contextlib.suppress(ValueError):
-        if 0.001 <= float(text) <= 100_000:
-            return float(text)
-    raise ValueError("expected a number from 0.001 to 100000")
+def simulation(
+    target: tuple, devices: list, interval: float, clock: Clock, stamp: Clock, ended: threading.Event
+) -> None:
+    """Have devices report until it is ended. clock tells their houses' time of day, stamp the one in the packets."""
+    troubles = Troubles()
+    while not ended.is_set():
+        now = time.monotonic()
+        for device in devices:
+            device.house.move(datetime.fromtimestamp(clock(now)))
+            try:
+                device.report(target, datetime.fromtimestamp(stamp(now)))
+            except HOST_ERRORS as error:
+                text = f"simulated devices cannot reach {endpoint_text(target)}: {error}"
+                troubles.say("simulator", text, now)
+                device.hang_up()
+        ended.wait(interval)
+    for device in devices:
+        device.hang_up()
 
 
 def day_clock(hour: float, speed: float) -> Clock:
@@ -4667,129 +4432,119 @@ def day_clock(hour: float, speed: float) -> Clock:
     return lambda now: start + speed * (now - begin)
 
 
+def simulate_capture(path: str, days: float, interval: float, hybrid: bool) -> int:
+    """Write what the devices of a house would have sent in the days until now, each packet at its own time."""
+    try:
+        lines = open(path, "x", encoding="ascii")  # noqa: SIM115
+    except OSError as error:
+        raise UsageError(f"--capture={path!a}: expected a new file: {error.strerror}") from None
+    devices, end = simulated_house(0, hybrid), time.time()
+    wall, function = end - days * 86400, SETTINGS
+    with lines:
+        while wall <= end:
+            for device in devices:
+                device.house.move(datetime.fromtimestamp(wall))
+                frame = device.frame(function, datetime.fromtimestamp(wall))
+                if frame:
+                    lines.write(capture_line(wall, "127.0.0.1:1", OUTBOUND.name, "forwarded", frame))
+            wall, function = wall + interval, LIVE
+    return 0
+
+
+positive_number = Reader("N", "a number from 0.001 to 99999", r"(?![0.]+$)[0-9]{1,5}(\.[0-9]{1,3})?", float)
+
+
 def simulate(arguments: list[str]) -> int:
     """Simulated devices towards an exporter or a portal, or a capture file of them."""
-    parser = Parser("simulate", simulate.__doc__ or "")
-    add, number = parser.add_argument, read_by(positive)
-    add("target", metavar="HOST:PORT", nargs="?", help="where the devices connect")
-    add("--houses", metavar="N", type=read_by(count), help="households, each a HomeKit 1000 and a DNS G3 [1]")
-    add("--hybrid", action="store_true", help="each a hybrid with a battery and its own meter instead")
-    add("--interval", metavar="S", type=number, default=60, help="seconds between packets [60]")
-    add("--speed", metavar="N", type=number, default=1, help="how fast their day goes; packets carry real time [1]")
-    add("--capture", metavar="FILE", help="do not connect, write what a house would have sent to a new FILE")
-    add("--days", metavar="N", type=number, default=3, help="length of that capture, until now [3]")
+    parser = Parser("simulate", simulate.__doc__)
+    # fmt: off
+    either = parser.add_mutually_exclusive_group(required=True)
+    either.add_argument("target", metavar="HOST:PORT", nargs="?", type=portal_endpoint, help="where the devices connect")
+    parser.add_argument("--houses", metavar="N", type=whole_number, help="households, each a HomeKit 1000 and a DNS G3 [1]")
+    parser.add_argument("--hybrid", action="store_true", help="each a hybrid with a battery and its own meter instead")
+    parser.add_argument("--interval", metavar="S", type=positive_number, default=60, help="seconds between packets [60]")
+    parser.add_argument("--speed", metavar="N", type=positive_number, default=1, help="how fast their day goes; packets carry real time [1]")
+    either.add_argument("--capture", metavar="FILE", help="do not connect, write what a house would have sent to a new FILE")
+    parser.add_argument("--days", metavar="N", type=positive_number, default=3, help="length of that capture, until now [3]")
+    # fmt: on
     given = parser.parse_args(arguments)
-    if bool(given.target) == bool(given.capture):
-        raise UsageError("simulate: expected either HOST:PORT or --capture FILE")
     if given.capture and given.houses:
         raise UsageError("--houses: not with --capture, which is of one house")
     if given.capture:
         return simulate_capture(given.capture, given.days, given.interval, given.hybrid)
-    try:
-        target = portal_endpoint(given.target)
-    except ValueError as error:
-        raise UsageError(f"{given.target!a}: {error}") from None
-    houses = [simulated_house(number, given.hybrid) for number in range(given.houses or 1)]
-    return simulate_towards(target, houses, given.interval, day_clock(8, given.speed))
-
-
-def simulate_towards(target: tuple[str, int], houses: list[list[Simulated]], interval: float, clock: Clock) -> int:
-    """Let the devices of houses report to target until SIGINT or SIGTERM."""
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s")
-    stopped = threading.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: stopped.set())
-    simulations = [Simulation(target, devices, interval, clock, wall_clock) for devices in houses]
-    for simulation in simulations:
-        simulation.start()
-    print(f"{sum(map(len, houses))} simulated devices towards {endpoint_text(target)}; Ctrl-C stops them", flush=True)
-    stopped.wait()
-    for simulation in simulations:
-        simulation.stop()
-    return 0
-
-
-def simulate_capture(path: str, days: float, interval: float, hybrid: bool) -> int:
-    """Write what the devices of a house would have sent in the days until now, each packet at its own time."""
-    devices, end = simulated_house(0, hybrid), time.time()
-    wall, function = end - days * 86400, SETTINGS
-    try:
-        file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o640)
-    except FileExistsError:
-        raise UsageError(f"--capture={path!a}: there is such a file already, and it is not overwritten") from None
-    except OSError as error:
-        raise UsageError(f"--capture={path!a}: {error.strerror}") from None
-    with open(file, "w", encoding="ascii") as lines:
-        while wall <= end:
-            when = datetime.fromtimestamp(wall)
-            devices[0].house.move(when)
-            for frame in filter(None, (simulated_frame(device, function, when) for device in devices)):
-                lines.write(capture_line(wall, "127.0.0.1:1", OUTBOUND.name, "forwarded", frame))
-            wall, function = wall + interval, LIVE
+    devices = [device for i in range(given.houses or 1) for device in simulated_house(i, given.hybrid)]
+    ended = threading.Event()
+    at_signal(ended.set)
+    where = endpoint_text(given.target)
+    print(f"{len(devices)} simulated devices towards {where}; Ctrl-C stops them", flush=True)
+    simulation(given.target, devices, given.interval, day_clock(8, given.speed), wall_clock, ended)
     return 0
 
 
 # ------------------------------------------------------------------------------------------------------------ demo
 
 SUNRISE, FAST = 6.75, 360  # when the demo's day begins, in hours; a day takes four minutes
-DEMO_STALE = 10  # s, an hour of that day
 DEMO_TEXT = """{who} a solar day that takes four minutes; it is 6:45 in the morning.
 
   open  http://localhost:{web}/               the page
         http://localhost:{web}/metrics        what Prometheus scrapes
         http://localhost:{web}/api/household  the house as JSON
 
-devices -> 127.0.0.1:{devices} -> exporter -> 127.0.0.1:{portal}, a local portal. Ctrl-C stops it all."""
+devices -> 127.0.0.1:{devices} -> exporter -> {portal}, a local portal. Ctrl-C stops it all."""
 
 
-def demo(arguments: list[str]) -> int:
-    """No hardware, no cloud: simulated devices sending a solar day, a local portal, the exporter between them."""
-    parser = Parser("demo", demo.__doc__ or "")
-    parser.add_argument("--hybrid", action="store_true", help="a hybrid with a battery in place of the two devices")
-    given = parser.parse_args(arguments)
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
-    portal, clock = LocalPortal(), day_clock(SUNRISE, FAST)
-    settings = serve_settings([f"--sems.upstream=127.0.0.1:{portal.server_address[1]}"], {})
-    settings.listen_address, settings.web_address = free_endpoint("127.0.0.1", 20001), free_endpoint("", 14028)
-    settings.stale_after = DEMO_STALE
-    _, loop, web = started(settings, clock)
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: loop.stop())
-    simulation = Simulation(("127.0.0.1", loop.port), simulated_house(0, given.hybrid), 1, clock, clock)
-    simulation.start()
-    who = "A hybrid with a battery sends" if given.hybrid else "A HomeKit 1000 and a DNS G3 send"
-    print(DEMO_TEXT.format(who=who, web=web.port, devices=loop.port, portal=settings.upstream[1]), flush=True)
-    loop.run()
-    simulation.stop()
-    web.close()
-    portal.shutdown()
-    portal.server_close()
-    print("stopped")
-    return 0
-
-
-def free_endpoint(host: str, port: int) -> tuple[str, int]:
-    """The first port from `port` on that can be listened on. Raises StartError."""
+def free_endpoint(host: str, port: int) -> str:
+    """HOST:PORT of the first port from `port` on that can be listened on. Raises StartError."""
     for number in range(port, port + 100):
         with contextlib.suppress(OSError):
             for sock in listeners(host, number):
                 sock.close()
-            return host, number
+            return f"{host}:{number}"
     raise StartError(f"no free port from {port} to {port + 99}")
 
 
-# ---------------------------------------------------------------------------------------------------------- decode
-
-
-def read_file(path: str) -> bytes:
-    """A file, or standard input for -. Raises UsageError."""
+@contextlib.contextmanager
+def local_portal() -> Iterator[str]:
+    """A stand-in for the portal on this machine, which is an exporter that answers; its HOST:PORT."""
+    settings, store = serve_settings(["--sems.mode=local", "--sems.listen-address=127.0.0.1:0"], {}), Store()
+    loop = Loop(store, settings, Files(store))
+    thread = threading.Thread(target=loop.run, name="portal")
+    thread.start()
     try:
-        if path == "-":
-            return sys.stdin.buffer.read()
-        with open(path, "rb") as file:
-            return file.read()
-    except OSError as error:
-        raise UsageError(f"{path}: {error.strerror}") from None
+        yield f"127.0.0.1:{loop.port}"
+    finally:
+        loop.stop()
+        thread.join()
+
+
+def demo(arguments: list[str]) -> int:
+    """No hardware, no cloud: simulated devices sending a solar day, a local portal, the exporter between them."""
+    parser = Parser("demo", demo.__doc__)
+    parser.add_argument("--hybrid", action="store_true", help="a hybrid with a battery in place of the two devices")
+    given = parser.parse_args(arguments)
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
+    devices_at, web_at = free_endpoint("127.0.0.1", 20001), free_endpoint("", 14028)
+    flags = [f"--sems.listen-address={devices_at}", f"--web.listen-address={web_at}", "--metrics.stale-after=10s"]
+    clock, ended = day_clock(SUNRISE, FAST), threading.Event()
+    with local_portal() as portal:
+        settings = serve_settings([f"--sems.upstream={portal}", *flags], {})
+        _, loop, web = started(settings, clock)
+        at_signal(loop.stop)
+        what = settings.listen_address, simulated_house(0, given.hybrid), 1, clock, clock, ended
+        devices = threading.Thread(target=simulation, args=what)
+        devices.start()
+        who = "A hybrid with a battery sends" if given.hybrid else "A HomeKit 1000 and a DNS G3 send"
+        print(DEMO_TEXT.format(who=who, web=web.port, devices=loop.port, portal=portal), flush=True)
+        loop.run()
+        ended.set()
+        devices.join()
+        web.close()
+    print("stopped")
+    return 0
+
+
+# ---------------------------------------------------------------------------------------------------------- decode
 
 
 def from_hex(text: str) -> bytes:
@@ -4800,123 +4555,51 @@ def from_hex(text: str) -> bytes:
 
 
 def file_streams(path: str) -> list[tuple[str, bytes]]:
-    """(direction or "", bytes) of a capture's lines, passing over one that was cut, or of hex, or of bytes as they are.
+    """(direction or "", bytes) of a file, or standard input for -: a capture's whole lines, or hex, or bytes as they are.
 
-    Raises StartError for what is nothing of the kind.
+    Raises UsageError if it cannot be read, StartError for what is nothing of the kind.
     """
-    data, name = read_file(path), "standard input" if path == "-" else path
-    text = data.decode("latin-1")
+    try:
+        with contextlib.nullcontext(sys.stdin.buffer) if path == "-" else open(path, "rb") as file:
+            data = file.read()
+    except OSError as error:
+        raise UsageError(f"{path}: {error.strerror}") from None
+    text, found = data.decode("latin-1"), []
     if text.lstrip().startswith("{"):
-        found = [stream for line in text.split("\n") for stream in record(line)]
+        for line in text.split("\n"):
+            with contextlib.suppress(ValueError, TypeError, KeyError, RecursionError):  # cut, or another's
+                entry = json.loads(line)
+                data = from_hex(entry["hex"])
+                found.append((str(entry.get("direction", "")), data))
     else:
         found = [("", data if OUTBOUND.prefix in data else from_hex(text))]
     if not any(data for _, data in found):
-        raise StartError(f"{name}: {'neither a capture nor bytes in hex' if text.strip() else 'nothing in it'}")
+        what = "neither a capture nor bytes in hex" if text.strip() else "nothing in it"
+        raise StartError(f"{'standard input' if path == '-' else path}: {what}")
     return found
 
 
-def record(line: str) -> Iterator[tuple[str, bytes]]:
-    """What a line of a capture holds, nothing if it is cut or another's."""
-    with contextlib.suppress(ValueError, RecursionError):
-        entry = json.loads(line)
-        if isinstance(entry, dict) and isinstance(entry.get("hex"), str):
-            yield str(entry.get("direction", "")), from_hex(entry["hex"])
-
-
-def typed_streams(sources: list[str]) -> Iterator[tuple[str, bytes]]:
-    """(direction or "", bytes) of the arguments of decode: - is standard input, files are read, all else is hex."""
-    typed = []
-    for source in sources:
-        if source == "-" or os.path.exists(source):
-            yield from file_streams(source)
-        else:
-            typed.append(source)
-    if typed:
-        data = from_hex(" ".join(typed))
-        if not data:
-            raise UsageError(f"neither a file nor whole bytes in hex: {' '.join(typed)[:40]!a}")
-        yield "", data
-
-
-def cut(wire: Wire, data: bytes) -> list[Piece]:
-    """The pieces of a whole stream."""
+def cut(wire: Wire, data: bytes) -> list[tuple[Wire, str, bytes]]:
+    """(wire, kind, bytes) of the pieces of a whole stream."""
     framer, found = Framer(wire), []  # type: ignore[var-annotated]
     parts = [part for at in range(0, len(data), RECV_SIZE) for part in framer.feed(data[at : at + RECV_SIZE], 0)]
-    for kind, part in parts + framer.close(0):
+    for kind, part in parts + framer.close():
         if kind == MORE:
             found[-1][1].append(part)
         else:
             found.append((kind, [part]))
-    return [(kind, b"".join(several)) for kind, several in found]
+    return [(wire, kind, b"".join(several)) for kind, several in found]
 
 
-def pieces_of(direction: str, data: bytes) -> list[tuple[Wire, str, bytes]]:
-    """(wire, kind, bytes) of what is in captured bytes: of the direction, or of both if that is not known."""
-    if direction == INBOUND.name:
-        return [(INBOUND, *piece) for piece in cut(INBOUND, data)]
-    found: list[tuple[Wire, str, bytes]] = []
-    for kind, part in cut(OUTBOUND, data):
-        inward = [] if direction or kind == FRAME else cut(INBOUND, part)
-        if any(other in (FRAME, KEEPALIVE) for other, _ in inward):
-            found += [(INBOUND, *piece) for piece in inward]
-        else:
-            found.append((OUTBOUND, kind, part))
-    return found
-
-
-SAID = ["direction", "type", "serial", "model", "time", "crc_ok", "envelope", "blocks", "values", "error", "hex"]
-NO_FRAME = {JUNK: "no frame", KEEPALIVE: None}
-
-
-def described(wire: Wire, kind: str, data: bytes, told: dict[str, str]) -> dict:
-    """A piece as decode prints it. told: serial number to the model name that the device gave."""
-    found: dict = dict.fromkeys(SAID)
-    found.update(direction=wire.name, type=kind, hex=data.hex())
-    if kind in NO_FRAME:
-        found["error"] = NO_FRAME[kind]
-        return found
-    found.update(crc_ok=kind == FRAME, error=None if kind == FRAME else "bad checksum, or cut")
-    try:
-        where = address_of(data, wire)
-        packet = decode(data, wire)
-        found.update(type=where.type, serial=where.serial, model=model(where.serial, told.get(where.serial, "")))
-        found.update(envelope={LONG: "long", SHORT: "short", ANSWER: "answer"}[where.form])
-        stamp = device_time(packet.time or packet.iv[:6] if wire is OUTBOUND else packet.iv[5::-1])
-        found.update(time=stamp and stamp.isoformat())
-        found.update(contents(where, packet))
-    except ProtocolError as error:
-        found["error"] = found["error"] or str(error)
-    return found
-
-
-def contents(where: Address, packet: Packet) -> dict:
-    """blocks and values of a packet. Raises ProtocolError."""
-    if packet.wire is INBOUND:
-        return {"values": inward_values(where, packet.clear)}
-    if where.function == CONFIRMATION:
-        first, last, status = struct.unpack_from(">HHB", packet.clear)
-        return {"values": {"first_register": first, "last_register": last, "status": status}}
-    if where.function not in DATA:
-        return {"values": {"clear": packet.clear.hex()}}
-    ranges = blocks(packet.clear)
-    taken = reading(family(where.cls, where.serial), registers(packet.clear))
-    values = {
-        f"{metric}{{{labels}}}" if labels else metric: number for (metric, labels), number in taken.values.items()
-    }
-    unknown = f"{kind_of(where.cls)}_unknown_register"
-    values.update((f'{unknown}{{register="{register}"}}', word) for register, word in taken.unknown.items())
-    shown = [{"first": first, "last": first + len(words) - 1, "words": list(words)} for first, words in ranges]
-    return {"blocks": shown, "values": {**values, **taken.info}}
-
-
-def inward_values(where: Address, clear: bytes) -> dict:
-    """What a packet from the portal says."""
-    found: dict = {"meaning": allowed(where, clear, {where.cls, *CLOCK}) or "not let through"}
-    if where.type == CLOCK_TYPE:
-        first, last = struct.unpack_from(">HH", clear)
-        when = device_time(clear[4:10])
-        found.update(first_register=first, last_register=last, clock=when and when.isoformat())
-    return {**found, "clear": clear.hex()}
+def pieces_of(streams: Iterable[tuple[str, bytes]]) -> Iterator[tuple[Wire, str, bytes]]:
+    """(wire, kind, bytes) of what is in captured bytes: of their direction, or of both if that is not known."""
+    for direction, data in streams:
+        if direction == INBOUND.name:
+            yield from cut(INBOUND, data)
+            continue
+        for piece in cut(OUTBOUND, data):
+            inward = cut(INBOUND, piece[2]) if not direction and piece[1] != FRAME else []
+            yield from inward if any(kind in (FRAME, KEEPALIVE) for _, kind, _ in inward) else [piece]
 
 
 def good_packets(pieces: Iterable[tuple[Wire, str, bytes]]) -> Iterator[tuple[bytes, Packet]]:
@@ -4937,12 +4620,55 @@ def told_models(packets: Iterable[Packet]) -> dict[str, str]:
     return told
 
 
-REDACTED = "XXXX0001, XXXX0002, ... count the devices up and are no real serial numbers."
+def contents(where: Address, packet: Packet) -> dict:
+    """blocks and values of a packet. Raises ProtocolError."""
+    clear = packet.clear
+    if packet.wire is INBOUND:
+        told: dict = {"meaning": allowed(where, clear, {where.cls, *CLOCK}) or "not let through"}
+        if where.type == CLOCK_TYPE:
+            when = device_time(clear[4:10])
+            told.update(zip(("first_register", "last_register"), struct.unpack_from(">HH", clear)))
+            told.update(clock=when and when.isoformat())
+        return {"values": {**told, "clear": clear.hex()}}
+    if where.function == CONFIRMATION:
+        first, last, status = struct.unpack_from(">HHB", clear)
+        return {"values": {"first_register": first, "last_register": last, "status": status}}
+    if where.function not in DATA:
+        return {"values": {"clear": clear.hex()}}
+    ranges = blocks(clear)
+    taken = reading(family(where.cls, where.serial), registers(clear))
+    values = {f"{metric}{{{labels}}}" if labels else metric: n for (metric, labels), n in taken.values.items()}
+    unknown = f"{kind_of(where.cls)}_unknown_register"
+    values.update((f'{unknown}{{register="{register}"}}', word) for register, word in taken.unknown.items())
+    shown = [{"first": first, "last": first + len(words) - 1, "words": list(words)} for first, words in ranges]
+    return {"blocks": shown, "values": {**values, **taken.info}}
+
+
+SAID = ["direction", "type", "serial", "model", "time", "crc_ok", "envelope", "blocks", "values", "error", "hex"]
+ENVELOPES = {LONG: "long", SHORT: "short", ANSWER: "answer"}
+
+
+def described(wire: Wire, kind: str, data: bytes, told: dict[str, str]) -> dict:
+    """A piece as decode prints it. told: serial number to the model name that the device gave."""
+    found: dict = dict.fromkeys(SAID)
+    found.update(direction=wire.name, type=kind, hex=data.hex())
+    if kind in (JUNK, KEEPALIVE):
+        return {**found, "error": "no frame" if kind == JUNK else None}
+    found.update(crc_ok=kind == FRAME, error=None if kind == FRAME else "bad checksum, or cut")
+    try:
+        where, packet = address_of(data, wire), decode(data, wire)
+        when = device_time(packet.time or packet.iv[:6] if wire is OUTBOUND else packet.iv[5::-1])
+        found.update(type=where.type, serial=where.serial, model=model(where.serial, told.get(where.serial, "")))
+        found.update(time=when and when.isoformat(), envelope=ENVELOPES[where.form])
+        found.update(contents(where, packet))
+    except ProtocolError as error:
+        found["error"] = found["error"] or str(error)
+    return found
 
 
 def redacted(packets: list[Packet]) -> list[tuple[Wire, str, bytes]]:
     """Frames of packets with other serial numbers, in clear and in cipher."""
-    serials = {packet.serial: None for packet in packets}
+    serials = dict.fromkeys(packet.serial for packet in packets)
     aliases = {serial: f"{serial[:8]}XXXX{number:04d}" for number, serial in enumerate(serials, 1)}
     found = []
     for packet in packets:
@@ -4955,20 +4681,23 @@ def redacted(packets: list[Packet]) -> list[tuple[Wire, str, bytes]]:
 
 def decode_command(arguments: list[str]) -> int:
     """Captured bytes, hex or capture files, as one JSON object a frame."""
-    parser = Parser("decode", decode_command.__doc__ or "")
+    parser = Parser("decode", decode_command.__doc__)
     sources = "capture files, files with hex, - for standard input, or hex in any spacing"
     parser.add_argument("source", metavar="FILE|-|HEX", nargs="+", help=sources)
-    parser.add_argument(
-        "--redact", action="store_true", help="good frames only, with other serial numbers, for a bug report"
-    )
+    good_only = "good frames only, with other serial numbers, for a bug report"
+    parser.add_argument("--redact", action="store_true", help=good_only)
     given = parser.parse_args(arguments)
-    pieces = list(itertools.chain.from_iterable(itertools.starmap(pieces_of, typed_streams(given.source))))
+    typed = [source for source in given.source if source != "-" and not os.path.exists(source)]
+    streams = [stream for source in given.source if source not in typed for stream in file_streams(source)]
+    if typed:
+        streams.append(("", from_hex(" ".join(typed))))
+        if not streams[-1][1]:
+            raise UsageError(f"neither a file nor whole bytes in hex: {' '.join(typed)[:40]!a}")
+    pieces = list(pieces_of(streams))
     if given.redact:
         packets = [packet for _, packet in good_packets(pieces)]
-        print(
-            f"{len(packets)} good frames, {len(pieces) - len(packets)} other pieces left out. {REDACTED}",
-            file=sys.stderr,
-        )
+        left_out = f"{len(packets)} good frames, {len(pieces) - len(packets)} other pieces left out."
+        print(left_out, "XXXX0001, XXXX0002, ... count the devices up and are no real serial numbers.", file=sys.stderr)
         pieces = redacted(packets)
     told = told_models(packet for _, packet in good_packets(pieces))
     for wire, kind, data in pieces:
@@ -4977,6 +4706,8 @@ def decode_command(arguments: list[str]) -> int:
 
 
 # -------------------------------------------------------------------------------------------------------- backfill
+
+Samples = dict[str, dict[str, dict[float, float]]]  # metric to series (labels) to seconds since 1970 to number
 
 
 def utc_seconds(times: list[datetime]) -> list[float]:
@@ -4994,18 +4725,18 @@ def utc_seconds(times: list[datetime]) -> list[float]:
     return found
 
 
-def history(packets: list[Packet], extra: str) -> dict[str, dict[str, dict[float, float]]]:
-    """Metric to series (labels) to samples, of the readings in packets. No packet stands there twice."""
-    found: dict[str, dict[str, dict[float, float]]] = {metric: {} for metric in sorted(METRICS)}
+def samples_of(packets: list[Packet], extra: str) -> Samples:
+    """The readings in packets. No packet stands there twice."""
+    found: Samples = {metric: {} for metric in sorted(METRICS)}
     told, by_device = told_models(packets), collections.defaultdict(list)
     for packet in packets:
-        if int(packet.type[2:], 16) in (LIVE, BUFFERED) and device_time(packet.time):
-            by_device[packet.type, packet.serial].append(packet)
+        when = device_time(packet.time)
+        if when and int(packet.type[2:], 16) in (LIVE, BUFFERED):
+            by_device[packet.type, packet.serial].append((when, packet))
     for (kind, serial), several in by_device.items():
         cls = int(kind[:2], 16)
         labels_of_device = device_labels(identity(kind_of(cls), serial, told.get(serial, "")))
-        times = [when for when in (device_time(packet.time) for packet in several) if when]
-        for packet, seconds in zip(several, utc_seconds(times)):
+        for (_, packet), seconds in zip(several, utc_seconds([when for when, _ in several])):
             with contextlib.suppress(ProtocolError):
                 for (metric, labels), number in reading(family(cls, serial), registers(packet.clear)).values.items():
                     series = ",".join(filter(None, (labels_of_device, labels, extra)))
@@ -5013,56 +4744,45 @@ def history(packets: list[Packet], extra: str) -> dict[str, dict[str, dict[float
     return found
 
 
-def openmetrics(found: dict[str, dict[str, dict[float, float]]]) -> Iterator[str]:
+def openmetrics(found: Samples) -> Iterator[str]:
     """OpenMetrics text: families together, the samples of a series by time, # EOF at the end."""
     for metric, series in found.items():
         if series:
-            kind, help_text = METRICS[metric]
+            kind, meaning = METRICS[metric]
             name = metric[: -len("_total")] if kind == "counter" else metric
-            yield f"# HELP {name} {help_text}\n# TYPE {name} {kind}\n"
+            yield f"# HELP {name} {meaning}\n# TYPE {name} {kind}\n"
         for labels, samples in series.items():
-            yield "".join(
-                f"{metric}{{{labels}}} {number} {seconds:.0f}\n" for seconds, number in sorted(samples.items())
-            )
+            yield from (f"{metric}{{{labels}}} {samples[at]} {at:.0f}\n" for at in sorted(samples))
     yield "# EOF\n"
 
 
-def extra_label(text: str) -> tuple[str, str]:
-    """NAME=VALUE of a label that no series has."""
-    name, _, value = text.partition("=")
-    own = re.findall(r"(\w+)=", " ".join(value.series[1] for values in VALUES.values() for value in values))
-    if (
-        not value
-        or not re.fullmatch(r"(?!__)[a-zA-Z_][a-zA-Z0-9_]*", name)
-        or name in ("device", "model", "serial", *own)
-    ):
-        raise ValueError("expected NAME=VALUE with a name that no series has")
-    return name, value
+OWN_LABELS = "|".join([*DEVICE_LABELS.split(", "), *(row.labels.split(" ")[0] for row in QUANTITIES if row.labels)])
+NEW_LABEL = rf"(?s)(?!__|({OWN_LABELS})=)[a-zA-Z_][a-zA-Z0-9_]*=.+"
+extra_label = Reader("", "NAME=VALUE with a name that no series has", NEW_LABEL, lambda text: text.split("=", 1))
 
 
 def backfill(arguments: list[str]) -> int:
     """Capture files as OpenMetrics text for promtool tsdb create-blocks-from openmetrics."""
-    parser = Parser("backfill", backfill.__doc__ or "")
-    add = parser.add_argument
-    add("file", metavar="FILE", nargs="+", help="files of --sems.backfill or --sems.capture, - for standard input")
-    add("--job", help="value of a label job, as your Prometheus gives it to this exporter")
-    add("--instance", help="value of a label instance")
-    another = "another label that your Prometheus adds; repeatable"
-    add("--label", metavar="NAME=VALUE", type=read_by(extra_label), action="append", default=[], help=another)
+    parser = Parser("backfill", backfill.__doc__)
+    # fmt: off
+    parser.add_argument("file", metavar="FILE", nargs="+", help="files of --sems.backfill or --sems.capture, - for standard input")
+    parser.add_argument("--job", help="value of a label job, as your Prometheus gives it to this exporter")
+    parser.add_argument("--instance", help="value of a label instance")
+    parser.add_argument("--label", metavar="NAME=VALUE", type=extra_label, action="append", default=[], help="another label that your Prometheus adds; repeatable")
+    # fmt: on
     given = parser.parse_args(arguments)
     trouble, step = zone_trouble()
     if trouble:
         raise StartError(f"{trouble}, so the times would be wrong: {step}")
     frames: dict[bytes, Packet] = {}
     for path in given.file:
-        streams = itertools.starmap(pieces_of, file_streams(path))
-        several = dict(good_packets(itertools.chain.from_iterable(streams)))
+        several = dict(good_packets(pieces_of(file_streams(path))))
         if not several:
             raise StartError(f"{path}: not a single good frame in it")
         frames.update(several)
     extra = {"job": given.job, "instance": given.instance, **dict(given.label)}
     labels = ",".join(label(name, value) for name, value in extra.items() if value)
-    found = history([packet for packet in frames.values() if packet.wire is OUTBOUND], labels)
+    found = samples_of([packet for packet in frames.values() if packet.wire is OUTBOUND], labels)
     times = sorted({seconds for series in found.values() for samples in series.values() for seconds in samples})
     if not times:
         raise StartError(f"{' '.join(given.file)}: no readings in it")
@@ -5075,7 +4795,142 @@ def backfill(arguments: list[str]) -> int:
 # ---------------------------------------------------------------------------------------------------------- doctor
 
 OK, WARN, FAIL = "ok", "warn", "fail"
-Finding = collections.namedtuple("Finding", "state text step", defaults=("",))
+Finding = tuple[str, ...]  # state, what is so, what to do
+
+
+def first_true(*rows: tuple) -> Finding:
+    """Of rows of a condition and a finding that whose condition is true."""
+    return next(row[1:] for row in rows if row[0])
+
+
+def in_container() -> bool:
+    """Whether this runs in a container of Docker or Podman."""
+    return os.path.exists("/.dockerenv") or os.path.exists("/run/.containerenv")
+
+
+def local_get(settings: Settings, path: str) -> bytes | None:
+    """What an exporter on this machine answers, None if there is none."""
+    host, port = settings.web_address
+    host = "127.0.0.1" if host in ("", "0.0.0.0", "::") else host
+    with contextlib.suppress(OSError, http.client.HTTPException):
+        with contextlib.closing(http.client.HTTPConnection(host, port, timeout=3)) as connection:
+            connection.request("GET", path)
+            answered = connection.getresponse()
+            body = answered.read(16 << 20)
+            return body if answered.status == 200 and answered.getheader("Content-Security-Policy") else None
+    return None
+
+
+# fmt: off
+def machine_findings(settings: Settings, running: dict | None) -> Iterator[Finding]:
+    """Where this runs; whether its ports are free, or the exporter has them; whether local time can be told."""
+    addresses = {"sems.listen-address": settings.listen_address, "web.listen-address": settings.web_address}
+    if in_container():
+        ports = " ".join(f"-p {port}:{port}" for _, port in addresses.values())
+        yield OK, "this runs in a container: its ports, names, clock and files are not the host's", f"publish the ports ({ports}), give it TZ, and let the portal's name lead to the host"
+    for flag, address in addresses.items():
+        port, error, number = f"port {endpoint_text(address)}", None, None
+        try:
+            for sock in listeners(*address):
+                sock.close()
+        except HOST_ERRORS as caught:
+            error, number = caught, getattr(caught, "errno", None)
+        yield first_true(
+            (not error and not running, OK, f"{port} is free", ""),
+            (not error, WARN, f"{port} is free, though an exporter runs", f"start doctor with the exporter's --{flag}"),
+            (number != errno.EADDRINUSE, FAIL, f"{port} cannot be had: {error and error.args[-1]}", f"choose another with --{flag}"),
+            (running, OK, f"{port} is in use, and an exporter runs", ""),
+            (True, FAIL, f"{port} is in use", f"`ss -ltnp` shows what has it: end that, or choose another with --{flag}"),
+        )
+    local, trouble = time.strftime("%Y-%m-%d %H:%M:%S %Z"), zone_trouble()
+    yield first_true(
+        (time.time() < RELEASED, FAIL, f"this machine's clock is wrong: {local}", "let it get the time from the network, and start again"),
+        (trouble[0], FAIL, *trouble),
+        (True, OK, f"local time is {local}", ""),
+    )
+    if not os.environ.get("TZ") and time.timezone == 0 and not time.daylight:
+        yield WARN, "the time zone is UTC", "if you do not live there, set TZ: devices have local time"
+
+
+def device_findings(settings: Settings, running: dict | None) -> Iterator[Finding]:
+    """What a running exporter has seen."""
+    if running is None:
+        yield WARN, "no exporter runs on this machine", "start it: python3 sems_mitm.py"
+        return
+    page = (local_get(settings, settings.telemetry_path) or b"").decode()
+    if re.search(r'^sems_mitm_\w+_total\{reason="loop"\} [^0]', page, re.M):
+        yield FAIL, "the exporter has met itself instead of the portal", "redirect only what the devices send, not this machine: a DNAT rule needs the devices' addresses (-s)"
+    for device in running["devices"]:
+        text, asleep = "{model} {full_serial}: last packet {0} ago".format(span(device["age_seconds"]), **device), "look at its Wi-Fi, and power-cycle its module"
+        yield first_true(
+            (device["up"], OK, text, ""),
+            (device["device"] == "inverter", WARN, text, f"an inverter sleeps at night; otherwise {asleep}"),
+            (True, WARN, text, asleep),
+        )
+    if not running["devices"]:
+        yield WARN, "no device has connected yet", "let the portal's name lead here, then power-cycle the device's module"
+
+
+def system_findings(host: str, system: list[str]) -> Iterator[Finding]:
+    """What this machine's name service says of the portal's name."""
+    nowhere = [address for address in system if re.fullmatch(r"127\..*|0\.0\.0\.0|::1?", address)]
+    here = [address for address in system if is_this_machine(address) and address not in nowhere]
+    says = f"this machine's name service says {host} is {', '.join(nowhere or here or system)}"
+    yield first_true(
+        (not system, WARN, f"this machine's name service has no address for {host}", "if it is the one that your devices ask, add the override there"),
+        (nowhere, WARN, f"{says}: that leads a device nowhere", "let the name service that the devices ask answer with this machine's address in your network"),
+        (here, OK, f"{says}: an override that leads here", ""),
+        (any(map(is_global, system)), WARN, f"{says}: no override", "fine if the devices ask another one, or come by a DNAT rule or their own settings; else add the override"),
+        (in_container(), OK, f"{says}: right if that is the host", ""),
+        (True, WARN, f"{says}: not this machine", "if that is the override, it leads to the wrong address"),
+    )
+    if here and any(":" in address and is_global(address) for address in system):
+        yield WARN, f"it also gives an IPv6 address for {host}", "a device with IPv6 would go there: answer none for this name"
+
+
+def server_finding(server: tuple[str, int], host: str) -> Finding:
+    """What one server of --sems.upstream-dns says of the portal."""
+    where = endpoint_text(server)
+    try:
+        found = ask_dns(server, host)
+    except HOST_ERRORS as error:
+        return WARN, f"{where} cannot be asked for {host}: {error}", "let --sems.upstream-dns name a server that this machine reaches"
+    says = f"{where} says {host} is {', '.join(found or ())}"
+    return first_true(
+        (found is None, WARN, f"{where} does not answer for {host}", "a firewall may keep UDP port 53 closed; name another in --sems.upstream-dns"),
+        (not found, WARN, f"{where} says that {host} does not exist", "look at --sems.upstream"),
+        (any(map(is_global, found or ())), OK, says, ""),
+        (True, FAIL, f"{says}: overridden too", "the router redirects all DNS; exempt this machine, or give --sems.upstream as an address"),
+    )
+
+
+def portal_findings(settings: Settings, running: dict | None) -> Iterator[Finding]:
+    """What the name services say of the portal, and whether it can be reached."""
+    host, port = settings.upstream
+    if settings.mode == LOCAL:
+        yield OK, "mode local: no portal is needed", ""
+        return
+    if is_literal(host):
+        yield OK, f"the portal is given as {host}: no name service is asked", ""
+    else:
+        yield from system_findings(host, sorted({plain(found.sockaddr[0]) for found in system_addresses(host, port)}))
+        yield from (server_finding(server, host) for server in settings.upstream_dns)
+    try:
+        candidates = resolve(host, port, settings.upstream_dns)
+    except Unresolved as error:
+        yield FAIL, str(error), "look at this machine's network and at --sems.upstream-dns; until then devices are decoded, and in mode forward not answered"
+        return
+    for candidate in candidates[:ADDRESSES]:
+        where = endpoint_text(candidate.sockaddr)
+        try:
+            socket.create_connection(candidate.sockaddr[:2], timeout=5).close()
+        except OSError as error:
+            text = f"the portal at {where} cannot be reached: {error.strerror or error}"
+        else:
+            yield OK, f"the portal answers at {where}", ""
+            return
+    yield FAIL, text, "look at this machine's network and firewall; --sems.mode spool keeps what devices send until then"
+# fmt: on
 
 
 def doctor(arguments: list[str]) -> int:
@@ -5086,191 +4941,13 @@ def doctor(arguments: list[str]) -> int:
     if running:  # it may have other flags
         settings.mode = running["upstream"]["mode"]
         settings.upstream = portal_endpoint(running["upstream"]["address"] or settings.upstream_text)
-    findings = [finding for check in CHECKS for finding in check(settings, running)]
-    for finding in findings:
-        print(f"{finding.state:4}  {finding.text}" + (f"\n      -> {finding.step}" if finding.step else ""))
-    counts = collections.Counter(finding.state for finding in findings)
+    counts: collections.Counter[str] = collections.Counter()
+    for check in (machine_findings, device_findings, portal_findings):
+        for state, text, step in check(settings, running):
+            counts[state] += 1
+            print(f"{state:4}  {text}" + (f"\n      -> {step}" if step else ""))
     print(f"\n{counts[OK]} ok, {counts[WARN]} to look at, {counts[FAIL]} to mend")
     return 1 if counts[FAIL] else 0
-
-
-def in_container() -> bool:
-    """Whether this runs in a container of Docker or Podman."""
-    return os.path.exists("/.dockerenv") or os.path.exists("/run/.containerenv")
-
-
-def container_findings(settings: Settings, running: dict | None) -> Iterator[Finding]:
-    """What is different in a container."""
-    if in_container():
-        text = "this runs in a container: its ports, names, clock and files are not the host's"
-        ports = " ".join(f"-p {port}:{port}" for _, port in (settings.listen_address, settings.web_address))
-        yield Finding(OK, text, f"publish the ports ({ports}), give it TZ, and let the portal's name lead to the host")
-
-
-def port_findings(settings: Settings, running: dict | None) -> Iterator[Finding]:
-    """Whether the two ports are free, or the exporter has them."""
-    for name, address in (
-        ("sems.listen-address", settings.listen_address),
-        ("web.listen-address", settings.web_address),
-    ):
-        where, step = endpoint_text(address), f"choose another with --{name}"
-        try:
-            for sock in listeners(*address):
-                sock.close()
-        except (OSError, UnicodeError) as error:  # the latter for what cannot be a host's name
-            if getattr(error, "errno", None) != errno.EADDRINUSE:
-                yield Finding(FAIL, f"port {where} cannot be had: {getattr(error, 'strerror', None) or error}", step)
-            elif running:
-                yield Finding(OK, f"port {where} is in use, and an exporter runs")
-            else:
-                yield Finding(FAIL, f"port {where} is in use", f"`ss -ltnp` shows what has it: end that, or {step}")
-            continue
-        if running:
-            yield Finding(
-                WARN, f"port {where} is free, though an exporter runs", f"start doctor with the exporter's --{name}"
-            )
-        else:
-            yield Finding(OK, f"port {where} is free")
-
-
-def clock_findings(settings: Settings, running: dict | None) -> Iterator[Finding]:
-    """Whether local time can be told."""
-    now = time.localtime()
-    trouble, step = zone_trouble()
-    local = time.strftime("%Y-%m-%d %H:%M:%S %Z", now)
-    if time.time() < RELEASED:
-        yield Finding(
-            FAIL, f"this machine's clock is wrong: {local}", "let it get the time from the network, and start again"
-        )
-    elif trouble:
-        yield Finding(FAIL, trouble, step)
-    else:
-        yield Finding(OK, f"local time is {local}")
-    if not os.environ.get("TZ") and time.timezone == 0 and not time.daylight:
-        yield Finding(WARN, "the time zone is UTC", "if you do not live there, set TZ: devices have local time")
-
-
-def device_findings(settings: Settings, running: dict | None) -> Iterator[Finding]:
-    """What a running exporter has seen."""
-    if running is None:
-        yield Finding(WARN, "no exporter runs on this machine", "start it: python3 sems_mitm.py")
-        return
-    metrics = (local_get(settings, settings.telemetry_path) or b"").decode()
-    if any(float(number) for number in re.findall(r'^sems_mitm_\w+_total\{reason="loop"\} (\S+)$', metrics, re.M)):
-        step = "redirect only what the devices send, not this machine: a DNAT rule needs the devices' addresses (-s)"
-        yield Finding(FAIL, "the exporter has met itself instead of the portal", step)
-    for device in running["devices"]:
-        asleep = "an inverter sleeps at night; otherwise " if device["device"] == "inverter" else ""
-        step = "" if device["up"] else f"{asleep}look at its Wi-Fi, and power-cycle its module"
-        text = f"{device['model']} {device['full_serial']}: last packet {span(device['age_seconds'])} ago"
-        yield Finding(OK if device["up"] else WARN, text, step)
-    if not running["devices"]:
-        yield Finding(
-            WARN, "no device has connected yet", "let the portal's name lead here, then power-cycle the device's module"
-        )
-
-
-def local_get(settings: Settings, path: str) -> bytes | None:
-    """What an exporter on this machine answers, None if there is none."""
-    host, port = settings.web_address
-    connection = http.client.HTTPConnection(host if host not in ("", "0.0.0.0", "::") else "127.0.0.1", port, timeout=3)
-    try:
-        connection.request("GET", path)
-        answered = connection.getresponse()
-        body = answered.read(16 << 20)
-        return body if answered.status == 200 and answered.getheader("Content-Security-Policy") else None
-    except (OSError, http.client.HTTPException):
-        return None
-    finally:
-        connection.close()
-
-
-def name_findings(settings: Settings, running: dict | None) -> Iterator[Finding]:
-    """What the name services say of the portal."""
-    host, port = settings.upstream
-    if settings.mode == LOCAL:
-        yield Finding(OK, "mode local: no portal is needed")
-        return
-    if is_literal(host):
-        yield Finding(OK, f"the portal is given as {host}: no name service is asked")
-        return
-    yield from system_findings(host, sorted({plain(found.sockaddr[0]) for found in system_addresses(host, port)}))
-    for server in settings.upstream_dns:
-        yield server_finding(server, host)
-
-
-def system_findings(host: str, system: list[str]) -> Iterator[Finding]:
-    """What this machine's name service says of the portal's name."""
-    parsed = {address: ipaddress.ip_address(address) for address in system}
-    nowhere = [address for address in system if parsed[address].is_loopback or parsed[address].is_unspecified]
-    here = [address for address in system if is_this_machine(address) and address not in nowhere]
-    text = f"this machine's name service says {host} is {', '.join(nowhere or here or system)}"
-    if not system:
-        step = "if it is the one that your devices ask, add the override there"
-        yield Finding(WARN, f"this machine's name service has no address for {host}", step)
-    elif nowhere:
-        step = "let the name service that the devices ask answer with this machine's address in your network"
-        yield Finding(WARN, f"{text}: that leads a device nowhere", step)
-    elif here:
-        yield Finding(OK, f"{text}: an override that leads here")
-    elif any(map(is_global, system)):
-        step = (
-            "fine if the devices ask another one, or come by a DNAT rule or their own settings; else add the override"
-        )
-        yield Finding(WARN, f"{text}: no override", step)
-    elif in_container():
-        yield Finding(OK, f"{text}: right if that is the host")
-    else:
-        yield Finding(WARN, f"{text}: not this machine", "if that is the override, it leads to the wrong address")
-    if here and any(":" in address and is_global(address) for address in system):
-        step = "a device with IPv6 would go there: answer none for this name"
-        yield Finding(WARN, f"it also gives an IPv6 address for {host}", step)
-
-
-def server_finding(server: tuple[str, int], host: str) -> Finding:
-    """What one server of --sems.upstream-dns says of the portal."""
-    where = endpoint_text(server)
-    try:
-        found = ask_dns(server, host)
-    except (OSError, UnicodeError) as error:
-        step = "let --sems.upstream-dns name a server that this machine reaches"
-        return Finding(WARN, f"{where} cannot be asked for {host}: {error}", step)
-    if found is None:
-        step = "a firewall may keep UDP port 53 closed; name another in --sems.upstream-dns"
-        return Finding(WARN, f"{where} does not answer for {host}", step)
-    if not found:
-        return Finding(WARN, f"{where} says that {host} does not exist", "look at --sems.upstream")
-    if not any(map(is_global, found)):
-        step = "the router redirects all DNS; exempt this machine, or give --sems.upstream as an address"
-        return Finding(FAIL, f"{where} says {host} is {', '.join(found)}: overridden too", step)
-    return Finding(OK, f"{where} says {host} is {', '.join(found)}")
-
-
-def portal_findings(settings: Settings, running: dict | None) -> Iterator[Finding]:
-    """Whether the portal can be reached."""
-    if settings.mode == LOCAL:
-        return
-    try:
-        host, port = settings.upstream
-        found = resolve(host, port, settings.upstream_dns)
-    except Unresolved as error:
-        step = "look at this machine's network and at --sems.upstream-dns"
-        yield Finding(FAIL, str(error), f"{step}; until then devices are decoded, and in mode forward not answered")
-        return
-    for candidate in found[:ADDRESSES]:
-        where = endpoint_text(candidate.sockaddr)
-        try:
-            with socket.create_connection(candidate.sockaddr[:2], timeout=5):
-                yield Finding(OK, f"the portal answers at {where}")
-                return
-        except OSError as error:
-            text = f"the portal at {where} cannot be reached: {error.strerror or error}"
-    yield Finding(
-        FAIL, text, "look at this machine's network and firewall; --sems.mode spool keeps what devices send until then"
-    )
-
-
-CHECKS = (container_findings, port_findings, clock_findings, device_findings, name_findings, portal_findings)
 
 
 # ---------------------------------------------------------------------------------------------------- command line
@@ -5278,7 +4955,7 @@ CHECKS = (container_findings, port_findings, clock_findings, device_findings, na
 
 def metrics(arguments: list[str]) -> int:
     """Every metric there is: name, type, labels, unit and meaning, where it is known from."""
-    Parser("metrics", metrics.__doc__ or "").parse_args(arguments)
+    Parser("metrics", metrics.__doc__).parse_args(arguments)
     rows = [("name", "type", "labels", "unit", "meaning", "families", "known from"), *metric_rows()]
     widths = [max(map(len, column)) for column in zip(*rows)]
     for row in rows:
@@ -5288,37 +4965,25 @@ def metrics(arguments: list[str]) -> int:
 
 def version(arguments: list[str]) -> int:
     """Version, Python and platform as JSON."""
-    Parser("version", version.__doc__ or "").parse_args(arguments)
-    system = os.uname()
-    platform = f"{system.sysname} {system.release} {system.machine}"
+    Parser("version", version.__doc__).parse_args(arguments)
+    platform = "{0.sysname} {0.release} {0.machine}".format(os.uname())
     print(json.dumps({"version": VERSION, "python": sys.version.split()[0], "platform": platform}))
     return 0
 
 
 COMMANDS: dict[str, Callable[[list[str]], int]] = {
-    "serve": serve,
-    "demo": demo,
-    "simulate": simulate,
-    "decode": decode_command,
-    "backfill": backfill,
-    "doctor": doctor,
-    "metrics": metrics,
-    "version": version,
-}
-
-
-def help_text() -> str:
-    """What the program is, and its commands."""
-    commands = "\n".join(f"  {name:9} {command.__doc__}" for name, command in COMMANDS.items())
-    what, usage = (__doc__ or "").partition("\n")[0], "usage: python3 sems_mitm.py [COMMAND] [...]"
-    return f"{what}\n\n{usage}\n\n{commands}\n\nCOMMAND --help tells more; without one it is serve."
+    "serve": serve, "demo": demo, "simulate": simulate, "decode": decode_command, "backfill": backfill, "doctor": doctor,
+    "metrics": metrics, "version": version,
+}  # fmt: skip
 
 
 def command_line(arguments: list[str]) -> int:
-    """Run the command that arguments name. Raises UsageError, StartError."""
+    """Run the command that arguments name, without one serve. Raises UsageError, StartError."""
     first = arguments[0] if arguments else ""
     if first in ("-h", "--help"):
-        print(help_text())
+        what, usage = f"{__doc__}".partition("\n")[0], "usage: python3 sems_mitm.py [COMMAND] [...]"
+        commands = [f"  {name:9} {command.__doc__}" for name, command in COMMANDS.items()]
+        print(what, "", usage, "", *commands, "", "COMMAND --help tells more; without one it is serve.", sep="\n")
         return 0
     if first == "--version":
         return version(arguments[1:])

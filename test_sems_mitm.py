@@ -535,6 +535,18 @@ class SocketCase(unittest.TestCase):
         self.addCleanup(process.close)
         return process
 
+    def started(self, *flags: str, **more) -> tuple:
+        """A portal, and an exporter for it."""
+        portal = self.portal(**more)
+        return portal, self.exporter(portal, *flags)
+
+    def talking(self, *flags: str) -> tuple:
+        """Those, a device that has sent a frame, and the portal's end of its connection, which has read it."""
+        portal, running = self.started(*flags)
+        device, leg = running.device(frame()), portal.accept()
+        leg.read(len(frame()))
+        return portal, running, device, leg
+
     def serving(self, portal=None, *flags: str, **more) -> Process:
         """The exporter as a process on free ports."""
         upstream = [f"--sems.upstream={portal.host}:{portal.port}"] if portal else []
@@ -544,6 +556,8 @@ class SocketCase(unittest.TestCase):
         path = tempfile.mkdtemp()
         self.addCleanup(shutil.rmtree, path, ignore_errors=True)
         return path
+
+
 # ---------------------------------------------------------------------------------------------- registers, metrics
 
 
@@ -814,7 +828,7 @@ class FramerTest(SocketCase):
         """Feed the reads; what comes and what the end gives, and that nothing is lost."""
         framer = sems.Framer(wire)
         pieces = [piece for data in reads for piece in framer.feed(data, 0.0)]
-        rest, ends = framer.rest, framer.close(1.0)
+        rest, ends = framer.rest, framer.close()
         self.assertEqual(b"".join(data for _, data in pieces + ends), b"".join(reads))
         self.assertEqual((rest, framer.rest), (b"".join(data for _, data in closed), b""))
         self.assertEqual((joined(pieces), joined(ends)), (came, closed))
@@ -850,7 +864,7 @@ class FramerTest(SocketCase):
             for reads in ([data], random_cuts(data, rng, 40), random_cuts(data, rng, 3)):
                 framer = sems.Framer(wire)
                 came = joined([piece for read in reads for piece in framer.feed(read, 0.0)])
-                found.append((came, joined(framer.close(0.0))))
+                found.append((came, joined(framer.close())))
                 self.assertEqual(b"".join(part for pieces in found[-1] for _, part in pieces), data)
             self.assertEqual(found, found[:1] * 3, data.hex())
 
@@ -860,17 +874,18 @@ class FramerTest(SocketCase):
         for now, data, since in ((1.0, FRAME[:9], 1.0), (2.0, FRAME[9:20], 1.0), (3.0, FRAME[20:] + SHORT[:5], 3.0), (4.0, SHORT[5:], None), (5.0, b"POS", 5.0)):  # fmt: skip
             framer.feed(data, now)
             self.assertEqual(framer.since if framer.rest else None, since, now)
-        self.assertEqual((OUT.patience, IN.patience), (30, 5))
+        self.assertEqual(sems.PATIENCE, {"outbound": 30, "inbound": 5})
 
     def test_given_up(self):
-        """What is given up is searched like a bad frame; one that it hid has a patience of its own."""
+        """What is given up is searched like a bad frame; one that it hid has waited since the last bytes came."""
         framer = sems.Framer(OUT)
         data = claim(8000, b"x" * 9) + FRAME + claim(7000, b"y" * 9)
-        self.assertEqual(framer.feed(data, 0.0), [])
-        first = framer.expire(30.0)
-        self.assertEqual(joined(first), [("malformed", data[:19]), ("frame", FRAME)])
-        self.assertEqual((framer.rest, framer.since), (data[-19:], 30.0))
-        self.assertEqual(framer.expire(60.0), [("malformed", data[-19:])])
+        self.assertEqual(framer.feed(data[:-9], 0.0), [])
+        self.assertEqual(framer.feed(data[-9:], 2.0), [])
+        self.assertEqual((framer.expire(29.0), framer.rest), ([], data))
+        self.assertEqual(joined(framer.expire(30.0)), [("malformed", data[:19]), ("frame", FRAME)])
+        self.assertEqual((framer.rest, framer.since), (data[-19:], 2.0))
+        self.assertEqual(framer.expire(32.0), [("malformed", data[-19:])])
         self.assertEqual((framer.rest, framer.feed(SHORT, 61.0)), (b"", [("frame", SHORT)]))
 
     def test_malice(self):
@@ -1025,7 +1040,7 @@ class Fuzz(unittest.TestCase):
             for part in random_cuts(data, self.rng):
                 pieces += framer.feed(part, 0.0)
                 self.assertLessEqual(len(framer.rest), wire.cap + wire.overhead)
-            pieces += framer.close(0.0)
+            pieces += framer.close()
             self.assertEqual(b"".join(part for _, part in pieces), data, data.hex())
             for kind, part in pieces:
                 good += kind == "frame"
@@ -1060,7 +1075,7 @@ class Readings(unittest.TestCase):
         """Values are written as exact decimals."""
         for i in range(0, 65535, 7):
             found = sems.reading("GRID", {30105: i}).values["inverter_string_voltage_volts", 'string="2"']
-            self.assertEqual(sems.page("", [("a", "", found)])["a"], f"a {i // 10}.{i % 10}\n")
+            self.assertEqual(sems.page("", {("a", ""): found})["a"], f"a {i // 10}.{i % 10}\n")
         words = sems.registers(sems.payload([(2049, (2, 3)), (2048, (1,))]))  # a number's registers in two ranges
         found = sems.reading("HK1000", words).values["meter_energy_export_decawatt_hours_total", ""]
         self.assertEqual(found, 2**32 + 2 * 65536 + 3)
@@ -1711,10 +1726,11 @@ class OutboxTest(unittest.TestCase):
                     spool.lost()
                     waiting, offset, sent = sent + waiting, 0, []
                     if step == "postpone":
-                        spool.postpone()
+                        spool.postpone(b"another")
+                        spool.postpone(waiting[0])
                         waiting.append(waiting.pop(0))
                 self.assertEqual([*spool], sent + waiting, seed)
-                self.assertEqual((spool.size, spool.owed), (len(b"".join(waiting)) - offset, bool(sent)))
+                self.assertEqual((spool.size, spool.owed), (len(b"".join(waiting)) - offset, len(b"".join(sent))))
                 self.assertEqual(spool.undelivered, spool.size + len(b"".join(sent)))
                 self.assertEqual(spool.weight, spool.undelivered + sems.OBJECT * (len(waiting) + 2 * len(sent)))
 
@@ -1982,7 +1998,7 @@ class Dns(unittest.TestCase):
             ("of the root", self.reply((b"\0", 1, 1, b"\1\2\3\4")), ["1.2.3.4"]), ("no such name", self.reply(code=3), []),
             ("no address", self.reply(), None), ("a failure", self.reply(code=2), None), ("refused", self.reply(a, code=5), None),
             ("a record cut", self.reply(a)[:-1], "bad"), ("a header cut", self.reply(a)[:40], "bad"),
-            ("fewer records than it says", self.reply(a, count=2), "bad"), ("a name past the end", self.reply((b"\x3f", 1, 1, b"")), "bad"),
+            ("fewer records than it says", self.reply(a, count=2), ["203.0.113.7"]), ("a name past the end", self.reply((b"\x3f", 1, 1, b"")), "bad"),
             ("another number", self.reply(a, head=b"\x12\x35"), "bad"), ("another question", self.reply(a, question=self.ALIAS), "bad"),
             ("a query", self.reply(a, flags=1), "bad"), ("nothing", b"", "bad"), ("the query come back", self.QUERY, "bad"),
         ):  # fmt: skip
@@ -2052,6 +2068,8 @@ class Addresses(unittest.TestCase):
         with contextlib.suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
             sock.connect(("192.0.2.1", 9))
             self.assertTrue(sems.is_this_machine(sock.getsockname()[0]))
+
+
 # ------------------------------------------------------------------------------------------------ sockets: relaying
 
 
@@ -2107,8 +2125,7 @@ class RelayTest(NamedCase):
     def test_every_byte_in_order(self) -> None:
         """Whatever a device sends arrives unchanged, decoded or not, however it is cut."""
         self.limits(LOOP_WINDOW=-1)  # the streams begin alike
-        portal = self.portal()
-        running = self.exporter(portal)
+        portal, running = self.started()
         for name, stream in awkward_streams().items():
             for seed in (None, 1, 2):
                 with self.subTest(name, cut=seed):
@@ -2148,8 +2165,7 @@ class RelayTest(NamedCase):
 
     def test_opened_by_the_first_byte(self) -> None:
         """The portal's connection is opened when the device's first byte has come, and that byte goes on alone."""
-        portal = self.portal()
-        running = self.exporter(portal)
+        portal, running = self.started()
         device = running.device()
         self.assertTrue(portal.unasked())
         self.assertNotIn("sems_mitm_upstream_up", running.metrics())
@@ -2160,21 +2176,18 @@ class RelayTest(NamedCase):
 
     def test_many_devices(self) -> None:
         """Each device has a portal connection of its own, with its own bytes in order."""
-        portal, chance = self.portal(), random.Random(3)
-        running = self.exporter(portal)
-        streams = {serial: b"".join(frames_of(12, serial=serial)) for serial in (f"91000HKU{i:08d}" for i in range(40))}
-        waiting = {running.device(): random_cuts(stream, chance, 700) for stream in streams.values()}
-        while waiting:
-            for device, parts in list(waiting.items()):
-                device.send(parts.pop(0))
-                if not parts:
-                    del waiting[device]
+        portal, running = self.started()
+        streams = {serial: b"".join(frames_of(4, serial=serial)) for serial in (f"91000HKU{i:08d}" for i in range(40))}
+        devices = [(running.device(), random_cuts(stream, random.Random(3))) for stream in streams.values()]
+        for parts in itertools.zip_longest(*(parts for _, parts in devices), fillvalue=b""):
+            for (device, _), part in zip(devices, parts):
+                device.send(part)
         while streams:
             leg = portal.accept()
             start = leg.read(30)
             stream = streams.pop(start[14:].decode())
             self.assertEqual(start + leg.read(len(stream) - 30), stream)
-        until(lambda: running.value("meter_metrics_packets_total") == 40 * 12)
+        until(lambda: running.value("meter_metrics_packets_total") == 40 * 4)
         self.assertEqual(running.value("sems_mitm_device_up"), 40)
 
     def test_inbound_filter(self) -> None:
@@ -2205,16 +2218,15 @@ class RelayTest(NamedCase):
                 self.assertEqual(device.read(len(row) * passes + len(end)), row * passes + end)
         stopped = [row for _, row, passes in rows if not passes]
         self.assertEqual(running.value("sems_mitm_packets_total", direction="inbound", verdict="dropped"), len(stopped))
-        self.assertEqual(
-            (running.value("inbound_unknown_packets_total"), running.value("sems_mitm_nacks_total")), (2, 1)
-        )
+        self.assertEqual(running.value("inbound_unknown_packets_total"), 2)
+        self.assertEqual(running.value("sems_mitm_nacks_total"), 1)
         until(lambda: len(open_lines(capture)) >= 2 * len(rows))
         kept = [json.loads(line) for line in open_lines(capture)]
         self.assertEqual([bytes.fromhex(one["hex"]) for one in kept if one["verdict"] == "dropped"], stopped)
 
     def test_inbound_claim_is_given_up(self) -> None:
         """An inbound frame that stays unfinished is given up, and what stood behind it goes through."""
-        self.patch(IN, "patience", 0.1)
+        self.limits(PATIENCE={"outbound": 30, "inbound": 0.1})
         portal, data = self.portal(), frame()
         device = self.exporter(portal).device(data)
         leg = portal.accept()
@@ -2224,8 +2236,7 @@ class RelayTest(NamedCase):
 
     def test_portal_drops_the_connection(self) -> None:
         """A portal's connection that is lost is opened again, and the device's stays; a cut frame is sent from its first byte."""
-        portal = self.portal()
-        running = self.exporter(portal)
+        portal, running = self.started()
         first, second, third = frames_of(3)
         device = running.device(first + second[:50])
         leg = portal.accept()
@@ -2242,8 +2253,7 @@ class RelayTest(NamedCase):
 
     def test_upstream_up(self) -> None:
         """0 after an attempt that failed and after a connection lost by an error, not after one that was closed."""
-        portal = self.portal()
-        running = self.exporter(portal)
+        portal, running = self.started()
         device = running.device(frame())
         for how, shown in (("reset", 0), ("close", 1)):
             with self.subTest(how):
@@ -2263,34 +2273,20 @@ class RelayTest(NamedCase):
         self.limits(HOLD=0.1)
         when = NOON + timedelta(hours=2)
         live, other = frame(when=when), frame(cls=sems.GRID_TIED, serial=INVERTER, ranges=INVERTER_RANGES)
-        for mode in ("forward", "spool"):
-            with self.subTest(mode):
-                portal = self.portal()
-                running = self.exporter(
-                    portal, "--batsignal", f"--sems.mode={mode}", f"--sems.capture={capture}-{mode}"
-                )
-                device = running.device(live[:40])
-                if mode == "forward":
-                    self.assertTrue(portal.accept().silent(0.03))
-                device.send(live[40:] + spoilt(live) * (mode == "forward"))
-                leg = portal.peers[0] if mode == "forward" else portal.accept()
-                drawn = leg.read(len(live))
-                words = sems.registers(sems.decode(drawn, OUT).clear)
-                signed = [
-                    int.from_bytes(struct.pack(">2H", words[at], words[at + 1]), "big", signed=True)
-                    for at in (2107, 2105)
-                ]
-                self.assertEqual(signed, [int(1000 * y) for y in sems.bat(when)])
-                self.assertEqual(drawn[:52], live[:52])
-                self.assertEqual(running.value("meter_power_generation_watts"), 2600)
-                self.assertEqual(json.loads(open_lines(f"{capture}-{mode}")[0])["hex"], live.hex())
-                self.assertEqual(
-                    running.value("sems_mitm_packets_total", type="0304", verdict="rewritten"), int(mode == "forward")
-                )
-                if mode == "forward":
-                    self.assertEqual(leg.read(len(live)), spoilt(live))
-                    device.send(other + live[:-4])
-                    self.assertEqual(leg.read(len(other + live) - 4), other + live[:-4])
+        drawn = sems.with_bat(live)
+        portal, running = self.started("--batsignal", f"--sems.capture={capture}")
+        device = running.device(live[:40])
+        leg = portal.accept()
+        self.assertTrue(leg.silent(0.03))
+        device.send(live[40:] + other + spoilt(live) + live[:-4])
+        expected = drawn + other + spoilt(live) + live[:-4]
+        self.assertEqual(leg.read(len(expected)), expected)
+        self.assertEqual(running.value("meter_power_generation_watts"), 2600)
+        self.assertEqual(json.loads(open_lines(capture)[0])["hex"], live.hex())
+        self.assertEqual(running.value("sems_mitm_packets_total", type="0304", verdict="rewritten"), 1)
+        portal, running = self.started("--batsignal", "--sems.mode=spool")
+        running.device(live).packets(1)
+        self.assertEqual(portal.accept().read(len(live)), drawn)
 
     def test_end_and_answer_in_one_wakeup(self) -> None:
         """The portal's answer and the device's last frame with its end or reset, seen at once: the frame is read and passed on."""
@@ -2320,17 +2316,15 @@ class RelayTest(NamedCase):
         """Both peers reset in the middle of frames: nothing is left waiting."""
         portal = self.portal()
         process = self.serving(portal)
-        for number in range(3):
+        for number in range(2):
             with self.subTest(number):
                 data = frame(when=minute(number))
                 device = process.device(data)
                 leg = portal.accept()
                 leg.read(len(data))
                 with process.frozen():
-                    for peer, part in sorted(
-                        [(device, data[:50]), (leg, ack_of(data)[:20])], key=lambda _: random.random()
-                    ):
-                        peer.send(part if number else part * 3)
+                    for peer in (device, leg)[:: 1 if number else -1]:
+                        peer.send((data if peer is device else ack_of(data))[:50])
                         peer.reset()
                 until(lambda: process.value("sems_mitm_device_connections") == 0)
                 self.assertEqual(process.value("sems_mitm_queue_bytes"), 0)
@@ -2346,8 +2340,7 @@ class BackPressureTest(SocketCase):
 
     def test_slow_portal(self) -> None:
         """While 256 KiB wait for a connected portal the device is not read; later all arrives in order."""
-        portal = self.portal()
-        running = self.exporter(portal)
+        portal, running = self.started()
         block = b"".join(frames_of(400))
         device = running.device(block[:10])
         leg = portal.accept()
@@ -2362,12 +2355,7 @@ class BackPressureTest(SocketCase):
 
     def test_slow_device(self) -> None:
         """While 256 KiB wait for a device its portal is not read; later all arrives in order."""
-        portal = self.portal()
-        running = self.exporter(portal)
-        data = frame()
-        device = running.device(data)
-        leg = portal.accept()
-        leg.read(len(data))
+        *_, device, leg = self.talking()
         block = b"".join(portal_frame("0304", when=NOON + timedelta(seconds=i)) for i in range(30))
         sent = leg.fill(block)
         self.assertLess(sent, sems.BACKLOG + sems.RECV_SIZE + 20 * SMALL)
@@ -2378,8 +2366,7 @@ class BackPressureTest(SocketCase):
     def test_no_progress(self) -> None:
         """A portal that takes nothing for long counts as lost; the device's connection stays, and whole frames go to the next."""
         self.limits(STALL=0.2)
-        portal = self.portal()
-        running = self.exporter(portal)
+        portal, running = self.started()
         frames = frames_of(600)
         device = running.device(frames[0])
         portal.accept()
@@ -2406,9 +2393,8 @@ class BackPressureTest(SocketCase):
         """Whatever waits, the loop sleeps."""
         self.limits(LINGER=20, BACKOFF=(0.5, 1), TICK=1)
         data, turns, select_ = frame(), [], selectors.DefaultSelector.select
-        self.patch(
-            selectors.DefaultSelector, "select", lambda *_: turns.append(threading.current_thread()) or select_(*_)
-        )
+        counted = lambda *_: turns.append(threading.current_thread()) or select_(*_)
+        self.patch(selectors.DefaultSelector, "select", counted)
 
         def answers(leg) -> None:
             leg.read(len(data))
@@ -2459,8 +2445,7 @@ class PortalAwayTest(NamedCase):
 
     def test_away_and_back(self) -> None:
         """Whole good frames wait in order and nothing else, nothing is answered, and the device is decoded meanwhile."""
-        portal = self.portal(listening=False)
-        running = self.exporter(portal)
+        portal, running = self.started(listening=False)
         frames = frames_of(20)
         stream = b"".join(frames)
         device = running.device(b"junk" + spoilt(frames[3]) + stream[:-30])
@@ -2480,8 +2465,7 @@ class PortalAwayTest(NamedCase):
     def test_queue_is_bounded(self) -> None:
         """So much of a device waits; the oldest whole frames are dropped first, and counted."""
         self.limits(QUEUE=100_000)
-        portal = self.portal(listening=False)
-        running = self.exporter(portal)
+        portal, running = self.started(listening=False)
         frames = cheap_frames(300)
         size = len(frames[0])
         device = running.device(b"".join(frames))
@@ -2499,8 +2483,7 @@ class PortalAwayTest(NamedCase):
     def test_all_queues_are_bounded(self) -> None:
         """All that waits together stays under a limit; above it the longest queue loses its oldest frames."""
         self.limits(QUEUES=200_000)
-        portal = self.portal(listening=False)
-        running = self.exporter(portal)
+        portal, running = self.started(listening=False)
         small, *large = (METER[:-1] + digit for digit in "456")
         frames = {serial: frames_of(600, serial=serial) for serial in large}
         devices = [running.device(frame(serial=small)), *(running.device(b"".join(frames[serial])) for serial in large)]
@@ -2561,8 +2544,7 @@ class PortalAwayTest(NamedCase):
     def test_backoff(self) -> None:
         """Attempts back off though the portal accepts and hangs up at once; once it has sent something they start again at the first."""
         self.limits(BACKOFF=(0.05, 60), TICK=0.005)
-        portal = self.portal()
-        running = self.exporter(portal)
+        portal, running = self.started()
         device = running.device(frame())
         begin = time.monotonic()
         for drop in ("close", "reset", "close", "reset"):
@@ -2595,14 +2577,7 @@ class PortalAwayTest(NamedCase):
 
     def test_addresses_that_cannot_be(self) -> None:
         """No address ends the process: what cannot be connected to is counted, and tried again."""
-        for upstream in (
-            "[fe80::1%nosuch]:20001",
-            "[fe80::1]:20001",
-            "[::1]:1",
-            "0.0.0.0:1",
-            "a..b:1",
-            "x" * 70 + ".tld:1",
-        ):
+        for upstream in "[fe80::1%nosuch]:1", "[fe80::1]:1", "[::1]:1", "0.0.0.0:1", "a..b:1", "x" * 70 + ".tld:1":
             with self.subTest(upstream):
                 running = self.exporter(None, f"--sems.upstream={upstream}", "--sems.upstream-dns=none")
                 device = running.device(frame())
@@ -2640,11 +2615,8 @@ class LocalTest(SocketCase):
                 self.assertLess(abs((stamp - datetime.now()).total_seconds()), 5)
         self.assertNotIn("sems_mitm_upstream_up", running.metrics())
         self.assertEqual(running.value("sems_mitm_upstream_connections"), 0)
-        dropped = [
-            running.value("sems_mitm_packets_total", type=kind, verdict="dropped")
-            for kind in ("0310", "malformed", "junk")
-        ]
-        self.assertEqual(dropped, [1, 2, 1])
+        dropped = lambda kind: running.value("sems_mitm_packets_total", type=kind, verdict="dropped")
+        self.assertEqual([dropped(kind) for kind in ("0310", "malformed", "junk")], [1, 2, 1])
 
     def test_clock_is_not_set(self) -> None:
         """With a wrong clock or an unknown TZ settings get their ACK alone, and that is said once."""
@@ -2662,22 +2634,19 @@ class LocalTest(SocketCase):
 class SpoolTest(NamedCase):
     """Mode spool: we answer, and the portal gets everything, however late."""
 
-    def started(self, *flags: str, listening: bool = True) -> tuple:
-        portal = self.portal(listening)
-        return portal, self.exporter(portal, "--sems.mode=spool", *flags)
+    def spooling(self, *flags: str, **more) -> tuple:
+        return self.started("--sems.mode=spool", *flags, **more)
 
     def emptied(self, running: Running) -> None:
         until(lambda: running.queued() == 0)
 
     def test_one_answer_a_frame(self) -> None:
         """Exactly one ACK a good frame, all of which the portal gets; nothing that the portal says reaches the device."""
-        portal, running = self.started()
+        portal, running = self.spooling()
         frames = [
-            frame(sems.SETTINGS, ranges=[]),
+            frame(sems.SETTINGS),
             *frames_of(4),
-            frame(sems.BUFFERED),
-            frame(sems.CONFIRMATION),
-            frame(0x21),
+            *(frame(kind) for kind in (sems.BUFFERED, sems.CONFIRMATION, 0x21)),
         ]
         device = running.device(b"junk" + spoilt(frame()) + b"".join(frames))
         kinds = [packet.type for packet in device.packets(7)]
@@ -2696,7 +2665,7 @@ class SpoolTest(NamedCase):
 
     def test_a_connection_for_each_serial_number(self) -> None:
         """A spool belongs to its device: several behind one connection are several spools, and one waits for no other."""
-        portal, running = self.started()
+        portal, running = self.spooling()
         serials = [METER[:-1] + digit for digit in "123"]
         frames = {serial: b"".join(frames_of(3, serial=serial)) for serial in serials}
         running.device(b"".join(frames.values())).packets(9)
@@ -2705,7 +2674,7 @@ class SpoolTest(NamedCase):
 
     def test_nack_ends_the_matter(self) -> None:
         """A NACK is counted and logged, and its frame is not sent again."""
-        portal, running = self.started()
+        portal, running = self.spooling()
         data = frame()
         device = running.device(data)
         device.packets(1)
@@ -2719,14 +2688,8 @@ class SpoolTest(NamedCase):
 
     def test_device_is_back(self) -> None:
         """The portal is away; frames of two sizes wait; the device goes, comes back and sends another kind: the order stays."""
-        portal, running = self.started(listening=False)
-        frames = [
-            frame(),
-            *cheap_frames(2),
-            frame(when=minute(1)),
-            frame(sems.SETTINGS, ranges=[]),
-            frame(when=minute(2)),
-        ]
+        portal, running = self.spooling(listening=False)
+        frames = [frame(), *cheap_frames(2), frame(when=minute(1)), frame(sems.SETTINGS), frame(when=minute(2))]
         for some in (frames[:4], frames[4:]):
             device = running.device(b"".join(some))
             device.packets(len(some) + any(data[11] == sems.SETTINGS for data in some))
@@ -2746,7 +2709,7 @@ class SpoolTest(NamedCase):
         """The device's old connection is half open, or speaks too: frames are delivered in the order in which they came."""
         for away in (True, False):
             with self.subTest(portal_away=away):
-                portal, running = self.started(listening=not away)
+                portal, running = self.spooling(listening=not away)
                 frames = frames_of(6)
                 old = running.device(frames[0] + frames[1][:40])
                 old.packets(1)
@@ -2764,7 +2727,7 @@ class SpoolTest(NamedCase):
     def test_frame_that_the_portal_does_not_like(self) -> None:
         """A frame that gets no answer holds up nothing: the connection is given up, and it goes behind all that wait."""
         self.limits(ANSWER_TIMEOUT=0.15)
-        portal, running = self.started()
+        portal, running = self.spooling()
         frames = frames_of(5)
         disliked, seen = frame(sems.BUFFERED), []
         device = running.device(b"".join([frames[0], disliked, *frames[1:]]))
@@ -2788,7 +2751,7 @@ class SpoolTest(NamedCase):
     def test_keepalives_are_no_answer(self) -> None:
         """A portal that sends but keep-alives answers nothing, and the back-off goes on."""
         self.limits(ANSWER_TIMEOUT=0.1)
-        portal, running = self.started()
+        portal, running = self.spooling()
         running.device(frame()).packets(1)
         leg = portal.accept()
 
@@ -2798,7 +2761,7 @@ class SpoolTest(NamedCase):
             return not portal.unasked(0.02)
 
         until(tried_again)
-        self.assertEqual(running.value("sems_mitm_upstream_up"), 1)
+        self.assertGreaterEqual(running.value("sems_mitm_upstream_connect_failures_total", reason="timeout"), 1)
 
     def test_full_spool(self) -> None:
         """What finds no place is neither kept nor answered, counted, and said once; nothing that was ACKed is dropped."""
@@ -2812,15 +2775,14 @@ class SpoolTest(NamedCase):
                 for limit in limits.items():
                     stack.enter_context(mock.patch.object(sems, *limit))
                 self.lines.clear()
-                portal, running = self.started(*flags, listening=False)
+                portal, running = self.spooling(*flags, listening=False)
                 others = [frame(serial=OTHER) for _ in range(9)] if flags else []
                 device = running.device(b"".join((frames[:1] if flags else frames) + others))
                 until(lambda: running.value("sems_mitm_packets_total") == (10 if flags else 60))
                 kept = int(running.value("sems_mitm_packets_total", verdict="answered"))
                 self.assertTrue(kept == 1 if flags else 10 < kept < 20, kept)
-                self.assertEqual(
-                    running.value("sems_mitm_packets_total", verdict="dropped"), (10 if flags else 60) - kept
-                )
+                dropped = running.value("sems_mitm_packets_total", verdict="dropped")
+                self.assertEqual(dropped, (10 if flags else 60) - kept)
                 self.assertEqual(sum("no room" in line for line in self.lines), 1, self.lines)
                 device.packets(kept)
                 self.assertTrue(device.silent(0.02))
@@ -2835,7 +2797,7 @@ class SpoolTest(NamedCase):
     def test_idle_spool(self) -> None:
         """A spool with nothing to deliver closes its connection long after its device's last frame; with something it does not."""
         self.limits(SILENCE=0.2)
-        portal, running = self.started()
+        portal, running = self.spooling()
         running.device(frame()).packets(1)
         leg = portal.accept()
         leg.read(len(frame()))
@@ -2847,8 +2809,7 @@ class SpoolTest(NamedCase):
 
     def test_killed_again_and_again(self) -> None:
         """A portal that dies at random gets every frame at least once, first in order, and the device one ACK a frame."""
-        chance, portal = random.Random(3), self.portal()
-        running = self.exporter(portal, "--sems.mode=spool")
+        chance, (portal, running) = random.Random(3), self.spooling()
         frames, first, sent = frames_of(60), [], 0
         size, device = len(frames[0]), running.device()
         while len(first) < len(frames) or running.queued():
@@ -2884,8 +2845,7 @@ class ConnectionsTest(SocketCase):
         self.limits(LINGER=0.1)
         for portal_closes in (True, False):
             with self.subTest(portal_closes=portal_closes):
-                portal = self.portal()
-                running = self.exporter(portal)
+                portal, running = self.started()
                 data = frame()
                 device = running.device(data)
                 device.no_more()
@@ -3018,6 +2978,16 @@ class ConnectionsTest(SocketCase):
                 self.assertEqual(portal.accept().read(len(data)), data)
                 self.assertEqual(running.value("sems_mitm_refused_connections_total"), 0)
 
+    def test_long_first_frame(self) -> None:
+        """A device whose first frame is long and comes in pieces is no loop: the portal has its beginning from itself."""
+        portal, running = self.started()
+        data = cheap_frames(1, 4000)[0]
+        device = running.device(data[:3000])
+        leg = portal.accept()
+        self.assertEqual(leg.read(3000), data[:3000])
+        device.send(data[3000:])
+        self.assertEqual(leg.read(len(data) - 3000), data[3000:])
+
     def test_every_family(self) -> None:
         """:PORT is a socket for each family there is, and peers are told as plain addresses."""
         capture = os.path.join(self.directory(), "capture")
@@ -3062,12 +3032,11 @@ class NameServer(threading.Thread):
         self.sock.close()
 
 
-def told(query: bytes, *addresses: str, number: int | None = None, code: int = 0, question: bytes = b"") -> bytes:
+def told(query: bytes, *addresses: str) -> bytes:
     """A name server's answer to a query."""
-    number = int.from_bytes(query[:2], "big") if number is None else number
-    head = struct.pack(">6H", number, 0x8180 | code, 1, len(addresses), 0, 0)
+    head = query[:2] + struct.pack(">5H", 0x8180, 1, len(addresses), 0, 0)
     records = (b"\xc0\x0c\0\1\0\1\0\0\0\x3c\0\4" + socket.inet_aton(address) for address in addresses)
-    return head + (question or query[12:]) + b"".join(records)
+    return head + query[12:] + b"".join(records)
 
 
 class NameTest(NamedCase):
@@ -3095,44 +3064,37 @@ class NameTest(NamedCase):
         """A server that keeps silent, lies or is not there is passed over for the next; the true answer behind a forged one counts."""
         self.patch(sems.ask_dns, "__defaults__", (0.1,))
         self.system = []
-        wrong = lambda query: [told(query, "127.0.0.9", number=int.from_bytes(query[:2], "big") ^ 1), b"", query]
+        wrong = lambda query: [bytes([query[0] ^ 1]) + told(query, "127.0.0.9")[1:], b"", query]
         good = self.server(lambda query: [*wrong(query), told(query, LOCAL)])
         nobody = mock.Mock(text="%s:%d" % self.portal(listening=False).sock.getsockname())
-        for name, bad in (
-            ("silent", self.server(lambda query: [])),
-            ("forged", self.server(wrong)),
-            ("nobody", nobody),
-        ):
+        for name, bad in (("silent", self.server(lambda query: [])), ("lies", self.server(wrong)), ("nobody", nobody)):
             with self.subTest(name):
                 portal = self.portal()
                 self.named(portal, servers=[bad, good]).device(frame())
                 self.assertEqual(portal.accept().read(6), b"POSTGW")
         self.assertEqual(good.asked, 3)
 
-    def test_only_unroutable(self) -> None:
-        """Where the servers are overridden too nothing is tried: reason loop, and the log says what to change."""
-        for system in ([], [LOCAL]):
-            with self.subTest(system=system):
+    def test_no_address(self) -> None:
+        """A name that nobody knows, and one that is overridden everywhere: a reason, a line that says what to change, no attempt."""
+        self.patch(sems, "is_global", lambda host: False)
+        for system, answer, reason in (
+            ([], [], "dns"),
+            ([], ["192.168.1.2"], "loop"),
+            ([LOCAL], ["192.168.1.2"], "loop"),
+        ):
+            with self.subTest(system=system, answer=answer):
                 self.system = system
-                self.patch(sems, "is_global", lambda host: False)
                 self.lines.clear()
                 portal = self.portal()
-                running = self.named(portal, servers=[self.server(lambda query: [told(query, "192.168.1.2")])])
+                running = self.named(portal, servers=[self.server(lambda query: [told(query, *answer)])])
                 running.device(frame())
-                until(lambda: running.value("sems_mitm_upstream_connect_failures_total", reason="loop") >= 2)
+                until(lambda: running.value("sems_mitm_upstream_connect_failures_total", reason=reason) >= 2)
                 self.assertTrue(portal.unasked(0.02))
-                self.assertEqual(sum("--sems.upstream-dns" in line for line in self.lines), 1, self.lines)
+                self.assertEqual(
+                    sum("--sems.upstream-dns" in line for line in self.lines), int(reason == "loop"), self.lines
+                )
                 self.assertEqual(running.value("sems_mitm_upstream_up"), 0)
-
-    def test_no_address(self) -> None:
-        """A name that nobody knows is reason dns, and is tried again."""
-        self.system = []
-        portal = self.portal()
-        running = self.named(portal)
-        running.device(frame())
-        until(lambda: running.value("sems_mitm_upstream_connect_failures_total", reason="dns") >= 2)
-        self.system = [LOCAL]
-        self.assertEqual(portal.accept().read(6), b"POSTGW")
+                running.stop()
 
     def test_next_address(self) -> None:
         """Of several addresses the next is tried when one refuses."""
@@ -3303,25 +3265,20 @@ class LimitsTest(SocketCase):
         """256 connections, the portal away, queues full, an unfinished frame in each, 16 slow readers of the page: under 64 MB."""
         portal = self.portal(listening=False)
         process = self.serving(portal, before="sems.BACKOFF = (5, 60)", MALLOC_ARENA_MAX="2")
-        self.fill(process, lambda i: cheap_frames(1, 1024, f"91000HKU{i:08d}") * 64)
+        data = next(bytes.fromhex(row["hex"]) for row in VECTORS if row["hex"][20:24] == "0204")
+        clear, unfinished = sems.decode(data, OUT).clear, b"POSTGW\0\0\x1f\xf0\x03\x04" + bytes(8000)
+        for i in range(256):
+            process.device(frame(sems.LIVE, 2, f"9010KETU{i:08d}", clear=clear))
+        until(lambda: process.value("sems_mitm_upstream_connect_failures_total") == 256, pause=0.1)
+        for i, device in enumerate(process.peers):
+            device.send(cheap_frames(1, 1024, f"91000HKU{i:08d}")[0] * 64 + unfinished)
+        for _ in range(16):
+            process.peers.append(connected(process.ports()[1], b"GET / HTTP/1.0\r\n\r\n", SMALL))
+        until(lambda: process.value("sems_mitm_packets_total", type="0345") == 256 * 64, 60, 0.2)
         self.assertGreater(process.value("sems_mitm_queue_bytes"), 0.85 * sems.QUEUES)
         with open(f"/proc/{process.popen.pid}/status") as file:
             peak = int(re.search(r"VmHWM:\s+(\d+) kB", file.read())[1])
         self.assertLess(peak, 64 << 10)
-
-    @staticmethod
-    def fill(process: Process, frames) -> None:
-        """256 devices that send so many frames and a part of one, and 16 clients of the page that do not read."""
-        unfinished = b"POSTGW\0\0\x1f\xf0\x03\x04" + bytes(8000)
-        devices = [process.device(frame(serial=f"91000HKU{i:08d}")) for i in range(256)]
-        until(lambda: process.value("sems_mitm_upstream_connect_failures_total") == 256, pause=0.1)
-        for i, device in enumerate(devices):
-            device.send(b"".join(frames(i)) + unfinished)
-        for _ in range(16):
-            client = connected(process.ports()[1], b"GET / HTTP/1.0\r\n\r\n", SMALL)
-            process.peers.append(client)
-        sent = 256 * (len(frame()) + len(b"".join(frames(0))) + len(unfinished))
-        until(lambda: process.value("sems_mitm_bytes_total", direction="outbound") == sent, 60, 0.2)
 
 
 # ---------------------------------------------------------------------------------------------- sockets: files, life
@@ -3334,28 +3291,17 @@ class RecordedFilesTest(SocketCase):
         """Every frame is in the capture before the device can know of it, buffered readings in the other file; decode reads both."""
         capture, backfill = (os.path.join(self.directory(), name) for name in ("capture", "backfill"))
         running = self.exporter(None, "--sems.mode=local", f"--sems.capture={capture}", f"--sems.backfill={backfill}")
-        rows = [
-            frame(sems.SETTINGS),
-            frame(),
-            frame(sems.BUFFERED),
-            frame(sems.BUFFERED, 1, INVERTER, ranges=INVERTER_RANGES),
-            frame(0x09, clear=bytes(16)),
-        ]
+        rows = [frame(sems.SETTINGS), frame(), frame(sems.BUFFERED)]
         device = running.device(spoilt(frame()) + b"".join(rows))
-        device.packets(5)
-        lines = [json.loads(line) for line in open_lines(capture)]
-        outward = [line for line in lines if line["direction"] == "outbound"]
-        self.assertEqual([line["hex"] for line in outward][:4], [data.hex() for data in (spoilt(frame()), *rows[:3])])
-        until(lambda: len(open_lines(capture)) >= 6)
-        self.assertEqual((outward[1]["verdict"], outward[1]["peer"]), ("answered", "%s:%d" % device.sock.getsockname()))
-        stamp = datetime.fromisoformat(outward[1]["time"].replace("Z", "+00:00"))
-        self.assertLess(abs((stamp - datetime.now(timezone.utc)).total_seconds()), 20)
-        self.assertEqual([json.loads(line)["hex"] for line in open_lines(backfill)], [data.hex() for data in rows[2:4]])
+        device.packets(4)
+        outward = [line for line in map(json.loads, open_lines(capture)) if line["direction"] == "outbound"]
+        self.assertEqual([line["hex"] for line in outward], [data.hex() for data in (spoilt(frame()), *rows)])
+        self.assertEqual([line["verdict"] for line in outward], ["dropped", *["answered"] * 3])
+        self.assertEqual({line["peer"] for line in outward}, {"%s:%d" % device.sock.getsockname()})
+        self.assertEqual([json.loads(line)["hex"] for line in open_lines(backfill)], [rows[2].hex()])
         code, out, _ = called("decode", capture)
-        decoded = [json.loads(line) for line in out.splitlines()]
-        self.assertEqual(
-            (code, [entry["hex"] for entry in decoded if entry["crc_ok"]][:5]), (0, [data.hex() for data in rows])
-        )
+        good = [line["hex"] for line in map(json.loads, out.splitlines()) if line["crc_ok"]]
+        self.assertEqual((code, good[:3]), (0, [data.hex() for data in rows]))
 
     def test_trouble_with_a_file(self) -> None:
         """A full disk, a bad path, a FIFO that nobody reads: counted, a log line a minute, and nothing else changes."""
@@ -3439,8 +3385,7 @@ class LifeTest(SocketCase):
         self.small_buffers()
         for mode in ("forward", "spool"):
             with self.subTest(mode):
-                portal = self.portal()
-                running = self.exporter(portal, f"--sems.mode={mode}")
+                portal, running = self.started(f"--sems.mode={mode}")
                 stream = b"".join(cheap_frames(150))
                 device = running.device()
                 threading.Thread(target=device.packets, args=(150 if mode == "spool" else 0,), daemon=True).start()
@@ -3451,6 +3396,8 @@ class LifeTest(SocketCase):
                 self.assertEqual(leg.rest(), stream)
                 running.thread.join(5)
                 self.assertFalse(running.thread.is_alive())
+
+
 # --------------------------------------------------------------------------------------------- the journal of a spool
 
 
@@ -3527,10 +3474,10 @@ class Delivered(threading.Thread):
 class Insistent(threading.Thread):
     """A device that sends bursts, frame after frame, and again what was not answered; `acked` is how many were."""
 
-    def __init__(self, serial: str, port: int, seed: int) -> None:
+    def __init__(self, serial: str, port: int, seed: int, count: int) -> None:
         super().__init__(daemon=True)
         self.chance, self.port, self.serial = random.Random(seed), port, serial
-        self.frames = frames_of(3000, serial=serial, clear=b"\0" + b"\xff" * 15)
+        self.frames = frames_of(count, serial=serial, clear=b"\0" + b"\xff" * 15)
         self.acked, self.over = 0, False
         self.start()
 
@@ -3543,13 +3490,13 @@ class Insistent(threading.Thread):
     def _speak(self, peer: Peer) -> None:
         with contextlib.closing(peer):
             peer.sock.settimeout(2)
-            while not self.over:
+            while self.acked < len(self.frames) and not self.over:
                 burst = self.frames[self.acked : self.acked + self.chance.choice((1, 1, 3, 40))]
                 peer.send(b"".join(burst))
                 for _ in burst:
                     peer.read(ACK_SIZE)
                     self.acked += 1
-                time.sleep(self.chance.random() * 0.01)
+                time.sleep(self.chance.random() * 0.02)
 
     def close(self) -> None:
         self.over = True
@@ -3654,23 +3601,23 @@ class SpoolFileTest(SocketCase):
 
     def test_bounded(self) -> None:
         """The file is written anew when it has grown, with what is undelivered, and emptied when nothing is."""
-        self.limits(JOURNAL_MIN=4096)
-        portal, largest, inodes = self.portal(), 0, set()
+        self.limits(JOURNAL_MIN=2048)
+        portal, largest, inodes, leg = self.portal(), 0, set(), None
         running = self.spool(portal)
-        frames = frames_of(200)
+        frames = frames_of(60)
         device, size = running.device(), len(frames[0])
         for i, data in enumerate(frames):
             device.send(data)
             device.packets(1)
-            leg = leg if i else portal.accept()
+            leg = leg or portal.accept()
             leg.read(size)
             if i:  # one is always unanswered
                 leg.send(ack_of(data))
                 until(lambda: running.queued() == size)
             largest = max(largest, os.path.getsize(self.file))
             inodes.add(os.stat(self.file).st_ino)
-        until(lambda: os.path.getsize(self.file) <= 4096)
-        self.assertLess(largest, 40_000)
+        until(lambda: os.path.getsize(self.file) <= 2048)
+        self.assertLess(largest, 20_000)
         self.assertGreater(len(inodes), 1)
         self.assertEqual(self.kept()[-1], frames[-1])
         leg.send(ack_of(data))
@@ -3715,7 +3662,7 @@ class SpoolFileTest(SocketCase):
         chance, portal, unused = random.Random(seed), Delivered(seed), self.portal(listening=False)
         self.addCleanup(portal.close)
         unused.close()
-        devices = [Insistent(f"91000HKU{i:08d}", unused.port, seed + i) for i in range(4)]
+        devices = [Insistent(f"91000HKU{i:08d}", unused.port, seed + i, 300 * kills) for i in range(4)]
         self.addCleanup(lambda: [device.close() for device in devices])
         flags = ("--sems.mode=spool", f"--sems.spool-file={self.file}", f"--sems.listen-address={LOCAL}:{unused.port}")
         process = self.serving(portal, *flags, before=QUICK + PHOENIX)
@@ -3810,7 +3757,7 @@ class ContainmentTest(NamedCase):
 
     def test_a_deadline(self) -> None:
         """A connection's deadline: it ends, others stay."""
-        self.patch(OUT, "patience", 0.1)
+        self.limits(PATIENCE={"outbound": 0.1, "inbound": 5})
         running = self.exporter(None, "--sems.mode=local")
         good = running.device(frame())
         good.packets(1)
@@ -3971,6 +3918,125 @@ class NamespaceTest(SocketCase):
         self.assertTrue(asked["TCP_KEEPIDLE"] >= {20} and asked["TCP_KEEPINTVL"] >= {10}, asked)
         if slow:
             print(f"line cut: noticed by all four after {took:.0f} s")
+
+
+# --------------------------------------------------------------------------------------- sockets: what hunts have found
+
+
+class Detour(threading.Thread):
+    """A relay between the exporter and itself that hides both ends, as NAT does."""
+
+    def __init__(self) -> None:
+        super().__init__(daemon=True)
+        self.sock, self.host, self.target, self.turns = socket.create_server((LOCAL, 0)), LOCAL, 0, 0
+        self.port = self.sock.getsockname()[1]
+
+    def run(self) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                near, far = self.sock.accept()[0], socket.create_connection((LOCAL, self.target))
+                self.turns += 1
+                for one, other in ((near, far), (far, near)):
+                    threading.Thread(target=self.pass_on, args=(one, other), daemon=True).start()
+
+    @staticmethod
+    def pass_on(one: socket.socket, other: socket.socket) -> None:
+        with contextlib.suppress(OSError):
+            while data := one.recv(1 << 16):
+                other.sendall(data)
+        for sock in (one, other):
+            with contextlib.suppress(OSError):
+                sock.shutdown(socket.SHUT_RDWR)
+
+    def close(self) -> None:
+        with contextlib.suppress(OSError):
+            self.sock.shutdown(socket.SHUT_RDWR)
+        self.sock.close()
+
+
+class LoopTest(SocketCase):
+    """A name that leads back here, behind NAT."""
+
+    def test_never_spirals(self) -> None:
+        """However the first bytes are cut, and whatever they are: our own bytes come back once an attempt, and go no further."""
+        data, other = frame(), frame(when=minute(1))
+        for name, parts in (
+            ("a frame", [data]),
+            ("cut at 10", [data[:10], data[10:]]),
+            ("cut at 80", [data[:80], data[80:]]),
+            ("a tail, a frame", [data[100:] + other]),
+            ("a bad frame, a good one", [spoilt(data) + other]),
+            ("junk", [b"\0", b"junk" * 30]),
+        ):
+            with self.subTest(name):
+                detour = Detour()
+                self.addCleanup(detour.close)
+                running = self.exporter(detour)
+                detour.target = running.port
+                detour.start()
+                self.limits(BACKOFF=(30, 30))
+                device = running.device(parts[0])
+                until(lambda: detour.turns == 1)
+                refused = lambda: running.value("sems_mitm_refused_connections_total", reason="loop") == 1
+                until(lambda: refused() or running.value("sems_mitm_bytes_total") >= 2 * len(parts[0]))
+                for part in parts[1:]:
+                    device.send(part)
+                until(refused)
+                self.assertEqual(detour.turns, 1)
+                self.assertEqual(running.value("sems_mitm_device_connections"), 1)
+
+
+class FoundTest(NamedCase):
+    """Faults of other kinds."""
+
+    def test_look_up_that_hangs(self) -> None:
+        """An attempt ends in time although a name service says nothing; the device is read on."""
+        self.limits(CONNECT_TIMEOUT=0.05)
+        self.go.clear()
+        running = self.named(self.portal())
+        device = running.device(frame())
+        until(lambda: running.value("sems_mitm_upstream_connect_failures_total", reason="dns") >= 1)
+        device.send(b"".join(frames_of(500)))
+        until(lambda: running.value("meter_metrics_packets_total") == 501)
+        self.assertEqual(running.value("sems_mitm_upstream_up"), 0)
+
+    def test_family_of_the_packet(self) -> None:
+        """A packet is read by its own class, whatever its device has sent before."""
+        running = self.exporter(None, "--sems.mode=local")
+        hybrid = next(bytes.fromhex(row["hex"]) for row in VECTORS if row["name"].startswith("ET"))
+        serial = hybrid[14:30].decode()
+        device = running.device(frame(cls=6, serial=serial, ranges=[(1, (5,))]))
+        device.packets(1)
+        device.send(hybrid)
+        until(lambda: running.value("battery_power_watts") == -1)
+
+    def test_suspect_answered_at_last(self) -> None:
+        """The answer that is found in what the portal left unfinished counts: nothing is put behind, nothing is sent again."""
+        self.limits(ANSWER_TIMEOUT=0.2)
+        portal = self.portal()
+        running = self.exporter(portal, "--sems.mode=spool")
+        running.device(frame()).packets(1)
+        leg = portal.accept()
+        leg.read(len(frame()))
+        leg.send(b"GW" + struct.pack(">I", 2000) + b"x" * 10 + ack_of(frame()))
+        until(lambda: running.queued() == 0)
+        self.assertEqual(running.value("sems_mitm_internal_errors_total"), 0)
+
+    def test_spool_file_that_goes(self) -> None:
+        """A spool file that is removed or replaced is written anew, whole; nobody else can take its place."""
+        for what in ("removed", "replaced"):
+            with self.subTest(what):
+                path = os.path.join(self.directory(), "spool")
+                running = self.exporter(self.portal(listening=False), "--sems.mode=spool", f"--sems.spool-file={path}")
+                running.device(frame()).packets(1)
+                os.unlink(path)
+                if what == "replaced":
+                    open(path, "w").close()
+                until(lambda: os.path.exists(path) and frame().hex() in "".join(open_lines(path)))
+                with self.assertRaises(sems.StartError):
+                    sems.Journal(path, sems.Store())
+
+
 # ------------------------------------------------------------------------------------------------------- household
 
 
@@ -4152,7 +4218,7 @@ class HistoryTest(unittest.TestCase):
 
     def reads(self, now: float, solar: float, export: float, noted: float = 0) -> None:
         """A HomeKit 1000's reading, looked at `noted` seconds later."""
-        self.store.devices["meter"] = kit1000(solar, export, fresh=now)
+        self.store.names["meter"] = kit1000(solar, export, fresh=now)
         self.store.readings += 1
         self.history.note(now + noted)
 
@@ -4179,8 +4245,8 @@ class HistoryTest(unittest.TestCase):
         """Its flows end when it does, and what does not hang on it goes on."""
         self.begin()
         self.history.step = 100
-        self.store.devices["roof"] = dns(1000, fresh=1000)
-        self.store.devices["grid"] = kit3000(200, fresh=1200)
+        self.store.names["roof"] = dns(1000, fresh=1000)
+        self.store.names["grid"] = kit3000(200, fresh=1200)
         self.store.readings = 2
         for now in range(1200, 1500):
             self.history.note(now)
@@ -4248,12 +4314,12 @@ WEB_SETTINGS = sems.serve_settings(["--sems.mode=local"], {})
 
 def seen_of(*devices, now: float = NOW, **more) -> sems.Seen:
     store = a_store(**more)
-    store.devices.update({(device.kind, device.serial): device for device in devices})
+    store.names.update({(device.kind, device.serial): device for device in devices})
     return sems.see(store, WEB_SETTINGS, now)
 
 
 def page_of(seen: sems.Seen, points: list | None = None, settings=WEB_SETTINGS) -> str:
-    return "".join(sems.html_page(seen, points or [], settings, ["192.0.2.7"]))
+    return "".join(sems.html_page(seen, points or [], settings, "192.0.2.7"))
 
 
 def day_of_points(count: int = 24, gap: tuple = (), battery: bool = True) -> list:
@@ -4758,7 +4824,6 @@ class HttpTest(SocketCase):
 
     def test_turns(self) -> None:
         """Clients that read a little now and then keep no other waiting for its turn."""
-        self.limits(HTTP_PATIENCE=0.05)
         text = "x" * (8 << 20)
         self.patch(sems, "exposition", side_effect=lambda _: [text])
         slow = [self.client() for _ in range(8)]
@@ -4849,6 +4914,8 @@ class HttpTest(SocketCase):
         self.assertEqual(process.get("/-/healthy")[0], 200)
         self.assertEqual(process.value("sems_mitm_internal_errors_total"), 0)
         self.assertNotIn("Traceback", process.stderr())
+
+
 # ---------------------------------------------------------------------------------------------------- command line
 
 
@@ -4865,9 +4932,6 @@ class SettingsTest(SocketCase):
 
     GOOD = (  # arguments, environment, setting, value
         ("", {}, "mode", "forward"),
-        ("", {}, "listen_address", ("", 20001)),
-        ("", {}, "upstream_text", "tcp.goodwe-power.com:20001"),
-        ("", {}, "stale_after", 300),
         ("", {}, "log_level", "info"),
         ("", {"SEMS_MODE": "spool"}, "mode", "spool"),
         ("", {"SEMS_MODE": ""}, "mode", "forward"),
@@ -4875,33 +4939,23 @@ class SettingsTest(SocketCase):
         ("--sems.mode local --sems.mode spool", {}, "mode", "spool"),
         ("", {"SEMS_PASSTHROUGH": "no"}, "mode", "local"),
         ("--sems-passthrough", {"SEMS_PASSTHROUGH": "no"}, "mode", "forward"),
-        ("--sems-passthrough=YES", {}, "mode", "forward"),
         ("--sems-passthrough=false", {}, "mode", "local"),
-        ("--sems-passthrough false", {}, "mode", "local"),
         ("--no-sems-passthrough", {}, "mode", "local"),
-        ("--no-sems-passthrough", {"SEMS_MODE": "spool"}, "mode", "spool"),
         ("--sems.mode=forward --no-sems-passthrough", {}, "mode", "forward"),
-        ("", {"SEMS_MODE": "local", "SEMS_PASSTHROUGH": "1"}, "mode", "local"),
         ("", {"BATSIGNAL": "1"}, "batsignal", True),
         ("--no-batsignal", {"BATSIGNAL": "1"}, "batsignal", False),
-        ("--batsignal --debug", {}, "batsignal", True),
-        ("--debug", {}, "log_level", "debug"),
         ("", {"DEBUG": "true"}, "log_level", "debug"),
         ("", {"DEBUG": "true", "LOG_LEVEL": "warning"}, "log_level", "warning"),
-        ("", {"DEBUG": "0", "LOG_LEVEL": "error"}, "log_level", "error"),
         ("--debug", {"LOG_LEVEL": "warning"}, "log_level", "debug"),
         ("--log.level=WARNING", {"DEBUG": "yes"}, "log_level", "warning"),
         ("--metrics.stale-after=1h30m", {"METRICS_STALE_AFTER": "5m"}, "stale_after", 5400),
-        ("--metrics.stale-after 0", {}, "stale_after", 0),
         ("--sems.listen-address=[::1]:7", {}, "listen_address", ("::1", 7)),
         ("", {"WEB_LISTEN_ADDRESS": "127.0.0.1:0"}, "web_address", ("127.0.0.1", 0)),
         ("--sems.upstream-dns=9.9.9.9:54,::1", {}, "upstream_dns", [("9.9.9.9", 54), ("::1", 53)]),
         ("--sems.upstream-dns=none", {}, "upstream_dns", []),
         ("--sems.capture -x", {}, "capture", "-x"),
         ("--sems.capture=", {"SEMS_CAPTURE": "there"}, "capture", ""),
-        ("--sems.mode=spool --sems.spool-file=/s", {}, "spool_file", "/s"),
         ("", {"SEMS_MODE": "spool", "SEMS_SPOOL_FILE": "/s"}, "spool_file", "/s"),
-        ("--web.telemetry-path=/m", {}, "telemetry_path", "/m"),
     )
 
     def test_good(self) -> None:
@@ -4919,33 +4973,22 @@ class SettingsTest(SocketCase):
 
     BAD = (  # arguments, environment, what the line on stderr names
         ("--sems.listen-address=nonsense", {}, "--sems.listen-address", "nonsense"),
-        ("--sems.listen-address :99999", {}, "--sems.listen-address", ":99999"),
-        ("--sems.listen-address=::1:20001", {}, "--sems.listen-address", "::1:20001"),
         ("--sems.upstream=:20001", {}, "--sems.upstream", ":20001"),
         ("--sems.upstream=portal", {}, "--sems.upstream", "portal"),
-        ("--sems.upstream=portal:0", {}, "--sems.upstream", "portal:0"),
         ("--sems.upstream-dns=1.1.1.1:x", {}, "--sems.upstream-dns", "1.1.1.1:x"),
         ("--sems.upstream-dns=1.1.1.1,,", {}, "--sems.upstream-dns", "1.1.1.1,,"),
         ("--sems.mode=both", {}, "--sems.mode", "both"),
         ("--sems-passthrough=maybe", {}, "--sems-passthrough", "maybe"),
         ("--sems.allow-from=10.0.0.0/99", {}, "--sems.allow-from", "10.0.0.0/99"),
-        ("--sems.max-connections=0", {}, "--sems.max-connections", "0"),
         ("--sems.max-connections -1", {}, "--sems.max-connections", "-1"),
-        ("--sems.max-devices=1.5", {}, "--sems.max-devices", "1.5"),
         ("--sems.spool-file=/s", {}, "--sems.spool-file", "/s", "spool"),
         ("", {"SEMS_SPOOL_FILE": "/s", "SEMS_MODE": "local"}, "--sems.spool-file", "local"),
-        ("--web.listen-address=:::", {}, "--web.listen-address", ":::"),
-        ("--web.telemetry-path=metrics", {}, "--web.telemetry-path", "metrics"),
         ("--web.telemetry-path=/api/household", {}, "--web.telemetry-path", "/api/household"),
-        ("--metrics.stale-after=5x", {}, "--metrics.stale-after", "5x"),
         ("--metrics.stale-after -1s", {}, "--metrics.stale-after", "-1s"),
-        ("--batsignal=2", {}, "--batsignal", "2"),
         ("--debug=loud", {}, "--debug", "loud"),
         ("serve --log.level=loud", {}, "--log.level", "loud"),
-        ("", {"SEMS_LISTEN_ADDRESS": "nonsense"}, "SEMS_LISTEN_ADDRESS", "nonsense"),
         ("", {"SEMS_MODE": "both"}, "SEMS_MODE", "both"),
         ("", {"SEMS_PASSTHROUGH": "on"}, "SEMS_PASSTHROUGH", "on"),
-        ("", {"BATSIGNAL": "on"}, "BATSIGNAL", "on"),
         ("", {"METRICS_STALE_AFTER": "soon"}, "METRICS_STALE_AFTER", "soon"),
         ("", {"SEMS_MAX_DEVICES": "\u0663"}, "SEMS_MAX_DEVICES", "u0663"),
         ("", {"WEB_TELEMETRY_PATH": "x\ny"}, "WEB_TELEMETRY_PATH", "x"),
@@ -4967,7 +5010,6 @@ class SettingsTest(SocketCase):
         ("backfill", {}, "FILE"),
         ("backfill /nonexistent", {}, "/nonexistent"),
         ("backfill x --label=serial=1", {}, "--label", "serial=1"),
-        ("backfill x --label=channel=1", {}, "--label", "channel=1"),
         ("backfill x --label=__name__=1", {}, "--label", "__name__=1"),
         ("doctor --sems.mode=both", {}, "--sems.mode", "both"),
         ("doctor", {"SEMS_MODE": "both"}, "SEMS_MODE", "both"),
@@ -4991,15 +5033,17 @@ class SettingsTest(SocketCase):
         for reader, rows in {
             sems.duration: {"0": 0, "90s": 90, "5m": 300, "1h30m": 5400, "1d": 86400, "1h1m1s": 3661, "": None, "5": None, "1.5h": None, "-5m": None, "m": None, "5m1h": None, "\uff15m": None},
             sems.boolean: {"true": True, "1": True, "yes": True, "No": False, "0": False, "false": False, "": None, "on": None, "2": None},
-            sems.endpoint: {"h:1": ("h", 1), ":65535": ("", 65535), "[::1]:9": ("::1", 9), "[fe80::1%eth0]:9": ("fe80::1%eth0", 9), "h": None, "h:": None, "h:x": None, "[::1]": None, "::1:9": None, "h:0": None, "h:65536": None, "[h]:1": None, "a/b:1": None, "u@h:1": None, "h:\uff11": None, "h :1": None},
-            sems.count: {"1": 1, "256": 256, "0": None, "-1": None, "1.0": None, "": None, " 1": None},
-            sems.url_path: {"/m": "/m", "/": None, "/m?x": None, "/m#x": None, "/-/ready": None, "m": None, "/a b": None},
+            sems.listen_endpoint: {"h:1": ("h", 1), ":0": ("", 0), ":65535": ("", 65535), "[::1]:9": ("::1", 9), "[fe80::1%eth0]:9": ("fe80::1%eth0", 9), "h": None, "h:": None, "h:x": None, "[::1]": None, "::1:9": None, "h:65536": None, "[h]:1": None, "a/b:1": None, "u@h:1": None, "h:\uff11": None, "h :1": None},
+            sems.portal_endpoint: {"h:1": ("h", 1), "[::1]:9": ("::1", 9), ":1": None, "h:0": None, "h:00": None},
+            sems.name_servers: {"none": [], "1.1.1.1, [::1]:54,::2,h": [("1.1.1.1", 53), ("::1", 54), ("::2", 53), ("h", 53)], "h:x": None, "h:0": None, "h,,": None, ",h": None},
+            sems.whole_number: {"1": 1, "256": 256, "0": None, "-1": None, "1.0": None, "": None, " 1": None},
+            sems.url_path: {"/m": "/m", "/": None, "/m?x": None, "/m#x": None, "/-/ready": None, "/api/devices": None, "/api": "/api", "m": None, "/a b": None},
         }.items():  # fmt: skip
             for text, wanted in rows.items():
-                with self.subTest(reader.__name__, text=text):
+                with self.subTest(reader.expected, text=text):
                     try:
                         found = reader(text)
-                    except ValueError:
+                    except sems.argparse.ArgumentTypeError:
                         found = None
                     self.assertEqual(found, wanted)
 
@@ -5041,7 +5085,7 @@ class SettingsTest(SocketCase):
         taken = f"127.0.0.1:{portal.port}"
         holder = self.serving(None, "--sems.mode=spool", f"--sems.spool-file={path}", TZ="Nowhere/Town")
         holder.ports()
-        self.assertIn("TZ=Nowhere/Town is no time zone", until(holder.stderr))
+        until(lambda: "TZ=Nowhere/Town is no time zone" in holder.stderr())
         rows = (
             (1, ["--sems.listen-address=" + taken, PORTS[1]], {}, ["--sems.listen-address", taken, "ss -ltnp"]),
             (1, ["--web.listen-address=" + taken, PORTS[0]], {}, ["--web.listen-address", taken, "ss -ltnp"]),
@@ -5290,7 +5334,7 @@ class SimulatorTest(SocketCase):
             when, house, values = datetime(2026, 6, 1) + timedelta(minutes=minutes * step), devices[0].house, {}
             house.move(when)
             for device in devices:
-                data = sems.simulated_frame(device, sems.LIVE, when)
+                data = device.frame(sems.LIVE, when)
                 if data:
                     packet = sems.decode(data, sems.OUTBOUND)
                     name = sems.family(device.model.cls, device.serial)
@@ -5333,19 +5377,6 @@ class SimulatorTest(SocketCase):
                     stored = 4000 + energy["charge"] - energy["discharge"]
                     self.assertAlmostEqual(day[-1][1]["stored"], stored, delta=600)
 
-    def test_one_story(self) -> None:
-        """Meter and inverter of a house agree, whatever the time of day."""
-        metrics = ("inverter_energy_output_hectowatt_hours_total", "inverter_energy_output_hectowatt_hours_day")
-        day = [values for _, _, values in self.readings(False) if "GRID" in values]
-        for values in day:
-            meter = "meter_energy_generation_decawatt_hours_total", ""
-            made = values["HK1000"][meter] - day[0]["HK1000"][meter]
-            total, today = (10 * (values["GRID"][metric, ""] - day[0]["GRID"][metric, ""]) for metric in metrics)
-            self.assertAlmostEqual(total, made, delta=11)
-            self.assertAlmostEqual(today, made, delta=11)
-            watts = values["HK1000"]["meter_power_generation_watts", ""]
-            self.assertEqual(values["GRID"]["inverter_power_output_watts", ""], watts)
-
     def test_serial_numbers(self) -> None:
         """No two devices of any houses end alike."""
         for hybrid in (False, True):
@@ -5383,19 +5414,6 @@ class SimulatorTest(SocketCase):
                 code, _, err = called(*arguments)
                 self.assertEqual((code, open_lines(path)), (2, lines))
                 self.assertIn(path, err)
-
-    def test_local_portal(self) -> None:
-        """It answers each good packet as the portal does, and nothing else."""
-        portal = sems.LocalPortal()
-        try:
-            unanswered = b"junk" + spoilt(frame()) + frame(sems.CONFIRMATION)
-            peer = connected(portal.server_address[1], unanswered + frame(sems.SETTINGS) + frame())
-            found = peer.packets(3)
-            self.assertEqual([packet.type for packet in found], ["0303", "0116", "0304"])
-            peer.close()
-        finally:
-            portal.shutdown()
-            portal.server_close()
 
     def test_demo(self) -> None:
         """Meter and inverter agree on today by the demo's clock; a port in use is passed over."""
@@ -5512,9 +5530,9 @@ class DoctorTest(SocketCase):
                 stack.enter_context(mock.patch.object(sems, "is_this_machine", own.__contains__))
                 stack.enter_context(mock.patch.object(sems, "in_container", lambda answer=container: answer))
                 found = list(sems.system_findings("portal.test", system))
-                self.assertEqual([finding.state for finding in found], [state for state, _ in wanted])
-                for finding, (_, text) in zip(found, wanted):
-                    self.assertIn(text, finding.text)
+                self.assertEqual([state for state, _, _ in found], [state for state, _ in wanted])
+                for (_, said, _), (_, text) in zip(found, wanted):
+                    self.assertIn(text, said)
 
     def test_what_a_running_exporter_tells(self) -> None:
         """A loop is a failure; an inverter may sleep, a meter does not; a container publishes its ports."""
@@ -5532,15 +5550,12 @@ class DoctorTest(SocketCase):
                 page = f'sems_mitm_refused_connections_total{{reason="loop"}} {loops}\n'.encode()
                 with mock.patch.object(sems, "local_get", return_value=page):
                     found = list(sems.device_findings(settings, {"devices": devices}))
-                self.assertEqual([finding.state for finding in found], [state for state, _, _ in wanted])
-                for finding, (_, text, step) in zip(found, wanted):
-                    self.assertIn(text, finding.text)
-                    self.assertRegex(finding.step, step or "^$")
-        for container, count in (True, 1), (False, 0):
-            with mock.patch.object(sems, "in_container", return_value=container):
-                found = list(sems.container_findings(settings, None))
-                self.assertEqual(len(found), count)
-                self.assertTrue(all("-p 20001:20001 -p 14028:14028" in finding.step for finding in found))
+                self.assertEqual([state for state, _, _ in found], [state for state, _, _ in wanted])
+                for (_, said, next_step), (_, text, step) in zip(found, wanted):
+                    self.assertIn(text, said)
+                    self.assertRegex(next_step, step or "^$")
+        with mock.patch.object(sems, "in_container", return_value=True):
+            self.assertIn("-p 20001:20001 -p 14028:14028", next(sems.machine_findings(settings, None))[2])
 
     def test_wrong_clock(self) -> None:
         """A clock before the version's release is wrong."""
@@ -5548,6 +5563,8 @@ class DoctorTest(SocketCase):
         code, out = self.doctor("--sems.mode=local", *self.free())
         self.assertEqual(code, 1, out)
         self.assertIn("fail  this machine's clock is wrong", out)
+
+
 # --------------------------------------------------------------------------------------------- the README's tables
 
 
@@ -5603,7 +5620,7 @@ def byte_step(crc: int) -> int:
     return crc
 
 
-def byte_table_crc(data: bytes, table=tuple(map(byte_step, range(256)))) -> int:  # noqa: B008
+def byte_table_crc(data: bytes, table=tuple(map(byte_step, range(256)))) -> int:
     """The yardstick's work."""
     crc = 0xFFFF
     for byte in data:
@@ -5676,27 +5693,34 @@ def inverter_frame(number: int, when: datetime, volts: int = 3347) -> bytes:
     return frame(cls=sems.GRID_TIED, serial=f"53000DSC{number:08d}", when=when, ranges=ranges)
 
 
-# The shapes of load, from a connection's number and tenths of volts: frames that are sent again and again, and behind
-# them the last reading of each device, which shows these volts.
+# The shapes of load: a connection's frames, which are sent again and again. There are 2,000 of them or more, since a
+# cache that knows each word of a few would flatter the checksum.
 
 
-def equal_frames(number: int, volts: int) -> tuple:
-    return [meter_frame(number, minute(i)) for i in range(40)], [meter_frame(number, minute(99), volts)]
+def equal_frames(number: int, count: int) -> list:
+    return [meter_frame(number, minute(i)) for i in range(count)]
 
 
-def many_devices(number: int, volts: int) -> tuple:
-    """All connections carry frames of all 200, in turn; each begins with another, or it were taken for a loop."""
-    devices = [(4 * number + i) % 200 for i in range(200)]
-    return [meter_frame(i, NOON) for i in devices], [meter_frame(i, minute(99), volts) for i in devices]
+def many_devices(number: int, count: int) -> list:
+    """All connections carry frames of all 200, in turn."""
+    return [meter_frame(i % 200, minute(number + i)) for i in range(max(count, 200))]
 
 
-def every_kind(number: int, volts: int) -> tuple:
-    times, serial = list(map(minute, range(16))), f"91000HKU{number:08d}"
+def every_kind(number: int, count: int) -> list:
+    times = list(map(minute, range(count * 16 // 40)))
     frames = [make(number, when) for make in (meter_frame, inverter_frame) for when in times]
-    frames += [meter_frame(number, when, function=sems.BUFFERED) for when in times[:5]]
-    frames += [frame(function, serial=serial) for function in (sems.SETTINGS, sems.CONFIRMATION)]
+    frames += [meter_frame(number, when, function=sems.BUFFERED) for when in times[: count * 6 // 40]]
+    for function in (sems.SETTINGS, sems.CONFIRMATION):
+        frames += [frame(function, serial=f"91000HKU{number:08d}", when=when) for when in times[: count // 40]]
     random.Random(number).shuffle(frames)
-    return frames, [meter_frame(number, minute(99), volts), inverter_frame(number, minute(99), volts)]
+    return frames
+
+
+def last_readings(frames: list, volts: int) -> list:
+    """A newer live packet of each device in frames, with these tenths of volts."""
+    serials = sorted({one[14:30].decode() for one in frames if one[11] == sems.LIVE})
+    makers = {"91000HKU": meter_frame, "53000DSC": inverter_frame}
+    return [makers[serial[:8]](int(serial[8:]), minute(5000), volts) for serial in serials]
 
 
 SHAPES = (  # name, frames, goal, aim
@@ -5767,9 +5791,10 @@ def bench_shapes(program: str, row) -> None:
     for (name, shape, goal, aim), connections in itertools.product(SHAPES, (1, 4, 50)):
         exporter = Exporter(program, listening.getsockname()[1])
         packets, rates, bases, memory = 0, [], [], [exporter.memory()]
+        frames = [shape(number, 2000 // connections) for number in range(connections)]
         for volts in 2301, 2302, 2303:
-            loads = [shape(number, volts) for number in range(connections)]
-            bases.append(yardstick(loads[0][0]))
+            loads = [(one, last_readings(one, volts)) for one in frames]
+            bases.append(yardstick(frames[0]))
             cpu = exporter.cpu()
             count, rate = burst(exporter.ports[0], listening, loads, 100_000)
             rates.append((rate, count / (exporter.cpu() - cpu)))
