@@ -2123,8 +2123,9 @@ class Connection:
         self.on_data(data, now)
         return True
 
-    def flush(self, now: float) -> None:
-        """Send what the peer takes. If it is gone: what it still gave, then `on_end`."""
+    def push(self, now: float) -> OSError | None:
+        """Send what the peer takes; the error if it is gone. Tells no handler."""
+        gone = None
         try:
             while self.backlog:
                 data = self.outbox.ready()
@@ -2136,12 +2137,19 @@ class Connection:
         except (BlockingIOError, InterruptedError):
             pass
         except OSError as error:
+            gone = error
+        self._progress = (self._progress or now) if self.backlog else None
+        return gone
+
+    def flush(self, now: float) -> None:
+        """Send what the peer takes. If it is gone: what it still gave, then `on_end`."""
+        error = self.push(now)
+        if error:
             self._room = RECV_SIZE
             while self.is_open and self.receive(now):
                 pass
             if self.is_open:
                 self.on_end(error, now)
-        self._progress = (self._progress or now) if self.backlog else None
 
     def is_stalled(self, now: float) -> bool:
         """Whether the peer has taken nothing of what waits for it for too long."""
@@ -2325,12 +2333,18 @@ class Line:
         self._backoff = BACKOFF[0]  # it is the portal, and well: the next attempt need not wait long
         self.owner.on_portal(self.inward.feed(data, now), now)
 
-    def flush(self, now: float) -> None:
-        """Send what the portal takes, if it is there."""
+    def push(self, now: float) -> None:
+        """Send what the portal takes, if it is there; a trouble is left to `flush`."""
         if self.connection and self.up and self.outbox.size:
             self.sent = True
             if len(self.opening) < OPENING:
                 self.opening += self.outbox.ready()[: OPENING - len(self.opening)]
+            self.connection.push(now)
+
+    def flush(self, now: float) -> None:
+        """Send what the portal takes; if it is gone, that ends the connection."""
+        self.push(now)
+        if self.connection and self.up and self.outbox.size:
             self.connection.flush(now)
 
     def watch(self, room: int) -> None:
@@ -2478,7 +2492,7 @@ class Inward(Stream):
 class DeviceEnd:
     """A device's connection, and its life: it may fall silent, take nothing, send its end and still read.
 
-    Its owner's `on_device(pieces, data, now)` is told what came: data as it is, and the pieces that it completes.
+    Its owner's `on_bytes(data, now)` is told what came, then its `on_device(pieces, data, now)` the pieces that it completes.
     """
 
     def __init__(self, loop: Loop, sock: socket.socket, peer: str, now: float, owner: Relay | Answerer) -> None:
@@ -2499,6 +2513,7 @@ class DeviceEnd:
         if self._is_loop(data, now):
             self.outward.loop.door.refuse("loop", self.outward.peer, now)
             return self._owner.close()
+        self._owner.on_bytes(data, now)
         self._owner.on_device(self.outward.feed(data, now), data, now)
 
     def _is_loop(self, data: bytes, now: float) -> bool:
@@ -2528,7 +2543,8 @@ class DeviceEnd:
 
     def look(self, now: float) -> None:
         """See to deadlines: an unfinished frame; a device that is silent or takes nothing is gone."""
-        self._owner.on_device(self.outward.expired(now), b"", now)
+        if self.outward.framer.rest:
+            self._owner.on_device(self.outward.expired(now), b"", now)
         if self.connection.is_open and (now - self._heard >= SILENCE or self.connection.is_stalled(now)):
             self._on_end(TimeoutError(), now)
 
@@ -2561,13 +2577,21 @@ class Relay:
         """Bytes of memory that wait."""
         return self.outbox.weight + self.device.connection.outbox.weight
 
-    def on_device(self, pieces: list[Taken], data: bytes, now: float) -> None:
-        """Decide what becomes of what the device sent; a pipe without the bat takes its bytes as they came."""
-        is_pure = self._piping and not self._bat
-        if is_pure:
+    @property
+    def _is_pure(self) -> bool:
+        """Whether bytes go (or wait) as they came."""
+        return self._piping and not self._bat
+
+    def on_bytes(self, data: bytes, now: float) -> None:
+        """Pass bytes on as they came, and before they are looked at: that is what a packet is held up by."""
+        if self._is_pure:
             self.outbox.put(data)
+            self.line.push(now)
+
+    def on_device(self, pieces: list[Taken], data: bytes, now: float) -> None:
+        """Decide what becomes of what the device sent; a pipe without the bat has passed on its bytes."""
         for kind, piece, where in pieces:
-            self.device.outward.decide(kind, "forwarded" if is_pure else self._queued(piece, where), piece)
+            self.device.outward.decide(kind, "forwarded" if self._is_pure else self._queued(piece, where), piece)
         self._pass_rest(now)
         if data and not self.device.suspects:  # else it may be a loop, and another connection would be its next turn
             self.line.reach(now)
@@ -2686,6 +2710,9 @@ class Answerer:
     def weight(self) -> int:
         """Bytes of memory that wait."""
         return self.device.connection.outbox.weight
+
+    def on_bytes(self, data: bytes, now: float) -> None:
+        """Nothing is passed on as it came."""
 
     def on_device(self, pieces: list[Taken], data: bytes, now: float) -> None:
         """Answer good frames, in mode spool those that are kept."""
