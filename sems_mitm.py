@@ -2227,13 +2227,13 @@ class Upstream:
         host, port = plain(endpoint.sockaddr[0]), endpoint.sockaddr[1]
         return any((own, port) in self.own_addresses for own in ("0.0.0.0", "::", host)) and is_this_machine(host)
 
-    def is_far_end(self, peer: str) -> bool:
-        """Whether a device's connection is one of ours to the portal, come back."""
-        return any(line.own_end == peer for line in self.lines)
+    def suspects(self, peer: str, now: float) -> list[Line]:
+        """The lines that a connection from a peer may be the far end of: it says so, or NAT may hide it and they began just now.
 
-    def begun(self, now: float) -> list[Line]:
-        """The lines that have begun to talk to the portal just now: what they say may come back."""
-        return [line for line in self.lines if line.up and now - line.since <= LOOP_WINDOW and line.may_come_back]
+        What the connection says then decides: a device on this machine may have the port of one of our ends by chance.
+        """
+        lines = (line for line in self.lines if line.up and line.may_come_back)
+        return [line for line in lines if line.own_end == peer or now - line.since <= LOOP_WINDOW]
 
     def came(self, now: float) -> None:
         """A connection stands."""
@@ -2500,7 +2500,7 @@ class DeviceEnd:
         self.connection = Connection(loop.selector, sock, Outbox(), handler, self._on_data, self._on_end)
         self.outward = Outward(OUTBOUND, loop, peer, set())
         self.ended = False  # it sends no more
-        self.suspects: list[Line] | None = None  # lines that began, just before it, as it does so far
+        self.suspects: list[Line] | None = None  # lines that it may be the far end of: they began as it does so far
         self._opening = b""
         self._owner, self._heard = owner, now
 
@@ -2519,7 +2519,7 @@ class DeviceEnd:
     def _is_loop(self, data: bytes, now: float) -> bool:
         """Whether this is a connection of ours to the portal, come back: from its first byte it says the same."""
         if self.suspects is None:
-            self.suspects = self.outward.loop.upstream.begun(now)
+            self.suspects = self.outward.loop.upstream.suspects(self.outward.peer, now)
         if not self.suspects:
             return False
         self._opening += data[: OPENING - len(self._opening)]
@@ -2874,7 +2874,7 @@ class Door:
 
     def _let_in(self, sock: socket.socket, sockaddr: tuple, now: float) -> None:
         peer = endpoint_text(sockaddr)
-        reason = self._objection(plain(sockaddr[0]), peer)
+        reason = self._objection(plain(sockaddr[0]))
         if reason:
             sock.close()
             return self.refuse(reason, peer, now)
@@ -2887,12 +2887,10 @@ class Door:
         self.loop.owners[owner] = None
         self.loop.touch(owner)
 
-    def _objection(self, host: str, peer: str) -> str:
+    def _objection(self, host: str) -> str:
         settings = self.loop.settings
         if settings.allow_from and not any(ipaddress.ip_address(host) in network for network in settings.allow_from):
             return "not_allowed"
-        if self.loop.upstream.is_far_end(peer):
-            return "loop"
         return "limit" if self.loop.device_connections() >= settings.max_connections else ""
 
     def refuse(self, reason: str, peer: str, now: float) -> None:
@@ -3868,11 +3866,16 @@ class Requests(http.server.BaseHTTPRequestHandler):
         if isinstance(text, str):
             self.start_answer(status, content_type, len(text))
             return self.deliver([text.encode()])
-        is_gzip = self.wants_gzip()
-        with self.server.web.rendering:
-            size, pieces = self.packed(text, is_gzip)
-        self.start_answer(status, content_type, size, is_gzip)
-        self.deliver(pieces if is_gzip else map(zlib.decompress, pieces))
+        web, is_gzip = self.server.web, self.wants_gzip()
+        is_plain = not is_gzip and web.plain.acquire(blocking=False)
+        try:
+            with web.rendering:
+                size, pieces = self.made(text, is_gzip, is_plain)
+            self.start_answer(status, content_type, size, is_gzip)
+            self.deliver(pieces if is_gzip or is_plain else map(zlib.decompress, pieces))
+        finally:
+            if is_plain:
+                web.plain.release()
 
     def start_answer(self, status: int, content_type: str, size: int, packed: bool = False) -> None:
         """Send an answer's head."""
@@ -3886,8 +3889,8 @@ class Requests(http.server.BaseHTTPRequestHandler):
         self.answered = True
         self.end_headers()
 
-    def packed(self, text: Callable[[], Iterable[str]], is_gzip: bool) -> tuple[int, list[bytes]]:
-        """The size of an answer, and it in pieces: of one gzip file, or each packed for itself.
+    def made(self, text: Callable[[], Iterable[str]], is_gzip: bool, is_plain: bool) -> tuple[int, list[bytes]]:
+        """The size of an answer, and it in pieces: of one gzip file, as they are, or else each packed for itself.
 
         A slow client leaves it in memory for long. Raises OSError if the connection had to make room.
         """
@@ -3895,7 +3898,7 @@ class Requests(http.server.BaseHTTPRequestHandler):
         size, found, packer = 0, [], zlib.compressobj(1, wbits=31)
         for piece in in_pieces(text()):
             size += len(piece)
-            found.append(packer.compress(piece) if is_gzip else zlib.compress(piece, 1))
+            found.append(packer.compress(piece) if is_gzip else piece if is_plain else zlib.compress(piece, 1))
         if is_gzip:
             found.append(packer.flush())
             size = sum(map(len, found))
@@ -3972,6 +3975,9 @@ class Web:
         self.listening = listeners(*settings.web_address)
         self.port = self.listening[0].getsockname()[1]
         self.rendering = threading.Lock()  # one answer is made at a time
+        self.plain = threading.Semaphore(
+            1
+        )  # one answer at a time stands in memory unpacked: packing costs a scrape time
         self.closed = False
         self._open: dict[socket.socket, float] = {}  # connections, the oldest first, and since when
         self._left = threading.Condition()  # one of them is gone

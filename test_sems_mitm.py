@@ -4807,13 +4807,16 @@ class HttpTest(SocketCase):
             self.assertLess(time.monotonic() - begin, 3)
 
     def test_answers_that_nobody_reads(self) -> None:
-        """What slow clients leave waiting is kept packed, and arrives whole."""
+        """What slow clients leave waiting is kept packed, but for one, and arrives whole."""
         text = "".join(f'some_metric{{label="{i}"}} {i}\n' for i in range(400_000))
         self.patch(
             sems, "exposition", side_effect=lambda _: iter([text[i : i + 5000] for i in range(0, len(text), 5000)])
         )
         compress, packed = sems.zlib.compress, []
         self.patch(sems.zlib, "compress", side_effect=lambda *what: packed.append(compress(*what)) or packed[-1])
+        first = self.client()
+        first.send(b"GET /metrics HTTP/1.1\r\n\r\n")
+        until(lambda: not first.silent(0))
         slow = self.client()
         slow.send(b"GET /metrics HTTP/1.1\r\n\r\n")
         until(lambda: packed)
@@ -5583,23 +5586,63 @@ def flags_table() -> str:
     return markdown(("flag", "variable", "default", "meaning"), rows)
 
 
+# The metrics that the original exporter documents: what its users' dashboards name.
+ORIGINAL = [
+    "meter_energy_export_decawatt_hours_total",
+    "meter_energy_import_decawatt_hours_total",
+    "meter_power_export_watts",
+    "meter_energy_generation_decawatt_hours_total",
+    "meter_power_generation_watts",
+    "inverter_input_voltage_dc_decivolts",
+    "inverter_input_current_dc_deciamps",
+    "inverter_output_voltage_ac_decivolts",
+    "inverter_output_current_ac_deciamps",
+    "inverter_output_frequency_ac_centihertz",
+    "inverter_power_output_watts",
+    "inverter_energy_output_hectowatt_hours_day",
+    "inverter_energy_output_hectowatt_hours_total",
+    "inverter_uptime_hours_total",
+    "inverter_internal_temperature_decidegrees_celsius",
+    "inverter_rssi_percent",
+    "meter_time_sync_packets_total",
+    "inverter_time_sync_packets_total",
+    "meter_metrics_packets_total",
+    "inverter_metrics_packets_total",
+    "meter_time_sync_ack_packets_total",
+    "outbound_unknown_packets_total",
+    "inbound_unknown_packets_total",
+]
+
+
 def metrics_table() -> str:
-    """The registers' metrics, without the three labels that all of them have."""
-    told = [row for row in sems.metric_rows() if row[-1] != "exporter"]
-    rows = [(f"`{name}`", kind, labels[len(sems.DEVICE_LABELS) + 2 :], *rest) for name, kind, labels, *rest in told]
-    return markdown(("metric", "type", "label", "unit", "meaning", "families", "known from"), rows)
-
-
-def internals_table() -> str:
-    rows = [(f"`{row[0]}`", row[1], row[2], row[4]) for row in sems.metric_rows() if row[-1] == "exporter"]
-    return markdown(("metric", "type", "labels", "meaning"), rows)
+    told = {row[0]: row for row in sems.metric_rows()}
+    rows = [(f"`{name}`", *(told[name][column] for column in (1, 3, 4, 5))) for name in ORIGINAL]
+    return markdown(("metric", "type", "unit", "meaning", "families"), rows)
 
 
 def with_tables(text: str) -> str:
     """The README with its tables as the code has them."""
-    for name, table in (("flags", flags_table), ("metrics", metrics_table), ("internals", internals_table)):
+    for name, table in (("flags", flags_table), ("metrics", metrics_table)):
         text = re.sub(rf"(?s)(?<=<!-- {name} -->\n).*?(?=<!-- /{name} -->)", lambda _, table=table: table(), text)
     return text
+
+
+class Readme(unittest.TestCase):
+    """What the README says of the program is what the program says."""
+
+    def test_tables(self) -> None:
+        """Its tables are the code's, every flag and command stands in it, and it stays a read of an evening."""
+        path = os.path.join(os.path.dirname(os.path.abspath(sems.__file__)), "README.md")
+        if not os.path.exists(path):
+            self.skipTest("the README is not here")
+        with open(path, encoding="utf-8") as file:
+            text = file.read()
+        self.assertEqual(with_tables(text), text, "make tables writes them")
+        self.assertLessEqual(text.count("\n"), 500)
+        for word in (*(f"--{row[0]}" for row in sems.FLAGS), *sems.COMMANDS):
+            self.assertIn(word, text)
+        more = len(sems.METRICS) - len(ORIGINAL)
+        self.assertIn(f"There are {more} more", text)
 
 
 def write_tables() -> None:
