@@ -1715,7 +1715,7 @@ class Journal:
 
     def __init__(self, path: str, store: Store) -> None:
         """Raises StartError if the file cannot be had, or another process has it."""
-        self.path, self.store = path, store
+        self.path, self.store = os.path.realpath(path), store  # a link leads to the disk that was chosen
         self.undelivered: Callable[[], Iterable[bytes]] = tuple  # asked when the file is written anew
         self._lines: list[str] = []  # of this round
         self._broken = False  # a write failed: frames are in memory alone until the file is written anew
@@ -1795,6 +1795,8 @@ class Journal:
             if not self._is_in_place():
                 old, self._appender, self._broken = self._appender, Appender(self._locked()), True
                 os.close(old.file)
+            elif os.fstat(self._appender.file).st_size != self.size:  # somebody has cut it
+                self._broken = True
         except OSError as error:
             self._broken = True
             return self._failed(error)
@@ -2233,7 +2235,7 @@ class Upstream:
         What the connection says then decides: a device on this machine may have the port of one of our ends by chance.
         """
         lines = (line for line in self.lines if line.up and line.may_come_back)
-        return [line for line in lines if line.own_end == peer or now - line.since <= LOOP_WINDOW]
+        return [line for line in lines if line.own_end == peer or now - line.began <= LOOP_WINDOW]
 
     def came(self, now: float) -> None:
         """A connection stands."""
@@ -2262,7 +2264,7 @@ class Line:
         self.up = False  # it stands
         self.since = 0.0  # when it did, or its attempt began
         self.own_end = ""  # our HOST:PORT of it
-        self.opening = b""  # the first bytes sent on it
+        self.opening, self.began = b"", -math.inf  # the first bytes sent on it, and when
         self.may_come_back = True  # they may: a device that repeats itself is taken for a loop once
         self.sent = False  # something was ever sent
         self.trying = False  # an attempt is under way: a look-up, or a connection that does not stand yet
@@ -2337,6 +2339,7 @@ class Line:
         """Send what the portal takes, if it is there; a trouble is left to `flush`."""
         if self.connection and self.up and self.outbox.size:
             self.sent = True
+            self.began = self.began if self.opening else now
             if len(self.opening) < OPENING:
                 self.opening += self.outbox.ready()[: OPENING - len(self.opening)]
             self.connection.push(now)
@@ -2543,6 +2546,8 @@ class DeviceEnd:
 
     def look(self, now: float) -> None:
         """See to deadlines: an unfinished frame; a device that is silent or takes nothing is gone."""
+        is_held_long = now - self._heard >= PATIENCE[OUTBOUND.name]
+        self.suspects = [] if is_held_long else self.suspects and [line for line in self.suspects if line.up]
         if self.outward.framer.rest:
             self._owner.on_device(self.outward.expired(now), b"", now)
         if self.connection.is_open and (now - self._heard >= SILENCE or self.connection.is_stalled(now)):
@@ -2689,7 +2694,7 @@ class Relay:
             return self.close()
         self.device.look(now)
         self.line.look(now)
-        if self.line.since:  # the device has sent something
+        if self.line.since or self.outbox.size and not self.device.suspects:  # the device has sent something
             self.line.reach(now)
 
     def close(self) -> None:

@@ -3985,6 +3985,25 @@ class LoopTest(SocketCase):
                 self.assertEqual(detour.turns, 1)
                 self.assertEqual(running.value("sems_mitm_device_connections"), 1)
 
+    def test_frame_after_frame(self) -> None:
+        """A loop takes no connection more with each packet, however long after the last."""
+        self.limits(BACKOFF=(0.01, 0.01), LOOP_WINDOW=0.2)
+        detour = Detour()
+        self.addCleanup(detour.close)
+        running = self.exporter(detour)
+        detour.target = running.port
+        detour.start()
+        device = running.device()
+        for i in range(4):
+            device.send(frame(when=minute(i)))
+            until(lambda: running.value("sems_mitm_refused_connections_total", reason="loop") == i + 1)
+            until(lambda: running.value("sems_mitm_upstream_connections") == 1)
+            pause = time.monotonic() + 0.3
+            until(lambda: time.monotonic() > pause)  # the window is over
+            self.assertEqual(
+                running.value("sems_mitm_device_connections"), 2, "the device, and the next leg of the line"
+            )
+
 
 class FoundTest(NamedCase):
     """Faults of other kinds."""
@@ -4024,13 +4043,14 @@ class FoundTest(NamedCase):
 
     def test_spool_file_that_goes(self) -> None:
         """A spool file that is removed or replaced is written anew, whole; nobody else can take its place."""
-        for what in ("removed", "replaced"):
+        for what in ("removed", "replaced", "emptied"):
             with self.subTest(what):
                 path = os.path.join(self.directory(), "spool")
                 running = self.exporter(self.portal(listening=False), "--sems.mode=spool", f"--sems.spool-file={path}")
                 running.device(frame()).packets(1)
-                os.unlink(path)
-                if what == "replaced":
+                if what != "emptied":
+                    os.unlink(path)
+                if what != "removed":
                     open(path, "w").close()
                 until(lambda: os.path.exists(path) and frame().hex() in "".join(open_lines(path)))
                 with self.assertRaises(sems.StartError):
