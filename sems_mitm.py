@@ -3286,112 +3286,74 @@ def house(members: Sequence[Member], keys: Iterable[str] = KEYS) -> dict:
     return {key: found[key] for key in (*KEYS, "today_since") if found.get(key, "") != ""}
 
 
-# A step of the picture. begin, end: seconds since 1970 of the shown time; means: of PICTURED, None is not known.
-Point = collections.namedtuple("Point", "begin end means")
-PICTURED = FLOWS[:4]
+# A minute of the picture. time: seconds since 1970 of the shown time; watts: of PICTURED, None is not known.
+Point = collections.namedtuple("Point", "time watts")
+PICTURED = ("generation_watts", "house_watts", "grid_watts", "battery_watts")  # sources are positive
 DAY = 86400
-STEPS = 600  # of the picture, at most
-STEP = 0.625  # s, the first: doubled eight times, 540 are a day; of the demo's day, four minutes, 384 are
 
 
 class History:
-    """The house's flows of the last day for the picture, as means in equal steps of time; in memory only.
-
-    Steps are numbered on the monotonic axis and turned into shown time when drawn, so a clock that jumps does no harm.
-    A flow holds from one reading to the next, at most until its device is silent.
-    """
+    """The house's flows of the last 24 hours for the picture, in memory only: one point a minute of the shown time."""
 
     def __init__(self, store: Store) -> None:
-        self.store, self.step = store, STEP
-        self.sums: dict[int, list[float]] = {}  # of a step: of each flow the W·s, then of each the seconds it was known
-        self._flows: list[float | None] = []  # since `_since`, at most until `_until`
-        self._since = self._until = -math.inf
-        self._readings = -1
+        self.store = store
+        self._points: collections.deque[Point] = collections.deque()
 
     def note(self, now: float) -> None:
-        """Look whether the flows have changed; about once a second, with the store's lock held."""
-        store = self.store
-        if store.readings == self._readings and now < self._until:
-            return
-        store.digest(now)
-        devices = store.names.values()
-        fresh = [device.live.fresh for device in devices if not store.is_stale(device.live.fresh, now)]
-        newest = max(fresh, default=now) if store.readings != self._readings else now
-        self._hold(min(max(newest, self._since), now))
-        flowing = house([flow_member(device, store, now) for device in devices], FLOWS)
-        self._flows = [flowing.get(key) for key in PICTURED]
-        self._until = min(fresh, default=math.inf) + (store.stale_after or math.inf)
-        self._readings = store.readings
+        """Add a point if a new minute has begun. Called once a second."""
+        points, moment = self._points, self.store.clock(now)
+        while points and points[-1].time > moment:  # the clock was set back
+            points.pop()
+        while points and points[0].time < moment - DAY:
+            points.popleft()
+        if not points or points[-1].time // 60 < moment // 60:
+            points.append(self._present(now))
 
-    def _hold(self, now: float) -> None:
-        """The flows have held until now, or until a device fell silent."""
-        clock = self.store.clock
-        oldest = now - DAY * DAY / (clock(now) - clock(now - DAY))  # a day of shown time ago
-        self.sums = {number: sums for number, sums in self.sums.items() if number * self.step >= oldest}
-        at, end = max(self._since, oldest), min(now, self._until)
-        if self._flows.count(None) == len(self._flows):
-            at = now  # nothing to add
-        self._since = max(self._since, now)
-        while now // self.step - min([*self.sums, at // self.step]) >= STEPS:
-            self._double()
-        while at < end:
-            number = int(at // self.step)
-            until = min((number + 1) * self.step, end)
-            sums = self.sums.setdefault(number, [0.0] * 2 * len(PICTURED))
-            for i, watts in enumerate(self._flows):
-                if watts is not None:
-                    sums[i] += watts * (until - at)
-                    sums[i + len(PICTURED)] += until - at
-            at = until
-
-    def _double(self) -> None:
-        """Make steps twice as long."""
-        pairs, self.sums = self.sums, {}
-        self.step *= 2
-        for number, sums in pairs.items():
-            self.sums[number // 2] = [a + b for a, b in zip(sums, self.sums.get(number // 2, itertools.repeat(0.0)))]
+    def _present(self, now: float) -> Point:
+        self.store.digest(now)
+        figures = house([member(device, self.store, now) for device in self.store.names.values()])
+        return Point(self.store.clock(now), [figures.get(key) for key in PICTURED])
 
     def points(self, now: float) -> list[Point]:
-        """The steps from the first of which anything is known until now, none left out; the store's lock is held."""
+        """The points from the first of which anything is known, and one for now. While nothing is known it is a gap."""
         self.note(now)
-        self._hold(now)
-        clock, count = self.store.clock, len(PICTURED)
-        found = []
-        for number in range(min(self.sums), math.ceil(now / self.step)) if self.sums else ():
-            sums = self.sums.get(number, [0.0] * 2 * count)
-            means = [watts / seconds if seconds else None for watts, seconds in zip(sums, sums[count:])]
-            found.append(Point(clock(number * self.step), clock(min((number + 1) * self.step, now)), means))
-        return found
+        points = [*self._points, self._present(now)]
+        return list(itertools.dropwhile(lambda point: point.watts.count(None) == len(PICTURED), points))
 
 
 # ------------------------------------------------------------------------------------------- page, API, Home Assistant
 #
-# What HTTP shows beside the metrics. `see` takes what is needed under the store's lock; all else is text made of that.
+# What HTTP shows beside the metrics: `see` takes a snapshot of the store, all else is text made of that.
 
-# A device as it is shown. age: s since its last packet; values: series to number, gauges only while it is not silent.
-Shown = collections.namedtuple("Shown", "name serial info up age member values")
-Seen = collections.namedtuple("Seen", "devices house upstream blocked")
+# A device as it is shown. age: s since its last packet; asleep: silent, as an inverter is while the roof gives nothing;
+# values: series to number, gauges only while it is not silent.
+Shown = collections.namedtuple("Shown", "name serial info up asleep age member values")
+Seen = collections.namedtuple("Seen", "devices house upstream blocked time")  # time: the shown one, s since 1970
+ASLEEP = 100  # W at most of an inverter's last packet, or of the roof, when the inverter goes to sleep
 
 
 def shown(device: Device, store: Store, now: float) -> Shown:
-    """A device as it is shown; the store's lock is held."""
-    live, age = device.live, round(max(now - device.good, 0), 1)
+    """A device as it is shown, by itself."""
+    live, age, up = device.live, round(max(now - device.good, 0), 1), not store.is_stale(device.good, now)
     values = {**({} if store.is_stale(live.fresh, now) else live.gauges), **live.counters}
-    up = not store.is_stale(device.good, now)
-    return Shown(device.name, label_text(device.serial), dict(device.info), up, age, member(device, store, now), values)
+    asleep = not up and device.kind != "meter" and (total(live.gauges, *SOLAR) or 0) < ASLEEP
+    figures = member(device, store, now)
+    return Shown(device.name, label_text(device.serial), dict(device.info), up, asleep, age, figures, values)
 
 
 def see(store: Store, settings: argparse.Namespace, now: float) -> Seen:
     """Everything that the page and the API show, but for the picture."""
-    with store.lock:
-        store.digest(now)
-        devices = [shown(device, store, now) for device in store.names.values()]
-        up, waiting = (store.gauges.get(f"sems_mitm_{name}", lambda: None)() for name in ("upstream_up", "queue_bytes"))
-        blocked = store.totals["inbound_unknown_packets_total", ""]
+    store.digest(now)
+    devices = [shown(device, store, now) for device in store.names.values()]
+    figures = house([device.member for device in devices])
+    roof = figures.get("generation_watts")
+    if roof is not None:  # another device knows whether the roof gives anything
+        devices = [one._replace(asleep=not one.up and one.name[0] != "meter" and roof < ASLEEP) for one in devices]
+    up, waiting = (store.gauges.get(f"sems_mitm_{name}", lambda: None)() for name in ("upstream_up", "queue_bytes"))
     address = "" if settings.mode == LOCAL else settings.upstream_text
     reachable = None if up is None else bool(up)
     upstream = {"mode": settings.mode, "address": address, "up": reachable, "queue_bytes": waiting or 0}
-    return Seen(devices, house([device.member for device in devices]), upstream, blocked)
+    return Seen(devices, figures, upstream, store.totals["inbound_unknown_packets_total", ""], store.clock(now))
 
 
 @functools.lru_cache(maxsize=1024)
@@ -3417,61 +3379,64 @@ def household_json(seen: Seen) -> Iterator[str]:
     yield json.dumps({"house": seen.house, "devices": devices}) + "\n"
 
 
-# A household figure by its key: title on the page, title while it is negative (it has no sign then), colour; its name in
-# Home Assistant.
-TITLES = {
-    "generation_watts": ("Solar", "", "solar", "solar power"),
-    "house_watts": ("House", "", "", "house power"),
-    "export_watts": ("To the grid", "From the grid", "grid", "power to the grid"),
-    "battery_watts": ("From the battery", "Into the battery", "battery", "power from the battery"),
-    "battery_charge_percent": ("Battery", "", "battery", "battery charge"),
-    "generated_today_kilowatt_hours": ("Solar", "", "solar", "solar energy today"),
-    "imported_today_kilowatt_hours": ("From the grid", "", "grid", "energy from the grid today"),
-    "exported_today_kilowatt_hours": ("To the grid", "", "grid", "energy to the grid today"),
-    "generated_kilowatt_hours": ("", "", "", "solar energy"),
-    "imported_kilowatt_hours": ("", "", "", "energy from the grid"),
-    "exported_kilowatt_hours": ("", "", "", "energy to the grid"),
-    "battery_charged_kilowatt_hours": ("", "", "", "energy into the battery"),
-    "battery_discharged_kilowatt_hours": ("", "", "", "energy from the battery"),
+# Figures of the house on the page, by their keys: title and colour; the same where the figure is negative, and is shown
+# without its sign. The rest of the contract's keys is for the API and Home Assistant.
+NOW_TILES = {
+    "generation_watts": ("Solar", "solar"),
+    "house_watts": ("House", "house"),
+    "grid_watts": ("From the grid", "bought", "To the grid", "sold"),
+    "battery_watts": ("From the battery", "battery", "Into the battery", "battery"),
+    "battery_charge_percent": ("Battery", "battery"),
 }
-# By the last word of the key: unit, decimals on the page; Home Assistant's device_class and state_class.
-FORMS = {
-    "watts": ("W", 0, "power", "measurement"),
-    "percent": ("%", 0, "battery", "measurement"),
-    "hours": ("kWh", 1, "energy", "total_increasing"),
+TODAY_TILES = {
+    "generated_today_kilowatt_hours": ("Solar", "solar"),
+    "used_today_kilowatt_hours": ("Used", "house"),
+    "imported_today_kilowatt_hours": ("From the grid", "bought"),
+    "exported_today_kilowatt_hours": ("To the grid", "sold"),
+    "battery_charged_today_kilowatt_hours": ("Into the battery", "battery"),
+    "battery_discharged_today_kilowatt_hours": ("From the battery", "battery"),
+    "self_sufficiency_percent": ("Self-sufficiency", ""),
+    "self_consumption_percent": ("Self-consumption", ""),
 }
+UNIT_OF = {"watts": ("W", 0), "percent": ("%", 0), "hours": ("kWh", 1)}  # by a key's last word: unit and decimals
+REFRESH = 30  # s between reloads of the page, where the settings say nothing else
 STYLE = """
-:root{color-scheme:light dark;--ink:#1c2430;--dim:#566070;--back:#f4f5f7;--card:#fff;--line:#dde1e6;
---solar:#9a5800;--grid:#1a5fb4;--battery:#8a2a8a;--good:#17693b;--bad:#b3261e}
-@media(prefers-color-scheme:dark){:root{--ink:#e6e9ee;--dim:#a3adba;--back:#14181d;--card:#1d232a;--line:#38414c;
---solar:#ffb454;--grid:#82b4ff;--battery:#e79be7;--good:#6fd394;--bad:#ff8a80}}
+:root{color-scheme:light dark;--ink:#1c2430;--dim:#566070;--back:#f4f5f5;--card:#fff;--line:#dde1e6;--good:#17693b;--bad:#b3261e;
+--solar:#9a6c00;--house:#3274d9;--bought:#e55400;--sold:#37872d;--battery:#a352cc}
+@media(prefers-color-scheme:dark){:root{--ink:#e6e9ee;--dim:#a3adba;--back:#111217;--card:#181b1f;--line:#343b45;--good:#6fd394;
+--bad:#ff8a80;--solar:#e0b400;--house:#5794f2;--bought:#fa6400;--sold:#56a64b;--battery:#b877d9}}
 *{box-sizing:border-box}
 body{margin:0 auto;max-width:64rem;padding:1rem;background:var(--back);color:var(--ink);font:1rem/1.5 system-ui,sans-serif;
 overflow-wrap:anywhere}
 h1{font-size:1.25rem;margin:0}h2{font-size:1.1rem;margin:0}p{margin:.25rem 0}b{font-weight:400}a{color:inherit}code{font-size:.95em}
 header,footer{display:flex;flex-wrap:wrap;gap:.25rem 1rem;align-items:baseline;justify-content:space-between}
-main{display:grid;gap:1rem;margin:1rem 0;grid-template-columns:repeat(auto-fit,minmax(min(100%,20rem),1fr));align-items:start}
-section{background:var(--card);border:1px solid var(--line);border-radius:.5rem;padding:1rem}.wide{grid-column:1/-1}
+main{display:flex;flex-wrap:wrap;gap:1rem;margin:1rem 0}
+section{flex:1 1 20rem;min-width:0;background:var(--card);border:1px solid var(--line);border-radius:.5rem;padding:1rem}
+section.wide{flex-basis:100%}
 small,.dim,dt,footer{color:var(--dim);font-size:.875rem;font-weight:400}.good{color:var(--good)}.bad{color:var(--bad)}
-dl{display:grid;grid-template-columns:repeat(auto-fill,minmax(7.5rem,1fr));gap:.75rem 1rem;margin:.5rem 0 0}
-dd{margin:0;font-size:1.35rem;font-variant-numeric:tabular-nums}
-.solar{color:var(--solar)}.grid{color:var(--grid)}.battery{color:var(--battery)}
-figure{margin:1.5rem 0 0}figure>svg{display:block;width:100%;height:17rem;overflow:visible}
-text{font-size:.8125rem;fill:var(--dim);paint-order:stroke;stroke:var(--card);stroke-width:4px;stroke-linejoin:round}
-path{fill:none;stroke:currentColor;stroke-width:2px;vector-effect:non-scaling-stroke}
-path.area{fill:currentColor;fill-opacity:.3;stroke-width:1px}path.house{stroke-width:2.5px}path.grid{stroke-dasharray:7 4}
-path.battery{stroke-width:3px;stroke-dasharray:.1 6;stroke-linecap:round}path.rule{stroke:var(--line);stroke-width:1px}
-path.zero{stroke:var(--dim);stroke-width:1px}
-ul{list-style:none;display:flex;flex-wrap:wrap;gap:.25rem 1.25rem;margin:.5rem 0 0;padding:0;font-size:.875rem}
+dl{display:grid;grid-template-columns:repeat(var(--columns),1fr);gap:.5rem 1rem;margin:.5rem 0 0}
+dt{line-height:1.3}dd{margin:0;font-size:1.75rem;line-height:1.25;font-variant-numeric:tabular-nums;white-space:nowrap}
+dd small{color:inherit;font-size:1.25rem}dl.now dd{font-size:clamp(1.75rem,4.5vw,2.75rem)}
+@media(max-width:48rem){dl{grid-template-columns:1fr 1fr}div:last-child:nth-child(odd){grid-column:1/-1}}
+.solar{color:var(--solar)}.house{color:var(--house)}.bought{color:var(--bought)}.sold{color:var(--sold)}
+.battery{color:var(--battery)}
+figure{margin:1.25rem 0 0}figure>svg{display:block;width:calc(100% - 3.5rem);height:17rem;margin:0 0 2rem 3.5rem;overflow:visible}
+text{font-size:.8125rem;fill:var(--dim)}text.level{transform:translate(-.5rem,.3em)}text.time{transform:translateY(1.2rem)}
+text.midnight{fill:var(--ink);font-weight:600}
+path{fill:none;stroke:currentColor;stroke-width:2px;vector-effect:non-scaling-stroke;stroke-linejoin:round}
+path.area{fill:currentColor;fill-opacity:.3;stroke-width:1px}path.house{stroke-width:2.5px}
+path.grid{stroke:url(#grid)}path.grid,path.bought,path.sold{stroke-dasharray:7 4}path.battery{stroke-width:3px;stroke-dasharray:.1 6;stroke-linecap:round}
+path.rule{stroke:var(--line);stroke-width:1px}path.zero,path.midnight{stroke:var(--dim);stroke-width:1px}
+ul{list-style:none;display:flex;flex-wrap:wrap;gap:.25rem 1.25rem;margin:0;padding:0;font-size:.875rem}
 ul svg{width:2rem;height:.75rem;margin-right:.4rem;vertical-align:middle}li{margin:.25rem 0}ol{padding-left:1.25rem}
 summary{cursor:pointer;margin-top:.5rem}table{border-collapse:collapse;width:100%;font-size:.875rem}
 th,td{padding:.2rem 0;border-top:1px solid var(--line);text-align:left;font-weight:400;vertical-align:top}
 td{text-align:right;padding-left:1rem;white-space:nowrap;font-variant-numeric:tabular-nums}
-.level{transform:translate(2px,-4px)}@media(max-width:40rem){.other{display:none}}
+@media(max-width:40rem){.other{display:none}}
 """
 HEAD = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1">
-<meta http-equiv="refresh" content="30"><link rel="icon" href="data:,"><title>sems_mitm</title><style>{style}</style></head>
+<meta http-equiv="refresh" content="{refresh}"><link rel="icon" href="data:,"><title>sems_mitm</title><style>{style}</style></head>
 <body><header><h1>sems_mitm</h1><p>{portal}</p></header>
 <main>
 """
@@ -3480,7 +3445,8 @@ FOOT = """</main>
 <p><a href="{telemetry}">Metrics</a> · <a href="/api/devices">JSON</a> · <a href="/home-assistant.yaml">Home Assistant</a> · version {version}</p></footer></body></html>
 """
 SECTION = '<section class="wide"><h2>{}</h2>{}</section>\n'
-SILENT_HOUSE = '<p class="dim">Nothing is known now: what would tell it is silent.</p>'
+SILENT_HOUSE = '<p class="dim">Nothing is known now: the devices that measure the house are silent.</p>'
+AWAY = "; what is shown here does not need it. To see why, run <code>python3 sems_mitm.py doctor</code> on this machine"
 SET_UP = """<ol>
 <li>Give this machine a fixed address{now}, and let the name service of your router or Pi-hole answer <code>{host}</code>
 with it.</li>
@@ -3492,12 +3458,13 @@ with it.</li>
 
 
 def portal_state(upstream: dict) -> str:
-    """The portal's state in words."""
+    """The portal's state in words, with the next step where there is one."""
     if upstream["mode"] == LOCAL:
         return "Local: no portal, the exporter answers"
     states = {None: "not tried yet", True: '<b class="good">reachable</b>', False: '<b class="bad">away</b>'}
     waiting = f", {upstream['queue_bytes']:,} bytes wait for it" if upstream["queue_bytes"] else ""
-    return f"Portal {html.escape(upstream['address'])}: {states[upstream['up']]}{waiting}"
+    step = AWAY if upstream["up"] is False else ""
+    return f"Portal {html.escape(upstream['address'])}: {states[upstream['up']]}{waiting}{step}"
 
 
 def minus(text: str) -> str:
@@ -3505,26 +3472,58 @@ def minus(text: str) -> str:
     return text.replace("-", "−")
 
 
-def in_words(key: str, number: float) -> tuple[str, str]:
-    """A figure's title and text, without a sign where the title says it."""
-    title, negative, *_ = TITLES[key]
-    unit, decimals, *_ = FORMS[key.rpartition("_")[2]]
-    title, number = (negative, -number) if negative and number < 0 else (title, number)
-    return title, minus(f"{number:,.{decimals}f} {unit}")
+def in_words(tiles: dict, key: str, number: float) -> tuple[str, str, str, str]:
+    """A figure's title, colour, number and unit; the number has no sign where the title says it."""
+    title, colour, *negative = tiles[key]
+    unit_name, decimals = UNIT_OF[key.rpartition("_")[2]]
+    if negative and number < 0:
+        (title, colour), number = negative, -number
+    return title, colour, minus(f"{number:,.{decimals}f}"), unit_name
 
 
-def tiles(figures: dict, keys: Sequence[str]) -> str:
-    """The figures that are known."""
-    told = ((TITLES[key][2], *in_words(key, figures[key])) for key in keys if key in figures)
-    found = "".join(f'<div><dt>{title}</dt><dd class="{css}">{text}</dd></div>' for css, title, text in told)
-    return found and f"<dl>{found}</dl>"
+def tile_row(tiles: dict, figures: dict, css: str) -> str:
+    """The figures that are known, in rows of equal length."""
+    known = [in_words(tiles, key, figures[key]) for key in tiles if key in figures]
+    columns = len(known) if len(known) <= 6 else (len(known) + 1) // 2
+    divs = (
+        f'<div><dt>{title}</dt><dd class="{colour}">{number}<small> {unit_name}</small></dd></div>'
+        for title, colour, number, unit_name in known
+    )
+    return f'<dl class="{css}" style="--columns:{columns}">{"".join(divs)}</dl>' if known else ""
+
+
+# The foldable table. A quantity's name is its metric's, without kind of device and unit, or one of these.
+NAMES = {
+    "meter_power_export_watts": "Power to the grid",
+    "meter_energy_export_decawatt_hours_total": "Energy to the grid",
+    "meter_energy_import_decawatt_hours_total": "Energy from the grid",
+    "meter_power_generation_watts": "Solar power",
+    "meter_energy_generation_decawatt_hours_total": "Solar energy",
+    "inverter_meter_power_watts": "Power at the CT meter",
+    "inverter_active_power_watts": "Power at the grid connection",
+    "inverter_energy_output_hectowatt_hours_day": "Energy today",
+    "inverter_energy_output_hectowatt_hours_total": "Energy",
+    "inverter_energy_export_watthours_total": "Energy to the grid, by the inverter",
+    "inverter_energy_import_watthours_total": "Energy from the grid, by the inverter",
+    "inverter_energy_load_watthours_total": "Energy used",
+    "inverter_uptime_hours_total": "Time of operation",
+    "inverter_hybrid_work_mode": "Work mode",
+    "inverter_error_bitmap": "Errors",
+    "inverter_warning_bitmap": "Warnings",
+    "inverter_derating_bitmap": "Derating",
+    "inverter_rssi_percent": "Wi-Fi signal",
+    "battery_energy_charge_watthours_total": "Energy into the battery",
+    "battery_energy_discharge_watthours_total": "Energy from the battery",
+}
 
 
 @functools.lru_cache(maxsize=1024)
-def quantity(metric: str, labels: str) -> str:
-    """What a series is: Voltage of a meter channel (channel 1)."""
-    label = " ".join(re.findall(r"\w+", labels))
-    return html.escape(METRICS[metric][1].rstrip(".") + (f" ({label})" if label else ""))
+def quantity(metric: str) -> str:
+    """What a metric is, in a few words: String voltage."""
+    bare = re.sub("_(total|day)$", "", metric)
+    ending = next((ending for ending in UNITS if bare.endswith(f"_{ending}")), "")
+    words = re.sub("^(meter|inverter)_", "", bare.removesuffix(f"_{ending}") if ending else bare)
+    return NAMES.get(metric) or words.replace("_", " ").capitalize()
 
 
 @functools.lru_cache(maxsize=1024)
@@ -3532,20 +3531,51 @@ def shown_unit(metric: str) -> tuple[str, float]:
     """The unit in which a metric is shown, and by what its values are multiplied."""
     size, _, name = unit(metric).rpartition(" ")  # the original has units such as 0.1 V
     number = float(size or 1)
+    if metric.startswith("battery_state"):
+        return "%", 100
     return ("kWh", number / 1000) if name == "Wh" else (name.replace("1", ""), number)
 
 
 def amount(metric: str, number: float) -> str:
-    """A value with its unit."""
+    """A value for people: with its unit, a mode in words."""
+    if metric.endswith("_mode"):  # its help names the modes
+        return dict(re.findall(r"(\d+) ([a-z ]+)", METRICS[metric][1])).get(f"{number:g}", f"{number:g}")
+    if metric.endswith("_bitmap"):
+        return f"{number:#x}" if number else "none"
     name, multiply = shown_unit(metric)
     return minus(f"{round(number * multiply, 3) if multiply != 1 else number:,} {name}").rstrip()
 
 
-def table(values: dict[Series, float]) -> str:
-    """All values of a device, foldable."""
-    told = ((quantity(*series), amount(series[0], number)) for series, number in values.items())
-    rows = (f"<tr><th>{what}</th><td>{text}</td></tr>" for what, text in told)
-    return f"<details><summary>All {len(values)} values</summary><table>{''.join(rows)}</table></details>"
+@functools.cache
+def one_a_quantity(name: str) -> tuple[Series, ...]:
+    """The series of a family, one of those that read the same registers: in V and not in 0.1 V, and without a channel."""
+    best: dict[tuple[int, ...], Series] = {}
+    for value in sorted(VALUES[name], key=lambda value: (unit(value.series[0]).startswith("0."), value.series[1])):
+        best.setdefault((value.register, *value.later), value.series)
+    kept = set(best.values())
+    return tuple(value.series for value in VALUES[name] if value.series in kept)
+
+
+def table_rows(name: str, values: dict[Series, float]) -> list[tuple[str, str]]:
+    """(what, how much) of a device of the family `name`, without channels, strings and the like of which all is 0."""
+    there = {labels for (_, labels), number in values.items() if number}
+    told = [series for series in one_a_quantity(name) if series in values]
+    told = [series for series in told if not series[1] or series[1] in there or series[1].endswith('"1"')]
+    several = {labels.partition("=")[0] for _, labels in told if labels and not labels.endswith('"1"')}
+    found = []
+    for metric, labels in told:
+        kind, _, which = labels.replace('"', "").partition("=")
+        which = which if kind in quantity(metric).lower() else f"{kind} {which}"
+        what = f"{quantity(metric)}, {which}" if kind in several else quantity(metric)
+        found.append((what, amount(metric, values[metric, labels])))
+    return found
+
+
+def table(device: Shown) -> str:
+    """The current values of a device, foldable."""
+    rows = table_rows(device.member.family, device.values)
+    cells = "".join(f"<tr><th>{html.escape(what)}</th><td>{text}</td></tr>" for what, text in rows)
+    return f"<details><summary>All values ({len(rows)})</summary><table>{cells}</table></details>" if rows else ""
 
 
 def span(seconds: float) -> str:
@@ -3555,48 +3585,59 @@ def span(seconds: float) -> str:
     return f"{seconds // size:.0f} {word}{'' if seconds // size == 1 else 's'}"
 
 
+def state(device: Shown) -> str:
+    """Whether a device speaks, in words and colour."""
+    if device.up:
+        return '<b class="good">reporting</b>'
+    return '<b class="dim">asleep until the sun is up</b>' if device.asleep else '<b class="bad">silent</b>'
+
+
 def card(device: Shown) -> str:
     """A device on the page; every text of a device is escaped."""
     kind, model, serial, firmware = map(html.escape, (*device.name[:2], device.serial, device.info["firmware"]))
-    asleep = "" if kind == "meter" else " (an inverter sleeps at night)"
-    state = '<b class="good">reporting</b>' if device.up else f'<b class="bad">silent</b>{asleep}'
+    last = f"{span(device.age)} ago" if device.age >= 1 else "just now"
     return (
-        f"<section><h2>{model}</h2><p>{state}, last packet {span(device.age)} ago</p>"
+        f"<section><h2>{model}</h2><p>{state(device)}, last packet {last}</p>"
         f'<p class="dim">{kind} · serial {serial}{f" · firmware {firmware}" if firmware else ""}</p>'
-        f"{table(device.values) if device.values else ''}</section>\n"
+        f"{table(device)}</section>\n"
     )
 
 
-# The picture: of PICTURED, class and legend. Solar is an area, the others are lines of their own patterns.
-LEGEND = (
-    ("solar area", "Solar"),
-    ("house", "House"),
-    ("grid", "Grid: above 0 to it, below 0 from it"),
-    ("battery", "Battery: above 0 out of it, below 0 into it"),
+# The picture: of PICTURED, class of the path, and legend by the class of the swatch. Solar is an area, the others are lines
+# of their own patterns.
+LEGENDS = (
+    ("solar area", {"solar area": "Solar"}),
+    ("house", {"house": "House"}),
+    ("grid", {"bought": "Bought from the grid (above 0)", "sold": "Sold to the grid (below 0)"}),
+    ("battery", {"battery": "Battery (above 0: out of it, below 0: into it)"}),
 )
 SWATCH = '<li><svg viewBox="0 0 32 12" aria-hidden="true"><path class="{}" d="{}"/></svg>{}</li>'
 FIGURE = """<figure><svg role="img" aria-labelledby="title desc">
 <title id="title">Power of the house in the last 24 hours</title><desc id="desc">{told}</desc>
-<svg width="100%" height="{height}%" viewBox="{box}" preserveAspectRatio="none">{paths}</svg>
+<svg width="100%" height="100%" viewBox="{box}" preserveAspectRatio="none">
+<linearGradient id="grid" gradientUnits="userSpaceOnUse" x1="0" x2="0" y1="{top}" y2="{bottom}">
+<stop offset="{zero}" class="bought" stop-color="currentColor"/><stop offset="{zero}" class="sold" stop-color="currentColor"/>
+</linearGradient>{paths}</svg>
 {texts}</svg><figcaption><ul>{legend}</ul></figcaption></figure>
 """
-PLOT = 92  # % of the picture's height; the hours stand below
-
-
-def axis_text(x: float, y: float, css: str, text: str) -> str:
-    """A text at an axis, placed in % of the picture and within its sides."""
-    anchor = "start" if x < 1 else "end" if x > 99 else "middle"
-    return f'<text x="{x:.1f}%" y="{y:.1f}%" class="{css}" text-anchor="{anchor}">{minus(text)}</text>'
 
 
 def outline(points: list[Point], which: int, left: float) -> str:
-    """The path of a flow: a step for each point, broken where it is not known; solar's goes down to 0 and closes."""
-    parts: list[str] = []
-    for known, run in itertools.groupby(points, key=lambda point: point.means[which] is not None):
+    """The path of a flow in minutes and W, broken where it is not known; solar's goes down to 0 and closes.
+
+    What is known last holds until the next point, and alone it is a line, too.
+    """
+    parts = []
+    for known, run in itertools.groupby(
+        zip(points, [*points[1:], points[-1]]), lambda pair: pair[0].watts[which] is not None
+    ):
         if known:
-            steps = [(point.begin - left, point.end - left, -round(point.means[which])) for point in run]
-            line = "V".join(f"{y}H{end:.1f}" for _, end, y in steps)
-            parts.append(f"M{steps[0][0]:.1f} {line}" if which else f"M{steps[0][0]:.1f} 0V{line}V0Z")
+            pairs = list(run)
+            places = [point._replace(time=(point.time - left) / 60) for point, _ in pairs]
+            places.append(places[-1]._replace(time=(pairs[-1][1].time - left) / 60))
+            line = " ".join(f"{place.time:.1f} {-round(place.watts[which])}" for place in places)
+            first, last = places[0].time, places[-1].time
+            parts.append(f"M{line}" if which else f"M{first:.1f} 0 {line} {last:.1f} 0Z")
     return "".join(parts)
 
 
@@ -3604,77 +3645,91 @@ def outline(points: list[Point], which: int, left: float) -> str:
 Axes = collections.namedtuple("Axes", "left right low high step")
 
 
-def past_the_hour(moment: float) -> float:
-    """Seconds since the last whole hour of local time."""
-    local = datetime.fromtimestamp(moment)
-    return local.minute * 60 + local.second + local.microsecond / 1e6
-
-
 def axes_of(points: list[Point]) -> Axes:
-    """Time from the first point to the last, or for less than two hours the whole hours around them; 0 and all powers."""
-    begin, end = points[0].begin, points[-1].end
-    if end - begin < 7200:
-        begin -= past_the_hour(begin)
-        end = begin + 3600 * math.ceil((end - begin) / 3600)
-    known = [0.0, *(watts for point in points for watts in point.means if watts is not None)]
+    """Time from the first point to the last; 0 and all powers."""
+    begin, end = points[0].time, points[-1].time
+    known = [0.0, *(watts for point in points for watts in point.watts if watts is not None)]
     lowest, highest = min(known), max(known)
     wanted = (highest - lowest or 500) / 7  # at least: seven steps, or a few less
     size = 10 ** math.floor(math.log10(wanted))
     step = next(size * factor for factor in (1, 2, 5, 10) if size * factor >= wanted)
     low = step * math.floor(lowest / step)
-    return Axes(begin, end, low, max(step * math.ceil(highest / step), low + step), step)
+    return Axes(begin, max(end, begin + 1), low, max(step * math.ceil(highest / step), low + step), step)
 
 
-def whole_hours(axes: Axes) -> list[float]:
-    """Whole hours of local time, as many as can be read, in seconds from the left."""
+def whole_hours(axes: Axes) -> list[datetime]:
+    """Whole hours of local time on the axis, midnight among them, as many as can be labelled."""
+    every = next(every for every in (1, 2, 3, 4) if (axes.right - axes.left) / 3600 / every <= 8 or every == 4)
+    first = datetime.fromtimestamp(axes.left)
+    begin = math.ceil(axes.left) + -(first.minute * 60 + math.ceil(first.second + first.microsecond / 1e6)) % 3600
+    hours = map(datetime.fromtimestamp, range(begin, math.floor(axes.right) + 1, 3600))
+    return [hour for hour in hours if hour.hour % every == 0]
+
+
+def axis_text(x: float, y: float, css: str, text: str) -> str:
+    """A text at an axis, placed in % of the plot; one at the left or right edge does not reach beyond it."""
+    anchor = "end" if css == "level" or x > 97 else "start" if x < 3 else "middle"
+    return f'<text x="{x:.1f}%" y="{y:.1f}%" class="{css}" text-anchor="{anchor}">{minus(text)}</text>'
+
+
+def time_texts(axes: Axes, hours: list[datetime]) -> Iterator[str]:
+    """The labels below the plot: whole hours, the date at midnight; both ends where there is no hour to speak of."""
     width = axes.right - axes.left
-    every = next(every for every in (1, 2, 3, 4) if width / 3600 / every <= 8 or every == 4)
-    hours = range(round(-past_the_hour(axes.left) % 3600), round(width) + 1, 3600)
-    return [at for at in hours if datetime.fromtimestamp(round(axes.left + at)).hour % every == 0]
+    if len(hours) < 2:
+        for x, moment in ((0, axes.left), (100, axes.right)):
+            yield axis_text(x, 100, "time", f"{datetime.fromtimestamp(moment):%H:%M}")
+    for hour in hours:
+        x = 100 * (hour.timestamp() - axes.left) / width
+        if len(hours) > 1 or 15 < x < 85:
+            other = "" if len(hours) <= 4 or (hour - hours[0]) // (hours[1] - hours[0]) % 2 == 0 else " other"
+            text = f"{hour:%H:%M}" if hour.hour else f"{hour:%a} {hour.day} {hour:%b}"
+            yield axis_text(x, 100, f"time{other}" if hour.hour else "time midnight", text)
 
 
 def present(figures: dict) -> str:
     """The present figures in a sentence."""
-    told = [" ".join(in_words(key, figures[key])) for key in FLOWS if key in figures]
-    return f"Now: {'; '.join(told)}." if told else "Nothing is known now."
+    told = [in_words(NOW_TILES, key, figures[key]) for key in NOW_TILES if key in figures]
+    text = "; ".join(f"{title} {number} {unit_name}" for title, _, number, unit_name in told)
+    return f"Now: {text}." if told else "Nothing is known now."
 
 
 def picture(points: list[Point], figures: dict) -> str:
-    """The house's flows as SVG, nothing if there is none. It is drawn in seconds and W and stretches; its texts do not."""
-    drawn = [i for i in range(len(PICTURED)) if any(point.means[i] is not None for point in points)]
+    """The house's flows as SVG, nothing if there is none. It is drawn in minutes and W and stretches; its texts do not."""
+    drawn = [i for i in range(len(PICTURED)) if any(point.watts[i] is not None for point in points)]
     if not drawn:
         return ""
     axes = axes_of(points)
     levels = [axes.low + i * axes.step for i in range(round((axes.high - axes.low) / axes.step) + 1)]
-    width, height, hours = axes.right - axes.left, axes.high - axes.low, whole_hours(axes)
-    rules = [f"M0 {-level:g}H{width:.0f}" for level in levels] + [
-        f"M{at:.0f} {-axes.high:g}v{height:g}" for at in hours
-    ]
-    paths = [("rule", "".join(rules)), ("zero", f"M0 0H{width:.0f}")]
-    paths += [(LEGEND[i][0], outline(points, i, axes.left)) for i in drawn]
-    texts = [(0, PLOT * (axes.high - level) / height, "level", f"{level / 1000:g} kW") for level in levels]
-    for i, at in enumerate(hours):
-        clock = datetime.fromtimestamp(round(axes.left + at)).strftime("%H:%M")
-        texts.append((100 * at / width, 100, "other" if i % 2 and len(hours) > 4 else "", clock))
+    width, height, hours = (axes.right - axes.left) / 60, axes.high - axes.low, whole_hours(axes)
+    upright = [(hour, f"M{(hour.timestamp() - axes.left) / 60:.1f} {-axes.high:g}v{height:g}") for hour in hours]
+    across = "".join(f"M0 {-level:g}H{width:.2f}" for level in levels)
+    paths = [("rule", across + "".join(path for hour, path in upright if hour.hour)), ("zero", f"M0 0H{width:.2f}")]
+    paths += [("midnight", path) for hour, path in upright if not hour.hour]
+    paths += [(LEGENDS[i][0], outline(points, i, axes.left)) for i in drawn]
+    scale = [axis_text(0, 100 * (axes.high - level) / height, "level", f"{level / 1000:g} kW") for level in levels]
+    legend = [(css, text, i) for i in drawn for css, text in LEGENDS[i][1].items()]
     figure = FIGURE.format(
         told=present(figures),
-        height=PLOT,
-        box=f"0 {-axes.high:g} {width:.0f} {height:g}",
-        paths="".join(f'<path class="{css}" d="{path}"/>' for css, path in paths),
-        texts="".join(axis_text(*text) for text in texts),
-        legend="".join(SWATCH.format(LEGEND[i][0], "M0 6H32" if i else "M1 11V3H31V11Z", LEGEND[i][1]) for i in drawn),
+        box=f"0 {-axes.high:g} {width:.2f} {height:g}",
+        top=f"{-axes.high:g}",
+        bottom=f"{-axes.low:g}",
+        zero=f"{axes.high / height:.4f}",
+        paths="".join(f'<path class="{css}" d="{path}"/>' for css, path in paths if path),
+        texts="".join((*scale, *time_texts(axes, hours))),
+        legend="".join(SWATCH.format(css, "M0 6H32" if i else "M1 11V3H31V11Z", text) for css, text, i in legend),
     )
-    return SECTION.format("Power", figure)
+    return SECTION.format("Power, last 24 hours", figure)
 
 
 def html_page(seen: Seen, points: list[Point], settings: argparse.Namespace, address: str) -> Iterator[str]:
     """The page at /, in parts. address: this machine's, if it is known."""
-    yield HEAD.format(style=STYLE, portal=portal_state(seen.upstream))
+    yield HEAD.format(style=STYLE, portal=portal_state(seen.upstream), refresh=getattr(settings, "refresh", REFRESH))
     if seen.devices:
-        yield SECTION.format("The house", tiles(seen.house, FLOWS) or SILENT_HOUSE)
+        yield SECTION.format("The house", tile_row(NOW_TILES, seen.house, "now") or SILENT_HOUSE)
         yield picture(points, seen.house)
-        row, since = tiles(seen.house, TODAY), seen.house.get("today_since", "")[11:16]
-        yield row and SECTION.format(f"Today <small>since {since}</small>" if since else "Today", row)
+        row, since = tile_row(TODAY_TILES, seen.house, "today"), seen.house.get("today_since", "")[11:16]
+        told = f"Today <small>since {since}</small>" if since not in ("", "00:00") else "Today"
+        yield row and SECTION.format(told, row)
     else:
         now = f" (now {html.escape(address)})" if address else ""
         steps = SET_UP.format(now=now, host=html.escape(settings.upstream[0]), port=settings.listen_address[1])
@@ -3688,27 +3743,78 @@ def html_page(seen: Seen, points: list[Point], settings: argparse.Namespace, add
     )
 
 
-PACKAGE = """# sems_mitm in Home Assistant: a package for the devices known now. Save it with
+# Home Assistant. A household key's sensor: name, icon.
+SENSORS = {
+    "generation_watts": ("solar power", "solar-power"),
+    "house_watts": ("house power", "home-lightning-bolt"),
+    "grid_watts": ("grid power", "transmission-tower"),
+    "battery_watts": ("power from the battery", "home-battery"),
+    "battery_charge_percent": ("battery charge", "battery"),
+    "generated_today_kilowatt_hours": ("solar energy today", "solar-power"),
+    "used_today_kilowatt_hours": ("energy used today", "home-lightning-bolt"),
+    "imported_today_kilowatt_hours": ("energy from the grid today", "transmission-tower-export"),
+    "exported_today_kilowatt_hours": ("energy to the grid today", "transmission-tower-import"),
+    "battery_charged_today_kilowatt_hours": ("energy into the battery today", "battery-arrow-down"),
+    "battery_discharged_today_kilowatt_hours": ("energy from the battery today", "battery-arrow-up"),
+    "self_sufficiency_percent": ("self-sufficiency today", "home-percent"),
+    "self_consumption_percent": ("self-consumption today", "solar-power-variant"),
+    "generated_kilowatt_hours": ("solar energy", "solar-power"),
+    "imported_kilowatt_hours": ("energy from the grid", "transmission-tower-export"),
+    "exported_kilowatt_hours": ("energy to the grid", "transmission-tower-import"),
+    "battery_charged_kilowatt_hours": ("energy into the battery", "battery-arrow-down"),
+    "battery_discharged_kilowatt_hours": ("energy from the battery", "battery-arrow-up"),
+}
+CLASSES = {"watts": ("power", "measurement"), "hours": ("energy", "total_increasing"), "percent": ("", "measurement")}
+PACKAGE = """# sems_mitm in Home Assistant: a package. Devices in it, as known on {time}:
+{devices}
+# Save it with
 #     curl -fo /config/packages/sems_mitm.yaml http://{address}/home-assistant.yaml
 # and have in configuration.yaml, once:
 #     homeassistant:
 #       packages: !include_dir_named packages
-# Then restart Home Assistant; fetch it again when a device is new. For the Energy dashboard take the sensors without "today".
+# Restart Home Assistant the first time; later, when the file is new, call the action rest.reload. Fetch the file again when a
+# device is new, and by day if an inverter is missing: it sleeps at night, and after a restart the exporter does not know it.
+#
+# Energy dashboard, which sensor for which field:
+{fields}
 """
+# Fields of the Energy dashboard, and the key that goes there: powers of the house, energies of devices, since the counters of
+# one device never change places with those of another.
+FIELDS = (
+    ("Grid, energy imported from the grid", "imported_kilowatt_hours"),
+    ("Grid, energy exported to the grid", "exported_kilowatt_hours"),
+    ("Grid, power (positive is bought: the standard direction)", "grid_watts"),
+    ("Solar panels, energy", "generated_kilowatt_hours"),
+    ("Solar panels, power", "generation_watts"),
+    ("Battery, energy discharged", "battery_discharged_kilowatt_hours"),
+    ("Battery, energy charged", "battery_charged_kilowatt_hours"),
+    ("Battery, power (positive is discharging: the standard direction)", "battery_watts"),
+)
 
 
-def sensor(serial: str, name: str, key: str) -> dict[str, str]:
-    """A sensor of Home Assistant; what is not known there is unavailable, without a word in its log."""
-    unit, _, device_class, state_class = FORMS[key.rpartition("_")[2]]
-    number = f"value_json.get('devices', {{}}).get('{serial}', {{}}).get('{key}')"
+def sensor_name(name: str, key: str) -> str:
+    """What a sensor is called: the house's power is not the "House house power"."""
+    return f"{name} {SENSORS[key][0].removeprefix('house ') if name == HOUSE else SENSORS[key][0]}"
+
+
+HOUSE = "House"
+
+
+def sensor(path: tuple[str, ...], name: str, key: str) -> dict[str, object]:
+    """A sensor of Home Assistant for a key under path in /api/household; what is not known there is unavailable."""
+    device_class, state_class = CLASSES[key.rpartition("_")[2]]
+    if key == "battery_charge_percent":
+        device_class = "battery"
+    number = f"value_json{''.join(f'.get({part!r}, {{}})' for part in path)}.get({key!r})"
     return {
-        "name": f"{name} {TITLES[key][3]}",
-        "unique_id": f"{serial}_{key}",
-        "device_class": device_class,
+        "name": sensor_name(name, key),
+        "unique_id": f"{path[-1]}_{key}",
+        **({"device_class": device_class} if device_class else {}),
         "state_class": state_class,
-        "unit_of_measurement": unit,
-        "value_template": f"{{{{ {number} if value_json is defined else none }}}}",
-        "availability": f"{{{{ value_json is defined and {number} is not none }}}}",
+        "unit_of_measurement": UNIT_OF[key.rpartition("_")[2]][0],
+        "icon": f"mdi:{SENSORS[key][1]}",
+        "value_template": f"{{{{ {number} if value_json is mapping else none }}}}",
+        "availability": f"{{{{ value_json is mapping and {number} is not none }}}}",
     }
 
 
@@ -3723,33 +3829,56 @@ def named_for_home(devices: Sequence[Shown]) -> list[tuple[Shown, str]]:
     return [(device, name if models[name] == 1 else f"{name} {device.serial[-8:]}") for device, name in named]
 
 
-def counted_twice(named: list[tuple[Shown, str]]) -> str:
-    """Comments that say which sensors to take where two devices count the same."""
-    found = ""
+def counting(named: list[tuple[Shown, str]], key: str) -> list[list[str]]:
+    """Names of the devices that count a key: first those that the house takes, then those that count the same again."""
+    groups = [
+        [name for device, name in named if device.member.family in families and key in device.member.told]
+        for families in ASKED[key.partition("_")[0]]
+    ]
+    return [group for group in groups if group]
+
+
+def energy_fields(named: list[tuple[Shown, str]], of_house: Iterable[str]) -> Iterator[str]:
+    """Comments that say which sensor goes into which field of the Energy dashboard, and which count the same twice."""
+    for field, key in FIELDS:
+        takers = [[HOUSE]] if key in of_house and key.endswith("watts") else counting(named, key)
+        if takers:
+            yield f"#     {field}: {', '.join(sensor_name(name, key) for name in takers[0])}"
     for word, what in (("generated", "roof"), ("imported", "grid")):
-        key = f"{word}_kilowatt_hours"
-        groups = [
-            [name for device, name in named if device.member.family in families and key in device.member.told]
-            for families in ASKED[word]
-        ]
-        if all(groups):
+        groups = counting(named, f"{word}_kilowatt_hours")
+        if len(groups) > 1:
             better, other = (" and ".join(names) for names in groups)
-            found += f"# {better} and {other} count the same {what}: take only the energies of {better} there.\n"
-    return found
+            yield f"# {better} and {other} count the same {what}: take only the energies of {better} there."
 
 
 def home_assistant(seen: Seen, address: str) -> str:
-    """A package of sensors on http://ADDRESS/api/household. Nothing from the network is more than a JSON string in it."""
-    head, named = PACKAGE.format(address=address), named_for_home(seen.devices)
+    """A package of sensors on http://ADDRESS/api/household. Nothing from the network is more than a JSON string in it.
+
+    Raises LookupError with a text for people while no device is known: answer 503, so that a package fetched before stays.
+    """
+    named = named_for_home(seen.devices)
     if not named:
-        return f"{head}#\n# No device is known yet: fetch it again when http://{address}/ shows one.\n{{}}\n"
-    resource = json.dumps(f"http://{address}/api/household")
-    lines = ["rest:", f"  - resource: {resource}", "    scan_interval: 60", "    sensor:"]
+        raise LookupError(f"No device is known yet: fetch this again when http://{address}/ shows one.")
+    of_house = house([device.member._replace(figures=dict.fromkeys(device.member.told, 1)) for device, _ in named])
+    sensors = [sensor(("house",), HOUSE, key) for key in SENSORS if key in of_house]
     for device, name in named:
-        for key in (key for key in KEYS if key in device.member.told):
-            first, *more = (f"{field}: {json.dumps(text)}" for field, text in sensor(device.serial, name, key).items())
-            lines += [f"      - {first}", *(f"        {row}" for row in more)]
-    return "\n".join((head + counted_twice(named), *lines, ""))
+        sensors += [sensor(("devices", device.serial), name, key) for key in SENSORS if key in device.member.told]
+    head = PACKAGE.format(
+        address=address,
+        time=f"{datetime.fromtimestamp(seen.time):%Y-%m-%d at %H:%M}",
+        devices="\n".join(f"#     {name}, {device.serial}" for device, name in named),
+        fields="\n".join(energy_fields(named, of_house)),
+    )
+    lines = [
+        "rest:",
+        f"  - resource: {json.dumps(f'http://{address}/api/household')}",
+        "    scan_interval: 60",
+        "    sensor:",
+    ]
+    for fields in sensors:
+        first, *more = (f"{field}: {json.dumps(text)}" for field, text in fields.items())
+        lines += [f"      - {first}", *(f"        {row}" for row in more)]
+    return "\n".join((head.rstrip("\n"), *lines, ""))
 
 
 # ------------------------------------------------------------------------------------------------------------ HTTP
@@ -4443,17 +4572,16 @@ def simulated_house(number: int, hybrid: bool = False) -> list[Simulated]:
     return [Simulated(model, house, 2 * number + i) for i, model in enumerate(models, 1)]
 
 
-def simulation(
-    target: tuple, devices: list, interval: float, clock: Clock, stamp: Clock, ended: threading.Event
-) -> None:
-    """Have devices report until it is ended. clock tells their houses' time of day, stamp the one in the packets."""
+def simulation(target: tuple, devices: list, interval: float, clock: Clock, ended: threading.Event) -> None:
+    """Have devices report until it is ended; clock gives their houses' time of day and the time in their packets."""
     troubles = Troubles()
     while not ended.is_set():
         now = time.monotonic()
         for device in devices:
-            device.house.move(datetime.fromtimestamp(clock(now)))
+            when = datetime.fromtimestamp(clock(now))
+            device.house.move(when)
             try:
-                device.report(target, datetime.fromtimestamp(stamp(now)))
+                device.report(target, when)
             except HOST_ERRORS as error:
                 text = f"simulated devices cannot reach {endpoint_text(target)}: {error}"
                 troubles.say("simulator", text, now)
@@ -4463,73 +4591,33 @@ def simulation(
         device.hang_up()
 
 
-def day_clock(hour: float, speed: float) -> Clock:
-    """A clock that stands at that hour of today now, and goes so many times as fast as the real one."""
-    begin, today = time.monotonic(), datetime.now().replace(hour=0, minute=0, second=0, microsecond=0)
-    start = (today + timedelta(hours=hour)).timestamp()
-    return lambda now: start + speed * (now - begin)
-
-
-def simulate_capture(path: str, days: float, interval: float, hybrid: bool) -> int:
-    """Write what the devices of a house would have sent in the days until now, each packet at its own time."""
-    try:
-        lines = open(path, "x", encoding="ascii")  # noqa: SIM115
-    except OSError as error:
-        raise UsageError(f"--capture={path!a}: expected a new file: {error.strerror}") from None
-    devices, end = simulated_house(0, hybrid), time.time()
-    wall, function = end - days * 86400, SETTINGS
-    with lines:
-        while wall <= end:
-            for device in devices:
-                device.house.move(datetime.fromtimestamp(wall))
-                frame = device.frame(function, datetime.fromtimestamp(wall))
-                if frame:
-                    lines.write(capture_line(wall, "127.0.0.1:1", OUTBOUND.name, "forwarded", frame))
-            wall, function = wall + interval, LIVE
-    return 0
-
-
-positive_number = Reader("N", "a number from 0.001 to 99999", r"(?![0.]+$)[0-9]{1,5}(\.[0-9]{1,3})?", float)
-
-
-def simulate(arguments: list[str]) -> int:
-    """Simulated devices towards an exporter or a portal, or a capture file of them."""
-    parser = Parser("simulate", simulate.__doc__)
-    # fmt: off
-    either = parser.add_mutually_exclusive_group(required=True)
-    either.add_argument("target", metavar="HOST:PORT", nargs="?", type=portal_endpoint, help="where the devices connect")
-    parser.add_argument("--houses", metavar="N", type=whole_number, help="households, each a HomeKit 1000 and a DNS G3 [1]")
-    parser.add_argument("--hybrid", action="store_true", help="each a hybrid with a battery and its own meter instead")
-    parser.add_argument("--interval", metavar="S", type=positive_number, default=60, help="seconds between packets [60]")
-    parser.add_argument("--speed", metavar="N", type=positive_number, default=1, help="how fast their day goes; packets carry real time [1]")
-    either.add_argument("--capture", metavar="FILE", help="do not connect, write what a house would have sent to a new FILE")
-    parser.add_argument("--days", metavar="N", type=positive_number, default=3, help="length of that capture, until now [3]")
-    # fmt: on
-    given = parser.parse_args(arguments)
-    if given.capture and given.houses:
-        raise UsageError("--houses: not with --capture, which is of one house")
-    if given.capture:
-        return simulate_capture(given.capture, given.days, given.interval, given.hybrid)
-    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s")
-    devices = [device for i in range(given.houses or 1) for device in simulated_house(i, given.hybrid)]
-    ended = threading.Event()
-    at_signal(ended.set)
-    where = endpoint_text(given.target)
-    print(f"{len(devices)} simulated devices towards {where}; Ctrl-C stops them", flush=True)
-    simulation(given.target, devices, given.interval, day_clock(8, given.speed), wall_clock, ended)
-    return 0
-
-
 # ------------------------------------------------------------------------------------------------------------ demo
 
-SUNRISE, FAST = 6.75, 360  # when the demo's day begins, in hours; a day takes four minutes
-DEMO_TEXT = """{who} a solar day that takes four minutes; it is 6:45 in the morning.
+# The demo's day, which hurries through the dark hours: s of real time, and the hour of the day then. It begins slowly, so
+# that its first packets come at midnight, and ends slowly, so that who looks after four minutes sees the whole day.
+PACE = ((0, 0), (3, 0.001), (17, 6.5), (210, 20), (225, 23.9), (260, 24))
+DEMO_REFRESH = 5  # s between reloads of its page
+DEMO_TEXT = """{who} a solar day: it is midnight, the sun is up in 20 seconds, and after four minutes the day is over.
 
   open  http://localhost:{web}/               the page
         http://localhost:{web}/metrics        what Prometheus scrapes
         http://localhost:{web}/api/household  the house as JSON
 
 devices -> 127.0.0.1:{devices} -> exporter -> {portal}, a local portal. Ctrl-C stops it all."""
+
+
+def day_clock() -> Clock:
+    """A clock that stands at midnight of today now, and goes by PACE, day after day."""
+    begin, today = time.monotonic(), datetime.now().replace(hour=0, minute=0, second=0, microsecond=0)
+
+    def clock(now: float) -> float:
+        if now < begin:  # at the pace of real time, also for one that was never
+            return today.timestamp() + now - begin
+        days, at = divmod(now - begin, PACE[-1][0])
+        (left, low), (right, high) = next(pair for pair in zip(PACE, PACE[1:]) if at < pair[1][0])
+        return today.timestamp() + 86400 * days + 3600 * (low + (high - low) * (at - left) / (right - left))
+
+    return clock
 
 
 def free_endpoint(host: str, port: int) -> str:
@@ -4564,12 +4652,13 @@ def demo(arguments: list[str]) -> int:
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
     devices_at, web_at = free_endpoint("127.0.0.1", 20001), free_endpoint("", 14028)
     flags = [f"--sems.listen-address={devices_at}", f"--web.listen-address={web_at}", "--metrics.stale-after=10s"]
-    clock, ended = day_clock(SUNRISE, FAST), threading.Event()
+    clock, ended = day_clock(), threading.Event()
     with local_portal() as portal:
         settings = serve_settings([f"--sems.upstream={portal}", *flags], {})
+        settings.refresh = DEMO_REFRESH
         _, loop, web = started(settings, clock)
         at_signal(loop.stop)
-        what = settings.listen_address, simulated_house(0, given.hybrid), 1, clock, clock, ended
+        what = settings.listen_address, simulated_house(0, given.hybrid), 1, clock, ended
         devices = threading.Thread(target=simulation, args=what)
         devices.start()
         who = "A hybrid with a battery sends" if given.hybrid else "A HomeKit 1000 and a DNS G3 send"
@@ -5010,7 +5099,7 @@ def version(arguments: list[str]) -> int:
 
 
 COMMANDS: dict[str, Callable[[list[str]], int]] = {
-    "serve": serve, "demo": demo, "simulate": simulate, "decode": decode_command, "backfill": backfill, "doctor": doctor,
+    "serve": serve, "demo": demo, "decode": decode_command, "backfill": backfill, "doctor": doctor,
     "metrics": metrics, "version": version,
 }  # fmt: skip
 
