@@ -3292,6 +3292,11 @@ PICTURED = ("generation_watts", "house_watts", "grid_watts", "battery_watts")  #
 DAY = 86400
 
 
+def is_known(point: Point) -> bool:
+    """Whether anything is known of a minute."""
+    return any(watts is not None for watts in point.watts)
+
+
 class History:
     """The house's flows of the last 24 hours for the picture, in memory only: one point a minute of the shown time."""
 
@@ -3307,7 +3312,8 @@ class History:
         while points and points[0].time < moment - DAY:
             points.popleft()
         if not points or points[-1].time // 60 < moment // 60:
-            points.append(self._present(now))
+            point = self._present(now)
+            points.extend([point] if points or is_known(point) else [])
 
     def _present(self, now: float) -> Point:
         self.store.digest(now)
@@ -3318,7 +3324,7 @@ class History:
         """The points from the first of which anything is known, and one for now. While nothing is known it is a gap."""
         self.note(now)
         points = [*self._points, self._present(now)]
-        return list(itertools.dropwhile(lambda point: point.watts.count(None) == len(PICTURED), points))
+        return list(itertools.dropwhile(lambda point: not is_known(point), points))
 
 
 # ------------------------------------------------------------------------------------------- page, API, Home Assistant
@@ -3476,6 +3482,7 @@ def in_words(tiles: dict, key: str, number: float) -> tuple[str, str, str, str]:
     """A figure's title, colour, number and unit; the number has no sign where the title says it."""
     title, colour, *negative = tiles[key]
     unit_name, decimals = UNIT_OF[key.rpartition("_")[2]]
+    number = round(number, decimals) + 0.0  # without the sign of a 0
     if negative and number < 0:
         (title, colour), number = negative, -number
     return title, colour, minus(f"{number:,.{decimals}f}"), unit_name
@@ -3543,7 +3550,7 @@ def amount(metric: str, number: float) -> str:
     if metric.endswith("_bitmap"):
         return f"{number:#x}" if number else "none"
     name, multiply = shown_unit(metric)
-    return minus(f"{round(number * multiply, 3) if multiply != 1 else number:,} {name}").rstrip()
+    return minus(f"{round(number * multiply, 3):,.12g} {name}").rstrip()
 
 
 @functools.cache
@@ -3646,8 +3653,8 @@ Axes = collections.namedtuple("Axes", "left right low high step")
 
 
 def axes_of(points: list[Point]) -> Axes:
-    """Time from the first point to the last; 0 and all powers."""
-    begin, end = points[0].time, points[-1].time
+    """Time from the minute of the first point to the last; 0 and all powers."""
+    begin, end = points[0].time // 60 * 60, points[-1].time
     known = [0.0, *(watts for point in points for watts in point.watts if watts is not None)]
     lowest, highest = min(known), max(known)
     wanted = (highest - lowest or 500) / 7  # at least: seven steps, or a few less
@@ -3682,7 +3689,7 @@ def time_texts(axes: Axes, hours: list[datetime]) -> Iterator[str]:
         x = 100 * (hour.timestamp() - axes.left) / width
         if len(hours) > 1 or 15 < x < 85:
             other = "" if len(hours) <= 4 or (hour - hours[0]) // (hours[1] - hours[0]) % 2 == 0 else " other"
-            text = f"{hour:%H:%M}" if hour.hour else f"{hour:%a} {hour.day} {hour:%b}"
+            text = f"{hour:%H:%M}" if hour.hour else f"{hour.day} {hour:%b}"
             yield axis_text(x, 100, f"time{other}" if hour.hour else "time midnight", text)
 
 
@@ -3764,7 +3771,13 @@ SENSORS = {
     "battery_charged_kilowatt_hours": ("energy into the battery", "battery-arrow-down"),
     "battery_discharged_kilowatt_hours": ("energy from the battery", "battery-arrow-up"),
 }
-CLASSES = {"watts": ("power", "measurement"), "hours": ("energy", "total_increasing"), "percent": ("", "measurement")}
+# device_class and state_class, by a key or its last word
+CLASSES = {
+    "battery_charge_percent": ("battery", "measurement"),
+    "percent": ("", "measurement"),
+    "watts": ("power", "measurement"),
+    "hours": ("energy", "total_increasing"),
+}
 PACKAGE = """# sems_mitm in Home Assistant: a package. Devices in it, as known on {time}:
 {devices}
 # Save it with
@@ -3802,20 +3815,19 @@ HOUSE = "House"
 
 def sensor(path: tuple[str, ...], name: str, key: str) -> dict[str, object]:
     """A sensor of Home Assistant for a key under path in /api/household; what is not known there is unavailable."""
-    device_class, state_class = CLASSES[key.rpartition("_")[2]]
-    if key == "battery_charge_percent":
-        device_class = "battery"
-    number = f"value_json{''.join(f'.get({part!r}, {{}})' for part in path)}.get({key!r})"
-    return {
-        "name": sensor_name(name, key),
-        "unique_id": f"{path[-1]}_{key}",
-        **({"device_class": device_class} if device_class else {}),
-        "state_class": state_class,
-        "unit_of_measurement": UNIT_OF[key.rpartition("_")[2]][0],
-        "icon": f"mdi:{SENSORS[key][1]}",
-        "value_template": f"{{{{ {number} if value_json is mapping else none }}}}",
-        "availability": f"{{{{ value_json is mapping and {number} is not none }}}}",
-    }
+    unit_word = key.rpartition("_")[2]
+    device_class, state_class = CLASSES.get(key) or CLASSES[unit_word]
+    steps = "".join(f".get('{part}', {{}})" for part in path)
+    number = f"value_json{steps}.get('{key}')"
+    found: dict[str, object] = {"name": sensor_name(name, key), "unique_id": f"{path[-1]}_{key}"}
+    found.update({"device_class": device_class} if device_class else {})
+    found.update(state_class=state_class, unit_of_measurement=UNIT_OF[unit_word][0], icon=f"mdi:{SENSORS[key][1]}")
+    found["value_template"] = f"{{{{ {number} if value_json is mapping else none }}}}"
+    found["availability"] = f"{{{{ value_json is mapping and {number} is not none }}}}"
+    if "_today_" in key:
+        found["json_attributes_path"] = "$" + "".join(f"['{part}']" for part in path)
+        found["json_attributes"] = ["today_since"]
+    return found
 
 
 def named_for_home(devices: Sequence[Shown]) -> list[tuple[Shown, str]]:
@@ -3841,7 +3853,8 @@ def counting(named: list[tuple[Shown, str]], key: str) -> list[list[str]]:
 def energy_fields(named: list[tuple[Shown, str]], of_house: Iterable[str]) -> Iterator[str]:
     """Comments that say which sensor goes into which field of the Energy dashboard, and which count the same twice."""
     for field, key in FIELDS:
-        takers = [[HOUSE]] if key in of_house and key.endswith("watts") else counting(named, key)
+        of_a_power = [[HOUSE]] if key in of_house else []
+        takers = of_a_power if key.endswith("watts") else counting(named, key)
         if takers:
             yield f"#     {field}: {', '.join(sensor_name(name, key) for name in takers[0])}"
     for word, what in (("generated", "roof"), ("imported", "grid")):

@@ -4230,100 +4230,80 @@ class HouseholdTest(unittest.TestCase):
 
 
 class HistoryTest(unittest.TestCase):
-    """The picture's data, beside points computed by hand."""
+    """The picture's data: a point a minute of the shown time."""
 
-    def begin(self, clock=lambda now: now, stale_after: float = 300):
+    def setUp(self) -> None:
+        self.begin()
+
+    def begin(self, clock=lambda now: now, stale_after: float = 300) -> None:
         self.store = sems.Store(stale_after, 256, False, clock)
         self.history = sems.History(self.store)
 
-    def reads(self, now: float, solar: float, export: float, noted: float = 0) -> None:
-        """A HomeKit 1000's reading, looked at `noted` seconds later."""
+    def reads(self, now: float, solar: float, export: float) -> None:
+        """A HomeKit 1000's reading, and the look once a second."""
         self.store.names["meter"] = kit1000(solar, export, fresh=now)
-        self.store.readings += 1
-        self.history.note(now + noted)
+        self.history.note(now)
 
-    def means(self, now: float) -> list:
-        return [(point.begin, point.end, *point.means[:3]) for point in self.history.points(now)]
+    def seen(self, now: float) -> list:
+        return [(point.time, *point.watts[:3]) for point in self.history.points(now)]
 
-    def test_means(self) -> None:
-        """Weighted by time, from reading to reading, whenever they were looked at; what is not known is a gap."""
-        self.begin()
-        self.history.step = 10
-        self.reads(1000, 100, 40)
-        self.reads(1012.5, 500, 0, noted=0.5)
-        self.history.note(1013)
-        self.assertEqual(
-            self.means(1025), [(1000, 1010, 100, 60, 40), (1010, 1020, 400, 390, 10), (1020, 1025, 500, 500, 0)]
-        )
-        self.assertEqual(self.means(1025), self.means(1025))
-        self.reads(1500, 7, 7)  # silent from 1312.5 on
-        found = self.means(1505)
-        self.assertEqual([row[2] for row in found[28:34] + found[-2:]], [500] * 4 + [None, None, None, 7])
-        self.assertEqual(found[-1], (1500, 1505, 7, 0, 7))
+    def test_points(self) -> None:
+        """The first as soon as anything is known, then one a minute, and one for now; sources are positive."""
+        for now in (600, 601, 602):
+            self.history.note(now)
+        self.assertEqual(self.seen(602), [])
+        for now in range(605, 730):
+            self.reads(now, now, 100)
+        wanted = [(605, 605, 505, -100), (660, 660, 560, -100), (720, 720, 620, -100), (729, 729, 629, -100)]
+        self.assertEqual(self.seen(729), wanted)
+        self.assertEqual(self.seen(729), wanted)
+
+    def test_silence_is_a_gap(self) -> None:
+        """Its minutes are there, and nothing is known of them."""
+        self.reads(1000, 500, 0)
+        for now in range(1000, 2000):
+            self.history.note(now)
+        self.reads(2000, 7, 7)
+        found = self.seen(2010)
+        self.assertEqual([row[1] for row in found], [500] * 6 + [None] * 12 + [7])
+        self.assertEqual([row[0] for row in found[1:-2]], list(range(1020, 1980, 60)))
 
     def test_one_of_two_falls_silent(self) -> None:
         """Its flows end when it does, and what does not hang on it goes on."""
-        self.begin()
-        self.history.step = 100
         self.store.names["roof"] = dns(1000, fresh=1000)
         self.store.names["grid"] = kit3000(200, fresh=1200)
-        self.store.readings = 2
-        for now in range(1200, 1500):
+        for now in range(1200, 1440):
             self.history.note(now)
-        found = self.history.points(1500)
-        self.assertEqual([point.means[:3] for point in found], [[1000, 800, 200], [None, None, 200], [None, None, 200]])
+        found = self.history.points(1440)
+        self.assertEqual([point.watts[:3] for point in found], [[1000, 800, -200]] * 2 + [[None, None, -200]] * 4)
 
-    def test_bounded(self) -> None:
-        """At most 600 steps, all as long, twice as long when they are full; nothing older than a day; sums are kept."""
-        self.begin(stale_after=0)
-        seen = set()
-        for minute in range(60 * 50):
-            self.reads(60 * minute, minute % 7 * 100, 0)
-            if minute % 50 == 49:
-                points = self.history.points(60 * minute + 30)
-                seen.add(self.history.step)
-                self.assertLessEqual(len(points), 600)
-                self.assertEqual({round(point.end - point.begin, 3) for point in points[:-1]}, {self.history.step})
-                self.assertLessEqual(points[-1].end - points[0].begin, sems.DAY)
-        self.assertEqual(sorted(seen), [sems.STEP * 2**i for i in range(3, 9)])
-        self.assertAlmostEqual(sum(point.means[0] for point in points[:-1]) / (len(points) - 1), 300, delta=2)
-        self.assertGreater(len(points), 530)
-        self.assertEqual(self.history.points(60 * minute + 2 * sems.DAY)[-1].means[0], minute % 7 * 100)  # never stale
+    def test_a_day(self) -> None:
+        """Nothing older than 24 hours; after a day of silence nothing is left."""
+        for minute in range(60 * 30):
+            self.reads(60 * minute, minute, 0)
+        found = self.seen(60 * minute + 30)
+        self.assertEqual((len(found), found[0][0]), (1441, 60 * (minute - 1439)))
+        for minute in range(60 * 30, 60 * 55):
+            self.history.note(60 * minute)
+        self.assertEqual(self.seen(60 * minute), [])
 
-    def test_long_silence(self) -> None:
-        """Hours of silence are a few steps; after a day nothing is left."""
-        self.begin()
-        self.reads(1000, 5, 5)
-        points = self.history.points(1000 + 10 * 3600)
-        self.assertLessEqual(len(points), 600)
-        self.assertEqual((points[0].means[0], points[-1].means[0]), (5, None))
-        self.assertEqual(self.history.points(1000 + sems.DAY + 700), [])
-        self.assertEqual(self.history.points(1000 + sems.DAY + 701), [])
-
-    def test_shown_time(self) -> None:
-        """A clock that jumps moves the picture as a whole; in the demo four minutes are a day."""
-        offset = [0.0]
+    def test_clock(self) -> None:
+        """Points have the shown time; a clock that is set back takes those with it that have not come yet."""
+        offset = [1_700_000_040]
         self.begin(lambda now: now + offset[0])
-        self.reads(1000, 5, 5)
-        before = self.history.points(1100)
-        offset[0] = 1.7e9
-        after = self.history.points(1100)
-        self.assertEqual([point.begin + 1.7e9 for point in before], [point.begin for point in after])
-        self.assertEqual(len(before), len(after))
-        self.begin(lambda now: 1e9 + 360 * now)
-        for second in range(1000, 1500):
-            self.reads(second, second, 0)
-        points = self.history.points(1500)
-        self.assertEqual(self.history.step, sems.STEP)
-        self.assertAlmostEqual(points[-1].end - points[0].begin, sems.DAY, delta=2 * 360 * sems.STEP)
-        self.assertEqual(points[-1].means[0], 1499)
+        for now in range(0, 600, 60):
+            self.reads(now, now, 0)
+        self.assertEqual([row[0] - offset[0] for row in self.seen(599)], [*range(0, 600, 60), 599])
+        offset[0] -= 300
+        self.assertEqual([row[1] for row in self.seen(599)], [0, 60, 120, 180, 240, 540])
+        offset[0] += sems.DAY + 600
+        self.assertEqual([row[1] for row in self.seen(599)], [540, 540])
 
     def test_idle(self) -> None:
-        """While nothing has changed, looking costs nothing."""
-        self.begin()
-        self.reads(1000, 5, 5)
+        """Within a minute looking costs nothing."""
+        self.reads(1020, 5, 5)
         with mock.patch.object(sems, "house", side_effect=AssertionError("looked")):
-            for now in range(1000, 1299):
+            for now in range(1020, 1080):
                 self.history.note(now)
 
 
@@ -4343,18 +4323,12 @@ def page_of(seen: sems.Seen, points: list | None = None, settings=WEB_SETTINGS) 
 
 
 def day_of_points(count: int = 24, gap: tuple = (), battery: bool = True) -> list:
-    """A point an hour from a whole one, of a sunny day."""
+    """A point an hour from a whole one, of a sunny day, and one for now; None is not known."""
     found = []
-    for i in range(count):
+    for i in range(count + 1):
         solar = max(3000 - 80 * (i - 12) ** 2, 0)
-        means = [solar, 400, solar - 400, -100 if battery else None]
-        found.append(
-            sems.Point(
-                1.7e9 // 3600 * 3600 + 3600 * i,
-                1.7e9 // 3600 * 3600 + 3600 * (i + 1),
-                [None] * 4 if i in gap else means,
-            )
-        )
+        watts = [None] * 4 if i in gap else [solar, 400, 400 - solar, -100 if battery else None]
+        found.append(sems.Point(1.7e9 // 3600 * 3600 + 3600 * i, watts))
     return found
 
 
@@ -4382,55 +4356,113 @@ class PageTest(unittest.TestCase):
         """Portal, house, picture, today, meters, inverters; since when is said once."""
         with time_zone("UTC"):
             energy = {"meter_energy_import_decawatt_hours_total": 250}
-            day = sems.Day(
-                date(1970, 1, 1), datetime(1970, 1, 1, 0, 10), {("meter_energy_import_decawatt_hours_total", ""): 0}
-            )
+            base = {("meter_energy_import_decawatt_hours_total", ""): 0}
+            day = sems.Day(date(1970, 1, 1), datetime(1970, 1, 1, 0, 10), base)
             inverter = of_family("GRID", {"inverter_power_output_watts": 5}, serial=INVERTER)
             inverter.kind, inverter.name = "inverter", ("inverter", "A model", "00000042")
             seen = seen_of(inverter, kit1000(1, 1, counters=energy, day=day))
             text = self.texts(page_of(seen, day_of_points()))
-        order = (
-            "Local: no portal",
-            "The house",
-            "Power of the house",
-            "Today since 00:10",
-            "2.5 kWh",
-            "HomeKit 1000",
-            METER,
-            "A model",
-            INVERTER,
-        )
+        parts = ("Local: no portal", "The house", "Power, last 24 hours", "Today since 00:10", "2.5 kWh")
+        order = (*parts, "HomeKit 1000", METER, "A model", INVERTER)
         places = [text.find(word) for word in order]
         self.assertEqual(places, sorted(places))
         self.assertGreaterEqual(places[0], 0)
         self.assertEqual(text.count("since"), 1)
 
-    def test_values(self) -> None:
-        """All current values, with units that people use, in a table that folds."""
-        gauges = {
-            "inverter_output_voltage_ac_decivolts": 2361,
-            "inverter_power_factor_ratio": 0.985,
-            "inverter_work_mode": 1,
-        }
-        gauges.update({"inverter_internal_temperature_decidegrees_celsius": -66, "battery_power_watts#2": -1500})
-        counters = {
-            "inverter_energy_output_hectowatt_hours_total": 20642,
-            "meter_energy_export_decawatt_hours_total": 27078,
-        }
-        page = page_of(seen_of(of_family("GRID", gauges, counters)))
-        for wanted in (
-            "236.1 V",
-            ">0.985<",
-            ">1<",
-            "−6.6 °C",
-            "−1,500 W",
-            "(battery 2)",
-            "2,064.2 kWh",
-            "270.78 kWh",
-            "All 7 values",
+    def test_today(self) -> None:
+        """What the house used, and how much of it was its own, in rows that are full; what is not known is not there."""
+        words = {"generated": 12.04, "used": 8, "imported": 1.5, "exported": 5.54}
+        battery = {"battery_charged": 3, "battery_discharged": 2.5}
+        percent = {"self_sufficiency_percent": 81.25, "self_consumption_percent": 53.99}
+        short = "Solar 12.0 kWh Used 8.0 kWh From the grid 1.5 kWh To the grid 5.5 kWh "
+        ends = "Self-sufficiency 81 % Self-consumption 54 %"
+        between = "Into the battery 3.0 kWh From the battery 2.5 kWh "
+        seen = seen_of(kit1000(1, 1))
+        for figures, since, wanted, columns in (
+            ({**words}, "2026-03-21T00:00:01", "Today " + short, 4),
+            ({**words, "now": 1}, "2026-03-21T20:43:09", "Today since 20:43 " + short + ends, 6),
+            ({**words, **battery, "now": 1}, None, "Today " + short + between + ends, 4),
         ):
-            self.assertIn(wanted, page)
-        self.assertNotIn("<details open", page)
+            with self.subTest(wanted):
+                more = percent if figures.pop("now", 0) else {}
+                told = {f"{word}_today_kilowatt_hours": number for word, number in figures.items()}
+                house = {**told, **more, **({"today_since": since} if since else {})}
+                page = page_of(seen._replace(house=house))
+                self.assertIn(wanted.strip(), self.texts(page))
+                self.assertIn(f'class="today" style="--columns:{columns}"', page)
+
+    def test_values(self) -> None:
+        """All current values in a table that folds: short names, units and words for people, a quantity once."""
+        inverter = {
+            "inverter_string_voltage_volts#1": 334.7, "inverter_input_voltage_dc_decivolts": 3347,
+            "inverter_string_voltage_volts#2": 0, "inverter_string_current_amperes#2": 0,
+            "inverter_power_factor_ratio": 0.985, "inverter_work_mode": 1, "inverter_error_bitmap": 0,
+            "inverter_warning_bitmap": 18, "inverter_internal_temperature_decidegrees_celsius": -66,
+        }  # fmt: skip
+        hybrids = {
+            "battery_power_watts#1": -1500, "battery_power_watts#2": 20, "battery_state_of_charge_ratio#1": 0.97,
+            "battery_mode#1": 3, "battery_mode#2": 77, "inverter_hybrid_work_mode": 1,
+        }  # fmt: skip
+        counters = {"inverter_energy_output_hectowatt_hours_total": 20642, "inverter_uptime_hours_total": 1667}
+        with mock.patch.object(sems, "SERIES", sems.SERIES):
+            rows = (
+                ("GRID", inverter, counters, {
+                    "String voltage": "334.7 V", "Power factor": "0.985", "Work mode": "normal", "Errors": "none",
+                    "Warnings": "0x12", "Internal temperature": "−6.6 °C", "Energy": "2,064.2 kWh",
+                    "Time of operation": "1,667 h",
+                }),
+                ("HYBRID", hybrids, {}, {
+                    "Battery power, 1": "−1,500 W", "Battery power, 2": "20 W", "Battery state of charge, 1": "97 %",
+                    "Battery mode, 1": "charging", "Battery mode, 2": "77", "Work mode": "on grid",
+                }),
+            )  # fmt: skip
+        for family, gauges, counted, wanted in rows:
+            with self.subTest(family):
+                device = of_family(family, gauges, counted)
+                page = page_of(seen_of(device))
+                found = dict(re.findall("<tr><th>(.*?)</th><td>(.*?)</td></tr>", page))
+                self.assertEqual(found, wanted)
+                self.assertIn(f"All values ({len(wanted)})", page)
+                self.assertNotIn("<details open", page)
+
+    def test_quantities(self) -> None:
+        """A name for every metric that says neither kind nor unit; of a family no two rows are alike."""
+        for family in sems.FAMILIES:
+            values = {value.series: 1 for value in sems.VALUES[family]}
+            rows = sems.table_rows(family, values)
+            names = [what for what, _ in rows]
+            self.assertEqual(len(names), len(set(names)), family)
+            for name in names:
+                self.assertRegex(name, r"\A[A-Z][A-Za-z0-9, -]{2,40}\Z")
+                self.assertNotRegex(name.lower(), r"deci|centi|_|total|hours|watt|inverter_|\bac\b|\bdc\b")
+        kit = [what for what, _ in sems.table_rows("HK1000", dict.fromkeys(sems.one_a_quantity("HK1000"), 1))]
+        self.assertIn("Power to the grid", kit)
+        self.assertNotIn("Channel power, 1", kit)
+        self.assertIn("Channel power, 3", kit)
+
+    def test_states(self) -> None:
+        """Reporting, silent, or asleep: an inverter while the roof gives nothing, by a meter or its own last packet."""
+        sleeper = {"serial": INVERTER, "fresh": 600.0}
+        rows = (
+            ([kit1000(-7, -300), dns(1500, **sleeper)], 'class="dim">asleep'),
+            ([kit1000(2500, 300), dns(5, **sleeper)], 'class="bad">silent'),
+            ([kit1000(2500, 300), dns(5, serial=INVERTER)], 'class="good">reporting'),
+            ([dns(40, **sleeper)], 'class="dim">asleep'),
+            ([dns(1500, **sleeper)], 'class="bad">silent'),
+            ([kit1000(0, 0, fresh=600.0)], 'class="bad">silent'),
+        )
+        for devices, wanted in rows:
+            with self.subTest(wanted, first=devices[0].live.gauges):
+                devices[-1].kind = (
+                    devices[-1].kind if len(devices) == 1 and devices[0].family == "HK1000" else "inverter"
+                )
+                devices[-1].name = (devices[-1].kind, *devices[-1].name[1:])
+                self.assertIn(f"<b {wanted}", page_of(seen_of(*devices)).rpartition("<section>")[2])
+
+    def test_age(self) -> None:
+        """How old a device's last packet is."""
+        for now, wanted in ((1000.4, "just now"), (1001, "1 second ago"), (1119, "1 minute ago"), (90000, "1 day ago")):
+            self.assertIn(f"last packet {wanted}", self.texts(page_of(seen_of(kit1000(1, 1), now=now))))
 
     def test_hostile_texts(self) -> None:
         """What devices say of themselves is text."""
@@ -4455,8 +4487,15 @@ class PageTest(unittest.TestCase):
             'content="30"',
         ):
             self.assertIn(wanted, page)
-        for bad in ("<script", "http:", "https:", "//", "@import", "url("):
+        for bad in ("<script", "http:", "https:", "//", "@import"):
             self.assertNotIn(bad, page)
+        self.assertEqual(set(re.findall(r"url\((.)", page)), {"#"})
+
+    def test_refresh(self) -> None:
+        """Every 30 s, or as the settings say: the demo's every 5."""
+        settings = sems.serve_settings(["--sems.mode=local"], {})
+        settings.refresh = 5
+        self.assertIn('http-equiv="refresh" content="5"', page_of(seen_of(), settings=settings))
 
     def test_portal_state(self) -> None:
         """The portal's state in words, with what waits."""
@@ -4465,7 +4504,8 @@ class PageTest(unittest.TestCase):
             ("forward", None, 0, "not tried yet"),
             ("spool", True, 0, "reachable"),
         )
-        for mode, up, waiting, wanted in (*rows, ("forward", False, 12345, ", 12,345 bytes wait")):
+        away = (("forward", False, 12345, ", 12,345 bytes wait"), ("forward", False, 0, "sems_mitm.py doctor"))
+        for mode, up, waiting, wanted in (*rows, *away):
             told = sems.portal_state({"mode": mode, "address": "<x>:1", "up": up, "queue_bytes": waiting})
             self.assertIn(wanted, told)
             self.assertNotIn("<x>", told)
@@ -4474,77 +4514,92 @@ class PageTest(unittest.TestCase):
 class PictureTest(unittest.TestCase):
     """The picture, as a function of points."""
 
-    def paths(self, svg: str) -> dict:
-        """Class to the path's subpaths, each (x from, x to, W) a step."""
-        found = {}
-        for css, path in re.findall(r'<path class="([\w ]+)" d="(M[^"]*)"/>', svg.partition("</svg>")[0]):
-            found[css] = []
-            for part in path.split("M")[1:] if css not in ("rule", "zero") else ():
-                x, steps = float(part.split()[0]), []
-                body = part.split(maxsplit=1)[1].removesuffix("V0Z").removeprefix("0V")
-                for step in body.split("V"):
-                    y, end = map(float, step.split("H"))
-                    steps.append((x, end, -y + 0.0))
-                    x = end
-                found[css].append(steps)
-        return {css: parts for css, parts in found.items() if parts}
+    def paths(self, points: list) -> dict:
+        """Class to the path's subpaths, each a list of (minute, W)."""
+        svg, found = sems.picture(points, {}), {}
+        for css, path in re.findall(r'<path class="([\w ]+)" d="(M[^"]*)"/>', svg.partition("<figcaption>")[0]):
+            if css not in ("rule", "zero", "midnight"):
+                numbers = ([float(number) for number in part.rstrip("Z").split()] for part in path.split("M")[1:])
+                found[css] = [[(x, -y + 0.0) for x, y in zip(part[::2], part[1::2])] for part in numbers]
+        return found
 
     def test_points(self) -> None:
-        """Each flow is drawn step for step in seconds and W; a gap divides it."""
+        """Each flow is drawn point for point in minutes and W, sources positive; a gap divides it."""
         points = day_of_points(gap=(3, 4, 20))
-        paths = self.paths_of(points)
+        paths = self.paths(points)
         for i, css in enumerate(("solar area", "house", "grid", "battery")):
-            runs = [
-                [*run] for known, run in itertools.groupby(points, lambda point: point.means[i] is not None) if known
-            ]
-            wanted = [[(p.begin - points[0].begin, p.end - points[0].begin, p.means[i]) for p in run] for run in runs]
+            wanted = []
+            for first, last in ((0, 3), (5, 20), (21, 25)):
+                run = [(60.0 * at, float(points[at].watts[i])) for at in range(first, last)]
+                run.append((min(60.0 * last, 1440), run[-1][1]))  # until the next point, of which nothing is known
+                wanted.append([(run[0][0], 0.0), *run, (run[-1][0], 0.0)] if css == "solar area" else run)
             self.assertEqual(paths[css], wanted)
-
-    def paths_of(self, points: list) -> dict:
-        with mock.patch.object(sems, "axis_text", return_value=""):
-            svg = sems.picture(points, {})
-        return self.paths(svg.replace('<svg role="img"', "", 1))
 
     def test_what_is_drawn(self) -> None:
         """Only what there is, in the legend too; nothing for a house of which nothing is known."""
         self.assertEqual(sems.picture([], {}), "")
-        self.assertEqual(sems.picture([sems.Point(0, 1, [None] * 4)], {"battery_charge_percent": 5}), "")
-        svg = sems.picture(day_of_points(battery=False), {"generation_watts": 2000, "export_watts": -5})
+        self.assertEqual(sems.picture([sems.Point(0, [None] * 4)], {"battery_charge_percent": 5}), "")
+        svg = sems.picture(day_of_points(battery=False), {"generation_watts": 2000, "grid_watts": 5})
         self.assertIn("Now: Solar 2,000 W; From the grid 5 W.", svg)
         self.assertNotIn("attery", svg)
-        self.assertEqual(svg.count("<li>"), 3)
-        only_grid = [point._replace(means=[None, None, -5.0, None]) for point in day_of_points()]
-        self.assertEqual(set(self.paths_of(only_grid)), {"grid"})
+        self.assertEqual(svg.count("<li>"), 4)
+        only_grid = [point._replace(watts=[None, None, -5.0, None]) for point in day_of_points()]
+        self.assertEqual(set(self.paths(only_grid)), {"grid"})
+        self.assertIn("grid", self.paths([sems.Point(7, [None, None, 5.0, None])]))
+
+    def test_colours(self) -> None:
+        """All have the contrast of AA for drawings and large text in both themes; the grid's changes at 0."""
+
+        def brightness(colour: str) -> float:
+            parts = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+            linear = [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts]
+            return sum(weight * part for weight, part in zip((0.2126, 0.7152, 0.0722), linear))
+
+        for theme in sems.STYLE.split(":root")[1:]:
+            colours = dict(re.findall("--([a-z]+):(#[0-9a-f]{3,6})", theme))
+            card = brightness(colours["card"].replace("#fff", "#ffffff"))
+            least = {
+                "ink": 4.5,
+                "dim": 4.5,
+                "good": 4.5,
+                "bad": 4.5,
+                **dict.fromkeys(("solar", "house", "bought", "sold", "battery"), 3),
+            }
+            for name, contrast in least.items():
+                low, high = sorted((card, brightness(colours[name])))
+                self.assertGreaterEqual((high + 0.05) / (low + 0.05), contrast, name)
+        svg = sems.picture(day_of_points(), {})
+        self.assertEqual(len(set(re.findall('<stop offset="([0-9.]+)"', svg))), 1)
 
     def test_power_axis(self) -> None:
         """Round steps, 0 among them, all powers within."""
-        for low, high in (
-            (0, 0),
-            (0, 1),
-            (-7, 0),
-            (0, 12_345),
-            (-2500, 2999),
-            (-0.5, 0.2),
-            (-9e6, 3),
-            (100, 200),
-            (-200, -100),
-        ):
+        bounds = ((0, 0), (0, 1), (-7, 0), (0, 12_345), (-2500, 2999), (-0.5, 0.2), (-9e6, 3), (100, 200), (-200, -100))
+        for low, high in bounds:
             with self.subTest(low=low, high=high):
-                axes = sems.axes_of([sems.Point(0, 9000, [float(low), float(high), None, None])])
+                axes = sems.axes_of([sems.Point(0, [float(low), float(high), None, None])])
                 self.assertTrue(axes.low <= low and high <= axes.high and axes.low <= 0 <= axes.high)
                 self.assertIn(f"{axes.step:e}"[0], "125")
                 self.assertTrue(1 <= round((axes.high - axes.low) / axes.step) <= 9)
 
-    def test_hours(self) -> None:
-        """Whole hours of local time, wherever that is, in summer and winter; two at least."""
+    def test_time_axis(self) -> None:
+        """From the first reading to now, nothing beyond; whole hours of local time, wherever that is; midnight by its date."""
         for zone in ("UTC", BERLIN, "ACST-9:30ACDT,M10.1.0,M4.1.0/3", "NPT-5:45", "PST8PDT,M3.2.0,M11.1.0"):
             with self.subTest(zone), time_zone(zone):
-                for length in (1, 600, 3599, 7199, 7200, 20_000, 86_400):
+                for length in (1, 600, 3599, 7199, 20_000, 86_400):
                     for begin in range(1774_740_000, 1774_760_000, 1717):
-                        axes = sems.axes_of([sems.Point(begin, begin + length, [1.0] * 4)])
-                        hours = [datetime.fromtimestamp(round(axes.left + at)) for at in sems.whole_hours(axes)]
+                        axes = sems.axes_of([sems.Point(begin, [1.0] * 4), sems.Point(begin + length, [1.0] * 4)])
+                        self.assertTrue(begin - 60 < axes.left <= begin and axes.right == begin + length)
+                        hours = sems.whole_hours(axes)
                         self.assertTrue(all(hour.minute == hour.second == 0 for hour in hours))
-                        self.assertTrue(2 <= len(hours) <= 9, (length, hours))
+                        self.assertTrue(all(axes.left <= hour.timestamp() <= axes.right for hour in hours))
+                        self.assertTrue(length // 3600 // 4 - 1 <= len(hours) <= 9, (length, hours))
+                        texts = re.findall('class="(.*?)" .*?>(.*?)<', "".join(sems.time_texts(axes, hours)))
+                        self.assertGreaterEqual(len(texts), 2)
+                        dates = [text for css, text in texts if css == "time midnight"]
+                        nights = [f"{hour.day} {hour:%b}" for hour in hours if not hour.hour]
+                        self.assertTrue(dates == nights or len(hours) < 2 and not dates)
+                        if length == 86_400:
+                            self.assertGreaterEqual(len(dates), 1)
 
     def test_browser(self) -> None:
         """A browser draws it: there is ink in each quarter of the picture, and the page does not scroll sideways."""
@@ -4556,8 +4611,9 @@ class PictureTest(unittest.TestCase):
                 file.write(page_of(seen_of(hybrid(800, -250, 300)), day_of_points()))
             script = (
                 "const d=f.contentDocument,b=s=>[...d.querySelectorAll(s)].map(e=>{const r=e.getBoundingClientRect();"
-                "return [r.width,r.height].map(Math.round)});document.title=JSON.stringify({wide:d.documentElement.scrollWidth,"
-                "area:b('figure path.area')[0],grid:b('figure path.grid')[0],house:b('figure path.house')[0],svg:b('figure>svg')[0]})"
+                "return [r.left,r.right,r.top,r.bottom].map(Math.round)});document.title=JSON.stringify({wide:[d.documentElement."
+                "scrollWidth],area:b('figure path.area')[0],grid:b('figure path.grid')[0],house:b('figure path.house')[0],"
+                "svg:b('figure>svg')[0],levels:b('text.level'),times:b('text.time')})"
             )
             for width in (375, 1280):
                 with open(os.path.join(path, "frame.html"), "w") as file:
@@ -4579,12 +4635,25 @@ class PictureTest(unittest.TestCase):
                 ]
                 answer = subprocess.run(command, capture_output=True, timeout=90)
                 found = json.loads(re.search(rb"<title>(.*?)</title>", answer.stdout)[1])
-                wide, tall = found["svg"]
-                self.assertLessEqual(found["wide"], width)
-                self.assertGreater(found["area"][0], wide * 0.95)
-                self.assertGreater(found["area"][1], tall * 0.5)
-                self.assertGreater(found["grid"][1], found["area"][1] * 0.9)
-                self.assertGreater(found["house"][0], wide * 0.95)
+                left, right, top, bottom = found["svg"]
+                wide, tall = right - left, bottom - top
+                self.assertLessEqual(found["wide"][0], width)
+                size = {
+                    name: (found[name][1] - found[name][0], found[name][3] - found[name][2])
+                    for name in found["area"] and ("area", "grid", "house")
+                }
+                self.assertGreater(size["area"][0], wide * 0.95)
+                self.assertGreater(size["area"][1], tall * 0.4)
+                self.assertGreater(size["grid"][1], size["area"][1] * 0.9)
+                self.assertGreater(size["house"][0], wide * 0.95)
+                self.assertTrue(
+                    all(box[1] <= left and box[0] >= 0 for box in found["levels"]), "a label within the plot"
+                )
+                shown = sorted(box for box in found["times"] if box[1] > box[0])
+                self.assertTrue(all(box[2] >= bottom for box in shown), "an hour within the plot")
+                self.assertTrue(
+                    all(one[1] < other[0] for one, other in zip(shown, shown[1:])), f"hours overlap: {shown}"
+                )
 
 
 def html_escape(text: str) -> str:
@@ -4594,8 +4663,8 @@ def html_escape(text: str) -> str:
 class HomeAssistantTest(unittest.TestCase):
     """The package: every scalar a JSON string, and nothing in it that the network said, but cut text."""
 
-    def sensors(self, text: str) -> list:
-        """The sensors of a package, read strictly."""
+    def sensors(self, text: str) -> dict:
+        """The sensors of a package by unique_id, read strictly."""
         lines = [line for line in text.splitlines() if line and not line.startswith("#")]
         head, rows = lines[:4], lines[4:]
         self.assertRegex(
@@ -4604,35 +4673,75 @@ class HomeAssistantTest(unittest.TestCase):
         )
         found: list = []
         for row in rows:
-            indent, name, value = re.fullmatch(r'(      - |        )(\w+): (".*")', row).groups()
+            indent, name, value = re.fullmatch(r'(      - |        )(\w+): (".*"|\["today_since"\])', row).groups()
             found += [{}] if "-" in indent else []
             found[-1][name] = json.loads(value)
-        return found
+        self.assertEqual(len({sensor["unique_id"] for sensor in found}), len(found))
+        return {sensor["unique_id"]: sensor for sensor in found}
 
-    def test_package(self) -> None:
-        """A sensor for each key that a device knows when it is awake, named in words, with what the Energy dashboard needs."""
+    def a_roof(self) -> list:
+        """A meter and a sleeping inverter."""
         energy = {"meter_energy_generation_decawatt_hours_total": 1, "meter_energy_import_decawatt_hours_total": 2}
-        meter = kit1000(5, 5, counters=energy)
+        meter = kit1000(
+            5,
+            5,
+            counters=energy,
+            day=sems.Day(date(1970, 1, 1), None, dict.fromkeys([(name, "") for name in energy], 0)),
+        )
         roof = dns(5, counters={"inverter_energy_output_hectowatt_hours_total": 7}, serial=INVERTER, **SILENT)
         roof.kind, roof.name = "inverter", ("inverter", "GW3000-DNS-30", "00000042")
-        seen = seen_of(meter, roof)
-        text = sems.home_assistant(seen, "192.0.2.7:14028")
-        found = {sensor["unique_id"]: sensor for sensor in self.sensors(text)}
-        self.assertEqual(
-            set(found), {f"{device.serial}_{key}" for device in seen.devices for key in device.member.told}
-        )
+        return [meter, roof]
+
+    def test_package(self) -> None:
+        """A sensor for each key that a device or the house knows when nobody sleeps, with what Home Assistant needs."""
+        with time_zone("UTC"):
+            seen = seen_of(*self.a_roof())
+            text = sems.home_assistant(seen, "192.0.2.7:14028")
+        found, left_out = self.sensors(text), {"export_watts", "today_since"}
+        of_devices = {f"{device.serial}_{key}" for device in seen.devices for key in device.member.told - left_out}
+        self.assertEqual({name for name in found if not name.startswith("house")}, of_devices)
+        self.assertLessEqual({f"house_{key}" for key in seen.house.keys() - left_out}, set(found))
+        self.assertIn("house_grid_watts", found)
         self.assertEqual(found[f"{METER}_generation_watts"]["name"], "HomeKit 1000 solar power")
-        self.assertIn("# HomeKit 1000 and GW3000-DNS-30 count the same roof", text)
+        self.assertEqual(found["house_house_watts"]["name"], "House power")
         for key, sensor in found.items():
-            power = key.endswith("watts")
-            wanted = ("power", "measurement", "W") if power else ("energy", "total_increasing", "kWh")
-            self.assertEqual(
-                tuple(sensor[name] for name in ("device_class", "state_class", "unit_of_measurement")), wanted
-            )
-            self.assertIn(f"'{key[:16]}'", sensor["value_template"])
+            owner, _, word = key.partition("_")
+            kind = word.rpartition("_")[2]
+            wanted = {
+                "watts": ("power", "measurement", "W"),
+                "hours": ("energy", "total_increasing", "kWh"),
+                "percent": (None, "measurement", "%"),
+            }
+            fields = ("device_class", "state_class", "unit_of_measurement")
+            self.assertEqual(tuple(sensor.get(name) for name in fields), wanted[kind])
+            self.assertRegex(sensor["icon"], r"\Amdi:[a-z-]+\Z")
             for name in ("value_template", "availability"):
-                self.assertRegex(sensor[name], rf"\A\{{\{{ .*'{key[17:]}'.* \}}\}}\Z")
-                self.assertIn("value_json is defined", sensor[name])
+                self.assertRegex(sensor[name], rf"\A\{{\{{ .*'{owner}'.*'{word}'.* \}}\}}\Z")
+                self.assertIn("value_json is mapping", sensor[name])
+            self.assertEqual("json_attributes" in sensor, "_today_" in key)
+            path = f"$['{owner}']" if owner == "house" else f"$['devices']['{owner}']"
+            self.assertEqual(sensor.get("json_attributes_path", path), path)
+
+    def test_comments(self) -> None:
+        """Which devices are in it, known when, which sensor goes where in the Energy dashboard, what counts the same twice."""
+        with time_zone("UTC"):
+            text = sems.home_assistant(seen_of(*self.a_roof()), "192.0.2.7:14028")
+        comments = [line for line in text.splitlines() if line.startswith("#")]
+        for wanted in (
+            f"#     HomeKit 1000, {METER}",
+            f"#     GW3000-DNS-30, {INVERTER}",
+            "#     Grid, energy imported from the grid: HomeKit 1000 energy from the grid",
+            "#     Solar panels, energy: HomeKit 1000 solar energy",
+            "#     Solar panels, power: House solar power",
+            "# HomeKit 1000 and GW3000-DNS-30 count the same roof: take only the energies of HomeKit 1000 there.",
+        ):
+            self.assertIn(wanted, comments)
+        self.assertIn("known on 1970-01-01 at 00:16", comments[0])
+        self.assertTrue(any("rest.reload" in line for line in comments))
+        self.assertTrue(
+            any("Grid, power (positive is bought" in line and line.endswith("House grid power") for line in comments)
+        )
+        self.assertFalse(any("Battery" in line for line in comments))
 
     def test_names(self) -> None:
         """Models that are alike get the end of their serial numbers; hostile ones are cut or left out."""
@@ -4646,21 +4755,36 @@ class HomeAssistantTest(unittest.TestCase):
         for (serial, model), _ in rows:
             devices.append(kit3000(1, serial=serial))
             devices[-1].name = ("meter", model, serial[-8:])
-        found = self.sensors(sems.home_assistant(seen_of(*devices), "h:1"))
-        self.assertEqual(
-            [sensor["name"] for sensor in found], [f"{name} power to the grid" for _, name in rows if name]
-        )
+        text = sems.home_assistant(seen_of(*devices), "h:1")
+        found = [sensor["name"] for key, sensor in self.sensors(text).items() if not key.startswith("house")]
+        self.assertEqual(found, [f"{name} grid power" for _, name in rows if name])
+        self.assertNotRegex("".join(line for line in text.splitlines() if line.startswith("#")), '[{}<>"]')
 
     def test_nobody(self) -> None:
-        """No device yet: a package that does nothing, and says why."""
-        for devices in (
-            (),
-            (of_family("GRID", {}, fresh=float("-inf")),),
-            (kit3000(1, serial="<b>45678901234567"[:16]),),
-        ):
-            text = sems.home_assistant(seen_of(*devices), "h:1")
-            self.assertIn("No device is known yet", text)
-            self.assertEqual([line for line in text.splitlines() if not line.startswith("#")], ["{}"])
+        """No device yet: no package, but a text that says so."""
+        nobody = of_family("GRID", {}, fresh=float("-inf"))
+        for devices in ((), (nobody,), (kit3000(1, serial="<b>45678901234567"[:16]),)):
+            with self.assertRaisesRegex(LookupError, "No device is known yet"):
+                sems.home_assistant(seen_of(*devices), "h:1")
+
+    def test_templates(self) -> None:
+        """Home Assistant's templates, by jinja2 where it is: no error, whatever the exporter answers."""
+        try:
+            import jinja2
+        except ImportError:
+            self.skipTest("no jinja2")
+        with time_zone("UTC"):
+            found = self.sensors(sems.home_assistant(seen_of(*self.a_roof()), "h:1"))
+        made = jinja2.Environment(undefined=jinja2.StrictUndefined)
+        answer = {"house": {"house_watts": 0}, "devices": {METER: {"generation_watts": 5}}}
+        for key, sensor in found.items():
+            known = {"house_house_watts": "0", f"{METER}_generation_watts": "5"}.get(key)
+            for given in ({}, {"value_json": None}, {"value_json": []}, {"value_json": {}}, {"value_json": answer}):
+                value, there = (
+                    made.from_string(sensor[name]).render(given) for name in ("value_template", "availability")
+                )
+                is_known = known is not None and given.get("value_json") is answer
+                self.assertEqual((value, there), (known, "True") if is_known else ("None", "False"))
 
 
 # ------------------------------------------------------------------------------------------------------------ HTTP
@@ -5020,13 +5144,6 @@ class SettingsTest(SocketCase):
         ("--sems.mode", {}, "--sems.mode"),
         ("serve more", {}, "more"),
         ("nothing", {}, "nothing", "doctor"),
-        ("simulate", {}, "HOST:PORT", "--capture"),
-        ("simulate nowhere", {}, "nowhere", "HOST:PORT"),
-        ("simulate x:1 --capture=/c", {}, "HOST:PORT", "--capture"),
-        ("simulate --capture=/nowhere/c --houses=2", {}, "--houses", "--capture"),
-        ("simulate --capture=/nowhere/c", {}, "--capture", "/nowhere/c"),
-        ("simulate --capture=/nowhere/c --days=0", {}, "--days", "0", "expected a number"),
-        ("simulate x:1 --interval=nan", {}, "--interval", "nan", "expected a number"),
         ("decode", {}, "FILE"),
         ("decode xyz", {}, "xyz"),
         ("decode 504", {}, "504"),
