@@ -138,6 +138,9 @@ class StartError(OSError):
 #     u16/10 35103 35107 35111? -     a kind (see KINDS), divided by 10 (* is multiplied) for the metric's unit; then the
 #                                     first register for each label value: ? is from register maps alone, - is not there
 #     s32 36025 if 36004=1            there only while that register of the same packet holds that word
+#     u16 37009 39007? if 35184>0 35266>0    there only while that register is there and neither 0 nor FFFF; a condition for
+#                                     each label value, or one for all
+#     f32 36015, u64 36104            another place of the same number, which counts instead while it is above 0
 #
 # The words of a value follow one another, the high one first. A metric whose name ends with _total is a counter, any other
 # a gauge. Names and units without a base unit are the original exporter's.
@@ -150,10 +153,10 @@ GUESS = "inferred"  # all of a HomeKit 3000, by its likeness to the 1000
 TABLES = (
     # the grid, by a HomeKit or by the meter of a hybrid
     (("HK1000", "HK3000", "HYBRID"), (
-        ("meter_energy_export_decawatt_hours_total", "", "u48 2048", "u48 2057", "f32/10 36015 if 36004=1",  "Cumulative energy exported to the grid."),
-        ("meter_energy_import_decawatt_hours_total", "", "u48 2060", "u48 2069", "f32/10 36017 if 36004=1",  "Cumulative energy imported from the grid."),
-        ("meter_power_export_watts",                 "", "s32 2105", "s32 2111", "s32 36025 if 36004=1",     "Power exported to the grid; negative while importing."),
-        ("meter_frequency_hertz",                    "", "",         "",         "u16/100 36014 if 36004=1", "Grid frequency at the meter."),
+        ("meter_energy_export_decawatt_hours_total", "", "u48 2048", "u48 2057", "f32/10 36015 if 36004=1, u64 36104? if 36004=1", "Cumulative energy exported to the grid."),
+        ("meter_energy_import_decawatt_hours_total", "", "u48 2060", "u48 2069", "f32/10 36017 if 36004=1, u64 36120? if 36004=1", "Cumulative energy imported from the grid."),
+        ("meter_power_export_watts",                 "", "s32 2105", "s32 2111", "s32 36025 if 36004=1",                            "Power exported to the grid; negative while importing."),
+        ("meter_frequency_hertz",                    "", "",         "",         "u16/100 36014 if 36004=1",                        "Grid frequency at the meter."),
     )),
     # the channels of a meter
     (("HK1000 HK3000", "HYBRID"), (
@@ -175,12 +178,12 @@ TABLES = (
     (("GRID", "HYBRID"), (
         ("inverter_string_voltage_volts",   "string 1 2 3 4 5 6", "u16/10 30103 30105 30107? 30109? 30111? 30113?", "u16/10 35103 35107 35111? 35115? - -", "DC voltage of a PV input."),
         ("inverter_string_current_amperes", "string 1 2 3 4 5 6", "u16/10 30104 30106 30108? 30110? 30112? 30114?", "u16/10 35104 35108 35112? 35116? - -", "DC current of a PV input."),
-        ("inverter_string_power_watts",     "string 1 2 3 4",     "",                                               "u32 35105 35109 35113? 35117?",        "DC power of a PV input."),
+        ("inverter_string_power_watts",     "string 1 2 3 4 5 6", "u32 30150? 30152? 30154? 30156? 30158? 30160?",  "u32 35105 35109 35113? 35117? - -",    "DC power of a PV input."),
         ("inverter_line_voltage_volts",     "line 12 23 31",      "u16/10 30115? 30116? 30117?",                    "",                                     "AC voltage between two phases."),
         ("inverter_phase_voltage_volts",    "phase 1 2 3",        "u16/10 30118 30119? 30120?",                     "u16/10 35121 35126 35131",             "AC voltage of a phase."),
         ("inverter_phase_current_amperes",  "phase 1 2 3",        "u16/10 30121 30122? 30123?",                     "u16/10 35122 35127 35132",             "AC current of a phase."),
         ("inverter_phase_frequency_hertz",  "phase 1 2 3",        "u16/100 30124 30125? 30126?",                    "u16/100 35123 35128 35133",            "AC frequency of a phase."),
-        ("inverter_phase_power_watts",      "phase 1 2 3",        "",                                               "s16 35125 35130 35135",                "AC power of a phase."),
+        ("inverter_phase_power_watts",      "phase 1 2 3",        "",                                               "n16 35125 35130 35135",                "AC power of a phase."),
         ("inverter_input_voltage_dc_decivolts",               "", "u16 30103",             "u16 35103",     "Input DC voltage to inverter."),
         ("inverter_input_current_dc_deciamps",                "", "u16 30104",             "u16 35104",     "Input DC current to inverter."),
         ("inverter_input_power_watts",                        "", "u32h 30137?",           "",              "DC input power."),
@@ -189,11 +192,13 @@ TABLES = (
         ("inverter_output_current_ac_deciamps",               "", "u16 30121",             "u16 35122",     "Output AC current from inverter."),
         ("inverter_output_frequency_ac_centihertz",           "", "u16 30124",             "u16 35123",     "Output AC frequency from inverter."),
         ("inverter_power_output_watts",                       "", "u32l 30127",            "s16 35138",     "Power output from inverter."),
-        ("inverter_reactive_power_vars",                      "", "s32 30135",             "s16 35142?",    "Reactive power output; negative is absorbing."),
-        ("inverter_apparent_power_voltamperes",               "", "u32 30133",             "s16 35144?",    "Apparent power output."),
+        ("inverter_reactive_power_vars",                      "", "s32 30135",             "n16 35142?",    "Reactive power output; negative is absorbing."),
+        ("inverter_apparent_power_voltamperes",               "", "u32 30133",             "n16 35144?",    "Apparent power output."),
         ("inverter_power_factor_ratio",                       "", "s16/1000 30139",        "",              "Power factor."),
-        ("inverter_leakage_current_amperes",                  "", "u16/1000 30210?",       "",              "Residual (leakage) current."),
+        ("inverter_leakage_current_amperes",                  "", "n16/1000 30210?",       "",              "Residual (leakage) current."),
         ("inverter_meter_power_watts",                        "", "s32 30195? if 30209=1", "",              "Power at the CT meter attached to the inverter."),
+        ("inverter_meter_energy_export_watthours_total",      "", "u32 30197? if 30209=1", "",              "Cumulative energy exported, by the CT meter attached to the inverter."),
+        ("inverter_meter_energy_import_watthours_total",      "", "u32 30199? if 30209=1", "",              "Cumulative energy imported, by the CT meter attached to the inverter."),
         ("inverter_energy_output_hectowatt_hours_day",        "", "u16 30144",             "u32 35193",     "Cumulative energy output today."),
         ("inverter_energy_output_hectowatt_hours_total",      "", "u32 30145",             "u32 35191",     "Cumulative energy output total."),
         ("inverter_uptime_hours_total",                       "", "u32 30147",             "u32 35197",     "Inverter total operation time."),
@@ -202,34 +207,35 @@ TABLES = (
         ("inverter_warning_bitmap",                           "", "u16 30132",             "u16 35185?",    "Warning codes, a bitmap; 0 is no warning."),
         ("inverter_derating_bitmap",                          "", "u32 30165?",            "",              "Reasons for derating, a bitmap."),
         ("inverter_grid_code",                                "", "u16 30149",             "u16 35186",     "Grid (safety country) code the inverter is set to."),
-        ("inverter_internal_temperature_decidegrees_celsius", "", "s16 30141",             "s16 35174",     "Internal temperature of inverter."),
-        ("inverter_heatsink_temperature_celsius",             "", "s16/10 30142?",         "s16/10 35176",  "Temperature of the heat sink."),
-        ("inverter_module_temperature_celsius",               "", "s16/10 30143?",         "s16/10 35175?", "Temperature of the power module."),
+        ("inverter_internal_temperature_decidegrees_celsius", "", "n16 30141",             "n16 35174",     "Internal temperature of inverter."),
+        ("inverter_heatsink_temperature_celsius",             "", "n16/10 30142?",         "n16/10 35176",  "Temperature of the heat sink."),
+        ("inverter_module_temperature_celsius",               "", "n16/10 30143?",         "n16/10 35175?", "Temperature of the power module."),
         ("inverter_rssi_percent",                             "", "u16 30172",             "u16 36001",     "Inverter WLAN received signal strength indicator."),
     )),
     # hybrids alone: load, backup output, batteries
     (("HYBRID",), (
-        ("inverter_phase_load_watts",       "phase 1 2 3", "s16 35164 35166 35168",     "Load on a phase."),
+        ("inverter_phase_load_watts",       "phase 1 2 3", "n16 35164 35166 35168",     "Load on a phase."),
         ("inverter_backup_voltage_volts",   "phase 1 2 3", "u16/10 35145 35151 35157",  "Voltage of a phase of the backup output."),
         ("inverter_backup_current_amperes", "phase 1 2 3", "u16/10 35146 35152 35158",  "Current of a phase of the backup output."),
         ("inverter_backup_frequency_hertz", "phase 1 2 3", "u16/100 35147 35153 35159", "Frequency of a phase of the backup output."),
-        ("inverter_backup_power_watts",     "phase 1 2 3", "s16 35150 35156 35162",     "Power of a phase of the backup output."),
-        ("battery_power_watts",             "battery 1 2", "s32 35182 35264?",          "Battery power; positive is discharging."),
-        ("battery_voltage_volts",           "battery 1 2", "u16/10 35180 35262?",       "Battery voltage."),
-        ("battery_current_amperes",         "battery 1 2", "s16/10 35181 35263?",       "Battery current; positive is discharging."),
-        ("battery_mode",                    "battery 1 2", "u16 35184 35266?",          "Battery mode: 0 none, 1 standby, 2 discharging, 3 charging."),
-        ("battery_state_of_charge_ratio",   "battery 1 2", "u16/100 37007 39005?",      "Battery state of charge, 0 to 1."),
-        ("battery_state_of_health_ratio",   "battery 1 2", "u16/100 37008 39006?",      "Battery state of health, 0 to 1."),
-        ("battery_temperature_celsius",     "battery 1 2", "s16/10 37003 39001?",       "Battery temperature."),
-        ("battery_charge_limit_amperes",    "battery 1 2", "u16 37004 39002?",          "Charge current limit set by the battery management system."),
-        ("battery_discharge_limit_amperes", "battery 1 2", "u16 37005 39003?",          "Discharge current limit set by the battery management system."),
-        ("battery_modules",                 "battery 1 2", "u16 37009 39007?",          "Number of battery modules."),
+        ("inverter_backup_power_watts",     "phase 1 2 3", "n16 35150 35156 35162",     "Power of a phase of the backup output."),
+        ("battery_mode",                    "battery 1 2", "u16 35184 35266?",          "Battery mode: 0 none, 1 standby, 2 discharging, 3 charging, 4 to be charged, 5 to be discharged."),
+        ("battery_power_watts",              "battery 1 2", "s32 35182 35264? if 35184>0 35266>0","Battery power; positive is discharging."),
+        ("battery_voltage_volts",            "battery 1 2", "u16/10 35180 35262? if 35184>0 35266>0","Battery voltage."),
+        ("battery_current_amperes",          "battery 1 2", "s16/10 35181 35263? if 35184>0 35266>0","Battery current; positive is discharging."),
+        ("battery_state_of_charge_ratio",    "battery 1 2", "u16/100 37007 39005? if 35184>0 35266>0","Battery state of charge, 0 to 1."),
+        ("battery_state_of_health_ratio",    "battery 1 2", "u16/100 37008 39006? if 35184>0 35266>0","Battery state of health, 0 to 1."),
+        ("battery_temperature_celsius",      "battery 1 2", "n16/10 37003 39001? if 35184>0 35266>0","Battery temperature."),
+        ("battery_charge_limit_amperes",     "battery 1 2", "u16 37004 39002? if 35184>0 35266>0","Charge current limit set by the battery management system."),
+        ("battery_discharge_limit_amperes",  "battery 1 2", "u16 37005 39003? if 35184>0 35266>0","Discharge current limit set by the battery management system."),
+        ("battery_modules",                  "battery 1 2", "u16 37009 39007? if 35184>0 35266>0","Number of battery modules."),
         ("inverter_active_power_watts",              "", "s16 35140",     "Active power at the grid connection; positive is export."),
-        ("inverter_energy_export_watthours_total",   "", "u32*100 35195", "Cumulative energy exported."),
-        ("inverter_energy_import_watthours_total",   "", "u32*100 35200", "Cumulative energy imported."),
+        ("inverter_energy_export_watthours_total",   "", "u32*100 35195", "Cumulative energy that left the inverter at its grid terminals; not what the house exported."),
+        ("inverter_energy_import_watthours_total",   "", "u32*100 35200", "Cumulative energy that the inverter took at its grid terminals; not what the house imported."),
         ("inverter_energy_load_watthours_total",     "", "u32*100 35203", "Cumulative energy used by the load."),
         ("inverter_hybrid_work_mode",                "", "u16 35187?",    "Work mode of a hybrid: 0 waiting, 1 on grid, 2 off grid, 3 fault, 4 flashing, 5 checking."),
-        ("inverter_load_watts",                      "", "s16 35172",     "Load behind the inverter."),
+        ("inverter_load_watts",                      "", "n16 35172",     "Load on the grid side of a hybrid, without its backup output."),
+        ("inverter_backup_load_watts",               "", "n16 35170",     "Load on the backup output of a hybrid, all phases."),
         ("battery_energy_charge_watthours_total",    "", "u32*100 35206", "Cumulative energy charged into the battery."),
         ("battery_energy_discharge_watthours_total", "", "u32*100 35209", "Cumulative energy discharged from the battery."),
     )),
@@ -262,7 +268,11 @@ KINDS = {
     "u32": Kind(2, False, int),
     "s32": Kind(2, True, lambda raw: raw - (raw >> 31 << 32)),
     "u48": Kind(3, False, int),
-    "f32": Kind(2, True, lambda raw: struct.unpack(">f", raw.to_bytes(4, "big"))[0]),
+    "u64": Kind(4, False, int),
+    # 7FFF and FFFF are not available: a true -1 is given up
+    "n16": Kind(1, True, lambda raw: None if raw in (0x7FFF, 0xFFFF) else raw - (raw >> 15 << 16)),
+    # 0.0 is none: newer platforms leave the place unused
+    "f32": Kind(2, True, lambda raw: struct.unpack(">f", raw.to_bytes(4, "big"))[0] or None),
     # some D-NS leave the high word FFFF: the low word is right
     "u32l": Kind(2, False, lambda raw: raw & 0xFFFF if raw >> 16 == 0xFFFF else raw),
     # 0000 FFFF is not available either
@@ -280,8 +290,9 @@ INFO = {
 SILENT = ((30034, 30039), (30100, 30102), (35000, 35032), (35100, 35102))
 
 # A series of a family as it is read. later: its registers behind the first; missing: the raw number that means "not
-# available"; series: (metric, labels); when: (register, word) or None.
-Value = collections.namedtuple("Value", "register later missing number multiply divide series counter when")
+# available"; series: (metric, labels); when: (register, word), word None is any but 0 and FFFF, or None; instead: whether
+# it stands in place of an earlier value of the series while it is above 0.
+Value = collections.namedtuple("Value", "register later missing number multiply divide series counter when instead")
 
 
 def metric_type(metric: str) -> str:
@@ -289,49 +300,59 @@ def metric_type(metric: str) -> str:
     return "counter" if metric.endswith("_total") else "gauge"
 
 
-def _parts(how: str) -> tuple[str, int, int, list[str], tuple[int, ...] | None]:
-    """How a quantity is read: kind, multiply, divide, registers, condition."""
-    how, _, condition = how.partition(" if ")
+def _condition(text: str) -> tuple[int, int | None]:
+    """A condition of a row: REG=WORD, or REG>0."""
+    register, sign, word = re.split("([=>])", text)
+    return int(register), int(word) if sign == "=" else None
+
+
+def _parts(how: str) -> tuple[str, int, int, list[str], list[tuple[int, int | None] | None]]:
+    """How one place of a quantity is read: kind, multiply, divide, registers, a condition for each of them."""
+    how, _, conditions = how.partition(" if ")
     form, *registers = how.split()
     kind, _, divide = form.partition("/")
     kind, _, multiply = kind.partition("*")  # two numbers, since 66 / 10 is 6.6 and 66 * 0.1 is not
-    when = tuple(map(int, condition.split("="))) if condition else None
+    when: list[tuple[int, int | None] | None] = [*map(_condition, conditions.split())] or [None]
+    when = when * len(registers) if len(when) == 1 else when
+    if len(when) != len(registers):
+        raise ValueError(f"{len(when)} conditions for {len(registers)} registers")
     return kind, int(multiply or 1), int(divide or 1), registers, when
 
 
 def evidence(row: Quantity, family: str) -> list[str]:
     """Where each register that a row has in a family is known from."""
     known = GUESS if family == "HK3000" else SEEN
-    registers = _parts(row.read[family])[3]
+    registers = [register for place in row.read[family].split(", ") for register in _parts(place)[3]]
     return [MAP if register.endswith("?") else known for register in registers if register != "-"]
 
 
 def row_values(row: Quantity, family: str) -> Iterator[Value]:
     """A row's values in a family that reads it. Raises ValueError for a row that makes no sense."""
-    kind, multiply, divide, registers, when = _parts(row.read[family])
-    if kind not in KINDS:
-        raise ValueError(f"there is no kind {kind}")
     name, *labels = row.labels.split() or [""]
     texts = [f'{name}="{label}"' for label in labels] or [""]
-    if len(registers) != len(texts):
-        raise ValueError(f"{len(registers)} registers for {len(texts)} labels")
-    words, signed, number = KINDS[kind]
-    missing = (1 << 16 * words) - 1 if family == "GRID" or not signed else None  # elsewhere -1 is a value
     counter = metric_type(row.metric) == "counter"
-    for register, text in zip(registers, texts):
-        if register != "-":
-            first = int(register.rstrip("?"))
-            later = tuple(range(first + 1, first + words))
-            yield Value(first, later, missing, number, multiply, divide, (row.metric, text), counter, when)
+    for place, how in enumerate(row.read[family].split(", ")):
+        kind, multiply, divide, registers, conditions = _parts(how)
+        if kind not in KINDS:
+            raise ValueError(f"there is no kind {kind}")
+        if len(registers) != len(texts):
+            raise ValueError(f"{len(registers)} registers for {len(texts)} labels")
+        words, signed, number = KINDS[kind]
+        missing = (1 << 16 * words) - 1 if family == "GRID" or not signed else None  # elsewhere -1 is a value
+        for register, text, when in zip(registers, texts, conditions):
+            if register != "-":
+                first = int(register.rstrip("?"))
+                later, series = tuple(range(first + 1, first + words)), (row.metric, text)
+                yield Value(first, later, missing, number, multiply, divide, series, counter, when, place > 0)
 
 
 def family_values(family: str, rows: Sequence[Quantity] = QUANTITIES) -> tuple[Value, ...]:
     """All values of a family. Raises ValueError for rows that make no sense or contradict one another."""
-    found: dict[tuple[str, str], Value] = {}
+    found: dict[tuple[tuple[str, str], bool], Value] = {}
     for row in rows:
         try:
             for value in row_values(row, family) if family in row.read else ():
-                if found.setdefault(value.series, value) is not value:
+                if found.setdefault((value.series, value.instead), value) is not value:
                     raise ValueError(f"the series {value.series[1]!r} stands twice")
         except ValueError as error:
             raise ValueError(f"{row.metric} in {family}: {error}") from None
@@ -373,12 +394,14 @@ INTERNALS = (
     ("sems_mitm_acks_total",                           "counter", DEVICE_LABELS, (), "Acknowledgements given to the device, by the portal or by the exporter."),
     ("sems_mitm_nacks_total",                          "counter", DEVICE_LABELS, (), "Packets of the device that the portal did not accept."),
     ("sems_mitm_buffered_packets_total",               "counter", DEVICE_LABELS, (), "Buffered packets (function 45), which a device sends after an outage."),
+    ("sems_mitm_unreadable_packets_total",             "counter", DEVICE_LABELS, (), "Good frames of the device whose payload cannot be read: settings, live and buffered packets that were decoded."),
 
     # packets and connections
     ("sems_mitm_packets_total",                   "counter", "direction, type, verdict", (), "Packets by type and by what became of them."),
-    ("sems_mitm_rejected_values_total",           "counter", "reason",    ("dip", "not_finite"), "Values of live packets that were not taken."),
+    ("sems_mitm_rejected_values_total",           "counter", "reason",    ("fall", "jump", "not_finite"), "Values of live packets that were not taken."),
     ("sems_mitm_queue_bytes",                     "gauge",   "",          (),    "Bytes that wait for the portal, in memory."),
     ("sems_mitm_queue_dropped_packets_total",     "counter", "",          ALONE, "Packets that were dropped because a queue was full."),
+    ("sems_mitm_undeliverable_packets_total",     "counter", "",          ALONE, "Packets that the portal did not accept or answer three times, given up by mode spool."),
     ("sems_mitm_unlisted_device_packets_total",   "counter", "",          ALONE, "Good packets of devices without series of their own."),
     ("sems_mitm_device_connections",              "gauge",   "",          (),    "Device connections open now."),
     ("sems_mitm_upstream_connections",            "gauge",   "",          (),    "Portal connections open now."),
@@ -432,6 +455,12 @@ def unit(metric: str) -> str:
     """The unit of a metric, "" if it has none."""
     base = re.sub("_(total|day)$", "", metric)
     return next((unit for end, unit in UNITS.items() if base.endswith("_" + end)), "")
+
+
+def watt_hours(metric: str) -> int:
+    """How many Wh one of an energy metric's unit is; 0 for a metric of anything else."""
+    size = unit(metric)
+    return int(size[: -len("Wh")] or 1) if size.endswith("Wh") else 0
 
 
 def metric_rows() -> list[tuple[str, ...]]:
@@ -895,14 +924,22 @@ def info(words: dict[int, int]) -> dict[str, str]:
     return found
 
 
+def _is_there(when: tuple[int, int | None] | None, words: dict[int, int]) -> bool:
+    """Whether a value's condition holds in a packet."""
+    if when is None:
+        return True
+    register, word = when
+    return words.get(register) == word if word is not None else words.get(register, 0) not in (0, 0xFFFF)
+
+
 def reading(name: str, words: dict[int, int]) -> Reading:
     """What the registers of a device of the family `name` mean."""
     values, not_finite, known = {}, 0, KNOWN[name]
-    for register, later, missing, number, multiply, divide, series, counter, when in VALUES[name]:
+    for register, later, missing, number, multiply, divide, series, counter, when, instead in VALUES[name]:
         raw = words.get(register)
         for low in later:
             raw = raw << 16 | words[low] if raw is not None and low in words else None
-        if raw is None or raw == missing or when and words.get(when[0]) != when[1]:
+        if raw is None or raw == missing or instead and not raw or when and not _is_there(when, words):
             continue
         if number is not int:  # what is unsigned is its bits: finite, and not below 0
             raw = number(raw)
@@ -1020,14 +1057,14 @@ def wall_clock(now: float) -> float:
 
 
 class Troubles:
-    """What goes wrong again and again as one log line a minute for each kind, with a count of those left out."""
+    """What goes wrong again and again as one log line a period for each kind, with a count of those left out."""
 
     def __init__(self) -> None:
         self.suppressed = 0
         self._kinds: dict[str, list[float]] = {}  # kind to [when it may be said again, how often it was not]
 
     def say(self, kind: str, text: str, now: float, period: float = PERIOD, level: int = logging.WARNING) -> None:
-        """Log text unless this kind (one of a few fixed words) was logged within the period."""
+        """Log text unless this kind (one of few) was logged within the period."""
         last = self._kinds.setdefault(kind, [-math.inf, 0])
         if now < last[0]:
             last[1] += 1
@@ -1037,83 +1074,167 @@ class Troubles:
         last[:] = [now + period, 0]
 
 
-class Order:
-    """Which live packets of a device count as new, by their own times; as the six bytes of times compare, so do the times.
+Series = tuple[str, str]  # metric, and its labels beside the device's three
+DAY = 86400
+STRONGEST = 100_000  # W: more than any house makes or takes
+LONGEST = 3600  # s without a reading for which that counts at most
 
-    One is new that is not older than the newest, or the third older one in a row, rising: a clock may be set back. What is
-    no calendar date is new and takes no part.
+# What became of a counter's reading. Shown as it is: TAKEN, and three that tell nothing of what was made in the meantime:
+# RESET (the counter began again at 0), RISEN (a jump that three readings confirm), WRONG_FIRST (the first was wrong). Held
+# back: FALL, JUMP.
+TAKEN, RESET, RISEN, WRONG_FIRST, FALL, JUMP = "", "reset", "risen", "wrong first", "fall", "jump"
+HELD_BACK = (FALL, JUMP)
+Count = collections.namedtuple("Count", "number at")  # a reading of a counter: its value, and its time in s
+
+
+class HeldCounter:
+    """One counter of a device, protected from falls and jumps.
+
+    Prometheus, Home Assistant and `today` take any fall for a reset, after which they add the whole new value. So a value
+    is shown when a house could have made the difference since the last one that was shown, and else held back until other
+    readings confirm it. The clock is handed in; it must not go back.
     """
 
+    def __init__(self, metric: str, number: float, now: float) -> None:
+        self.shown = Count(number, now)  # the last reading that was taken
+        self.sure = self.shown  # the last taken one that was right: the reading right after it was not below it
+        self.gained: float = 0  # from the first reading on
+        self._wh, self._readings = watt_hours(metric), 1
+        self._row: list[
+            Count
+        ] = []  # held-back readings, one right after the other, that agree; of falls the first and the last
+
+    def could_make(self, seconds: float) -> float:
+        """How much of the counter's unit is possible in a time; hours of operation run twice as fast as the clock at most."""
+        if not self._wh:
+            return 2 * seconds / 3600 + 1
+        return (STRONGEST * min(seconds, LONGEST) / 3600 + 1000) / self._wh
+
+    def _agree(self, one: Count, later: Count) -> bool:
+        return one.number <= later.number <= one.number + self.could_make(later.at - one.at)
+
+    def take(self, number: float, now: float) -> str:
+        """What becomes of the next reading: TAKEN, RESET, RISEN, WRONG_FIRST, FALL or JUMP."""
+        new, row = Count(number, now), self._row
+        self._readings += 1
+        # Behind readings that were held back, the shown value can be the wrong one: it must not carry a second wrong one.
+        if self._agree(self.shown, new) and (not row or self._agree(self.sure, new)):
+            return self._show(new, number - self.shown.number, TAKEN, self.sure if row else self.shown)
+        is_fall = number < self.shown.number
+        goes_on = row and is_fall == (row[-1].number < self.shown.number) and self._agree(row[-1], new)
+        self._row = [*row[: 1 if is_fall else 2], new] if goes_on else [new]
+        return self._fallen(new) if is_fall else self._jumped(new)
+
+    def _show(self, new: Count, gained: float, why: str, sure: Count) -> str:
+        self.gained += gained
+        self.shown, self.sure, self._row = new, sure, []
+        return why
+
+    def _jumped(self, new: Count) -> str:
+        if len(self._row) < 3:
+            return JUMP
+        return self._show(new, new.number - self.shown.number, RISEN, self._row[1])
+
+    def _fallen(self, new: Count) -> str:
+        first = self._row[0]
+        is_second = self._readings == 3 and first is not new  # of two after the first reading of all
+        if is_second and first.number > 0 and 10 * new.number < self.shown.number:
+            return self._show(new, 0, WRONG_FIRST, new)
+        is_low = 2 * new.number < self.sure.number
+        was_made = all(count.number <= self.could_make(count.at - self.shown.at) for count in (first, new))
+        # What stands still for a day is a fault as likely as a reset, and nothing is lost until it counts.
+        if is_low and was_made and new.at - first.at >= DAY and new.number > first.number:
+            return self._show(new, new.number, RESET, new)
+        return FALL
+
+    def is_stuck(self, now: float) -> bool:
+        """Whether the device has counted less than what is shown for a day."""
+        return bool(self._row) and self._row[-1].number < self.shown.number and now - self.shown.at >= DAY
+
+
+class HeldCounters:
+    """The counters of a device. Pure: times are handed in."""
+
     def __init__(self) -> None:
-        self._newest = b""
-        self._last, self._row = b"", 0  # of the packets older than the newest: the time of the last, how many rise
+        self.counters: dict[Series, HeldCounter] = {}
 
-    def is_new(self, stamp: bytes) -> bool:
-        """Whether the next packet, of this time, counts as new."""
-        if not device_time(stamp):
-            return True
-        if stamp < self._newest:
-            self._row = self._row + 1 if stamp > self._last else 1
-            self._last = stamp
-            if self._row < 3:
-                return False
-        self._newest, self._row = stamp, 0
-        return True
+    def take(self, values: Mapping[Series, float], now: float) -> dict[Series, str]:
+        """What became of each counter of a reading.
+
+        Where all of a group are 0 they are left out, and say nothing: so reads an inverter's controller while it boots. The
+        meter of a hybrid is a group of its own.
+        """
+        found: dict[Series, str] = {}
+        counted = {series: number for series, number in values.items() if metric_type(series[0]) == "counter"}
+        groups = {series[0].startswith("meter_") for series, number in counted.items() if number}
+        for series, number in counted.items():
+            if series[0].startswith("meter_") not in groups:
+                continue
+            if series in self.counters:
+                found[series] = self.counters[series].take(number, now)
+            else:
+                self.counters[series], found[series] = HeldCounter(series[0], number, now), TAKEN
+        return found
+
+    def shown(self) -> dict[Series, float]:
+        """The value of each counter that is shown."""
+        return {series: counter.shown.number for series, counter in self.counters.items()}
+
+    def gained(self) -> dict[Series, float]:
+        """What each counter has gained from its first reading on."""
+        return {series: counter.gained for series, counter in self.counters.items()}
 
 
-Series = tuple[str, str]  # metric, and its labels beside the device's three
-# A day of a device: its date; when counting began, None for midnight; the counters from which it counts.
-Day = collections.namedtuple("Day", "date since base")
+# A day of a device: its date; when counting began, None for midnight; what the counters had gained at that time, and at the
+# times at which other devices began, so that gains of several can be compared over one window.
+Day = collections.namedtuple("Day", "date since marks")
+MARKS = 16  # times of a day that are kept for a device
+OWN_DAY = ("inverter_energy_output_hectowatt_hours_day", "")  # an inverter's own count of the day
+OWN_TOTAL = ("inverter_energy_output_hectowatt_hours_total", "")
+CLOCK_AGREES = 600  # s between a device's clock and ours: its day is ours
 
 
 class Live:
-    """What the live packets of a device said. Times are monotonic but for `day`'s."""
+    """What the live packets of a device said."""
 
     def __init__(self) -> None:
         self.gauges: dict[Series, float] = {}  # of the last reading
-        self.counters: dict[Series, float] = {}  # held: they fall only by the dip rule
+        self.counters: dict[Series, float] = {}  # as they are shown
+        self.held = HeldCounters()
         self.unknown: dict[int, int] = {}
-        self.fresh = -math.inf  # when the last reading came
+        self.fresh = -math.inf  # when the last reading came, monotonic
+        self.at = -math.inf  # the same on the clock of the counter rules
+        self.came: datetime | None = None  # the same in local time
+        self.stamp: datetime | None = None  # the device's own time of the last reading that had one
         self.offset: float | None = None
         self.day: Day | None = None
-        self._below: dict[
-            Series, tuple[float, int]
-        ] = {}  # a counter's values below the held one: the last, how many in a row
 
-    def take(self, found: Reading, now: float, clock: Clock) -> int:
-        """Take a reading that counts as new; how many of its counters were held back as dips."""
-        local, gap = datetime.fromtimestamp(clock(now)), clock(now) - clock(self.fresh)
-        is_new_day = not self.day or self.day.date != local.date()
-        before = dict(self.counters) if is_new_day else {}
-        self.fresh = now
+    def take(self, found: Reading, now: float, at: float) -> dict[Series, str]:
+        """Take a reading that came at `now`, which is `at` for the counter rules; what became of its counters."""
+        said = self.held.take(found.values, at)
+        self.fresh, self.at = now, at
         self.unknown = dict(itertools.islice(found.unknown.items(), UNKNOWN_REGISTERS))
-        self.gauges, dips = {}, 0
-        below: dict[Series, tuple[float, int]] = {}
-        for series, number in found.values.items():
-            if not series[0].endswith("_total"):
-                self.gauges[series] = number
-            elif self._is_dip(series, number, below):
-                dips += 1
-            else:
-                self.counters[series] = number
-        self._below = below
-        if is_new_day:
-            self._begin_day(local, gap, before)
-        return dips
+        self.gauges = {series: number for series, number in found.values.items() if metric_type(series[0]) == "gauge"}
+        self.counters = self.held.shown()
+        return said
 
-    def _is_dip(self, series: Series, number: float, below: dict[Series, tuple[float, int]]) -> bool:
-        """Whether a counter's value is below the held one, and not yet the third in a row of which none falls."""
-        if number >= self.counters.get(series, number):
-            return False
-        last, row = self._below.get(series, (number, 0))
-        row = row + 1 if number >= last else 1
-        below[series] = number, row
-        return row < DECODED
+    def begin(self, when: datetime, since: datetime | None) -> None:
+        """Begin to count the day of `when` anew, at midnight or `since`."""
+        self.day = Day(when.date(), since, {since: self.held.gained()})
 
-    def _begin_day(self, local: datetime, gap: float, before: dict[Series, float]) -> None:
-        """Count today from `before`, the counters of a reading a gap (in s) ago, if that was just before midnight; else from now."""
-        goes_on = self.day and gap < 3600 and (local - timedelta(seconds=gap)).date() == self.day.date
-        self.day = Day(local.date(), None if goes_on else local, before if goes_on else dict(self.counters))
+    def mark(self, since: datetime) -> None:
+        """Remember what was gained when another device began to count."""
+        if self.day:
+            marks = self.day.marks
+            marks[since] = self.held.gained()
+            if len(marks) > MARKS:
+                del marks[next(when for when in marks if when != self.day.since)]
+
+    def own_count(self) -> float | None:
+        """The inverter's own count of the day; None if it has none, or its day is not ours."""
+        if not self.day or self.stamp is None or self.offset is None or abs(self.offset) > CLOCK_AGREES:
+            return None
+        return self.gauges.get(OWN_DAY) if self.stamp.date() == self.day.date else None
 
 
 PACKET_COUNTERS = {  # by kind of device and function; the original's names, one for the confirmations of all
@@ -1125,7 +1246,9 @@ PACKET_COUNTERS = {  # by kind of device and function; the original's names, one
     }
     for kind in ("meter", "inverter")
 }
-ACKS, NACKS, BUFFERED_PACKETS = "sems_mitm_acks_total", "sems_mitm_nacks_total", "sems_mitm_buffered_packets_total"
+ACKS, NACKS, BUFFERED_PACKETS, UNREADABLE = (
+    f"sems_mitm_{name}_total" for name in ("acks", "nacks", "buffered_packets", "unreadable_packets")
+)
 
 
 class Device:
@@ -1136,10 +1259,13 @@ class Device:
         self.family = family(where.cls, where.serial)
         self.is_told("")
         self.info = {"firmware": "", "module_firmware": "", "portal": ""}
-        self.counts = dict.fromkeys([*PACKET_COUNTERS[self.kind].values(), ACKS, NACKS, BUFFERED_PACKETS], 0)
+        named = ACKS, NACKS, BUFFERED_PACKETS, UNREADABLE
+        self.counts = dict.fromkeys([*PACKET_COUNTERS[self.kind].values(), *named], 0)
         self.good = now  # when the last good frame came
-        self.live, self.order = Live(), Order()
-        self.waiting: dict[int, list[tuple[bytes, float]]] = {SETTINGS: [], LIVE: []}  # frames, and when they came
+        self.live = Live()
+        self.waiting: dict[int, list[tuple[bytes, float]]] = {
+            function: [] for function in DATA
+        }  # frames, and when they came
         self.version = 0  # rises with every change, so that an unchanged device is not rendered again
         self.page: tuple[tuple[int, bool], dict[str, str]] = ((-1, False), {})
 
@@ -1222,10 +1348,18 @@ class Store:
     """All that the exporter shows. The loop writes and HTTP threads read, each under `lock`."""
 
     def __init__(
-        self, stale_after: float = 300, max_devices: int = 256, batsignal: bool = False, clock: Clock = wall_clock
+        self,
+        stale_after: float = 300,
+        max_devices: int = 256,
+        batsignal: bool = False,
+        clock: Clock = wall_clock,
+        rules_clock: Clock = lambda now: now,
     ) -> None:
+        """clock: from monotonic seconds to the time of day that is shown; rules_clock: to the time of the counter rules."""
         self.lock = FairLock()
-        self.stale_after, self.max_devices, self.batsignal, self.clock = stale_after, max_devices, batsignal, clock
+        self.stale_after, self.max_devices, self.batsignal = stale_after, max_devices, batsignal
+        self.clock, self.rules_clock = clock, rules_clock
+        self._looked: tuple[float, float] | None = None  # both clocks at the last look
         self.devices: dict[tuple[str, str], Device] = {}
         self.names: dict[tuple[str, str, str], Device] = {}  # the devices that are shown, by their identities
         self.undecoded: dict[Device, None] = {}  # devices with waiting frames, in the order of the first
@@ -1269,7 +1403,7 @@ class Store:
             device.counts[counter] += 1
         if function == BUFFERED:
             device.counts[BUFFERED_PACKETS] += 1
-        elif function == SETTINGS or function == LIVE and device.order.is_new(frame[LONG.time : LONG.time + 6]):
+        if function in DATA:
             waiting = device.waiting[function]
             waiting.append((frame, now))
             del waiting[:-DECODED]
@@ -1289,14 +1423,11 @@ class Store:
             self._is_named(device, now)  # says so
             return None
         if len(self.devices) >= self.max_devices:
-            silent = min(self.devices.values(), key=lambda other: other.good)
-            if not self.is_stale(silent.good, now):
-                text = f"more devices than --sems.max-devices={self.max_devices}: {where.serial} is passed on without metrics"
-                self.troubles.say("max-devices", text, now)
-                return None
-            del self.devices[silent.kind, silent.serial]
-            self.undecoded.pop(silent, None)
-            self._unname(silent)
+            text = (
+                f"more devices than --sems.max-devices={self.max_devices}: {where.serial} is passed on without metrics"
+            )
+            self.troubles.say("max-devices", text, now)
+            return None
         self.devices[where.owner] = self.names[device.name] = device
         log.info("new device: %s %s", device.name[1], device.serial)
         return device
@@ -1319,10 +1450,13 @@ class Store:
 
     # Packets are decoded
 
-    def digest(self, now: float) -> None:
-        """Decode all that waits."""
+    def look(self, now: float) -> None:
+        """Decode all that waits, and begin a day at midnight. Called once a second, and before anything is shown."""
         while self.undecoded:
             self.digest_one(now)
+        self._begin_day(now)
+
+    digest = look  # the name by which its callers know it
 
     def digest_one(self, now: float) -> None:
         """Decode what waits of one device. A reading that our own code cannot take is left out."""
@@ -1335,6 +1469,8 @@ class Store:
                 try:
                     self._decode(device, function, frame, came)
                 except ProtocolError as error:
+                    device.counts[UNREADABLE] += 1
+                    device.version += 1
                     self.troubles.say("payload", f"a packet of {device.serial} cannot be read: {error}", now)
                 except Exception:
                     self.broke("a reading")
@@ -1342,17 +1478,78 @@ class Store:
     def _decode(self, device: Device, function: int, frame: bytes, came: float) -> None:
         packet = decode(frame, OUTBOUND)
         words = registers(packet.clear)
+        if function == BUFFERED:
+            return
         if function == SETTINGS:
             return self._learn(device, info(words), came)
         device.family = family(frame[10], device.serial)
-        found, live = reading(device.family, words), device.live
-        self.add("sems_mitm_rejected_values_total", live.take(found, came, self.clock), label("reason", "dip"))
+        self._take(device, reading(device.family, words), device_time(packet.time), came)
+
+    def _take(self, device: Device, found: Reading, stamp: datetime | None, came: float) -> None:
+        """Take a device's reading of its own time `stamp`, which came at `came`."""
+        live, at, local = device.live, self.rules_clock(came), datetime.fromtimestamp(self.clock(came))
+        silent, before = at - live.at, live.came
+        said = live.take(found, came, at)
+        live.came = local
+        if stamp:
+            live.stamp, live.offset = stamp, (stamp - local).total_seconds()
+        for reason, count in collections.Counter(said.values()).items():
+            if reason in HELD_BACK:
+                self.add("sems_mitm_rejected_values_total", count, label("reason", reason))
         self.add("sems_mitm_rejected_values_total", found.not_finite, label("reason", "not_finite"))
-        when = device_time(packet.time)
-        if when:
-            live.offset = (when - datetime.fromtimestamp(self.clock(came))).total_seconds()
+        self._say_stuck(device, at, came)
+        # What was made in a silence over midnight, or before a jump, is of no known day.
+        overslept = (
+            live.day and before and before.date() < live.day.date and silent >= LONGEST and not self._slept(device)
+        )
+        if not live.day or overslept or {RESET, RISEN, WRONG_FIRST}.intersection(said.values()):
+            self._begin_counting(device, local)
         self.readings += 1
         self._learn(device, found.info, came)
+
+    def _slept(self, device: Device) -> bool:
+        """Whether all that a device counted over a silence is of today: of a grid-tied inverter, which sleeps at night."""
+        live, own = device.live, device.live.own_count()
+        metered = any(metric.startswith("inverter_meter_") for metric, _ in live.counters)
+        if device.family != "GRID" or metered or own is None or live.day is None:
+            return False
+        base = live.day.marks[live.day.since]
+        return live.held.gained().get(OWN_TOTAL, math.inf) - base.get(OWN_TOTAL, 0) <= own + 1
+
+    def _say_stuck(self, device: Device, at: float, now: float) -> None:
+        """Log once a day the counters of a device that have stayed held for a day."""
+        for (metric, labels), counter in device.live.held.counters.items():
+            if counter.is_stuck(at):
+                text = (
+                    f"{metric} of {device.serial} stays at {counter.shown.number}: the device has counted less for a day. "
+                    "If that is right, restart the exporter, which then shows the device's own value"
+                )
+                self.troubles.say(f"held {device.serial} {metric} {labels}", text, now, DAY)
+
+    def _begin_counting(self, device: Device, local: datetime) -> None:
+        """Count a device's day from now on, and mark the moment in the days of the others."""
+        device.live.begin(local, local)
+        for other in self.devices.values():
+            if other is not device:
+                other.live.mark(local)
+
+    def _begin_day(self, now: float) -> None:
+        """Begin the day of all devices at midnight; anew, if the clock was set since the last look."""
+        wall, rules = self.clock(now), self.rules_clock(now)
+        looked, self._looked = self._looked, (wall, rules)
+        if looked is None:
+            return
+        local, before = datetime.fromtimestamp(wall), datetime.fromtimestamp(looked[0])
+        was_set = abs(wall - looked[0] - (rules - looked[1])) > PERIOD
+        is_midnight = local.date() == before.date() + timedelta(days=1) and not was_set
+        if local.date() == before.date() and not was_set:
+            return
+        for device in self.devices.values():
+            day = device.live.day
+            if day and (day.date != local.date() or day.since):
+                device.live.begin(local, None if is_midnight else local)
+            elif day:
+                device.live.mark(local)
 
     def _learn(self, device: Device, found: dict[str, str], now: float) -> None:
         """Remember what a device says of itself; all its series move when its model becomes known."""
@@ -1436,7 +1633,7 @@ def answer(where: Address, local: datetime, clock: bool) -> bytes:
 
 _NAME, _OFFSET = r"(?:[A-Za-z]{3,}|<[A-Za-z0-9+-]{3,}>)", r"[+-]?(?:[01]?[0-9]|2[0-4])(?::[0-5][0-9]){0,2}"
 _DATE = r",(?:M(?:[1-9]|1[0-2])\.[1-5]\.[0-6]|J?[0-9]{1,3})(?:/[+-]?[0-9]{1,3}(?::[0-5][0-9]){0,2})?"
-ZONE_RULE = f"{_NAME}{_OFFSET}(?:{_NAME}(?:{_OFFSET})?(?:{_DATE}{_DATE})?)?"  # POSIX, 8.3
+ZONE_RULE = f"{_NAME}{_OFFSET}(?:{_NAME}(?:{_OFFSET})?{_DATE}{_DATE})?"  # POSIX, 8.3
 ZONE_DIRECTORIES = (
     "/usr/share/zoneinfo",
     "/usr/lib/zoneinfo",
@@ -1446,14 +1643,18 @@ ZONE_DIRECTORIES = (
 )
 
 
-def zone_is_known(zone: str | None, exists: Callable[[str], bool]) -> bool:
-    """Whether the TZ variable is one that the system understands; the C library takes any other for UTC, in silence."""
+def zone_is_known(zone: str | None, begins: Callable[[str], bytes]) -> bool:
+    """Whether the TZ variable is one that the system understands; the C library takes any other for UTC, in silence.
+
+    begins: the first bytes of the file at a path, none if there is no file. A rule with a summer time must say when it is:
+    without, musl has it all year, and glibc by the dates of the United States.
+    """
     if zone is None:
-        return exists("/etc/localtime")  # a bare container has none, and its UTC is nobody's time
-    if re.fullmatch(ZONE_RULE, zone):
-        return True
-    name = zone.lstrip(":")
-    return bool(name) and any(exists(os.path.join(directory, name)) for directory in ZONE_DIRECTORIES)
+        return bool(begins("/etc/localtime"))  # a bare container has none, and its UTC is nobody's time
+    if re.match(_NAME + _OFFSET, zone):
+        return bool(re.fullmatch(ZONE_RULE, zone))
+    paths = (os.path.join(directory, zone.lstrip(":")) for directory in ZONE_DIRECTORIES)
+    return any(begins(path).startswith(b"TZif") for path in paths)
 
 
 class Outbox:
@@ -1602,6 +1803,13 @@ def may_draw_bat(rest: bytes) -> bool:
 
 
 # ----------------------------------------------------------------------------------------------------------- files
+
+
+def first_bytes(path: str) -> bytes:
+    """The first bytes of a file, none if it cannot be read."""
+    with contextlib.suppress(OSError, ValueError), open(path, "rb") as file:
+        return file.read(4)
+    return b""
 
 
 def capture_line(wall: float, peer: str, direction: str, verdict: str, data: bytes) -> str:
@@ -3040,7 +3248,7 @@ class Loop:
     def clock_ok(self, now: float) -> bool:
         """Whether this machine's clock is good enough to set a device's by it."""
         wall = self.store.clock(now)
-        if wall >= RELEASED and zone_is_known(os.environ.get("TZ"), os.path.isfile):
+        if wall >= RELEASED and zone_is_known(os.environ.get("TZ"), first_bytes):
             return True
         why = "TZ is no time zone that this system knows" if wall >= RELEASED else "this machine's own clock is wrong"
         self.store.troubles.say("clock", f"the devices' clocks are not set: {why}", now, CLOCK_PERIOD)
@@ -3169,29 +3377,27 @@ class Loop:
 # ------------------------------------------------------------------------------------------------------- household
 #
 # What a house makes and takes, in keys that do not depend on the model. Figures are key to number, and without what is
-# not known. Flows are in W (generation_watts, house_watts; export_watts, negative while importing; battery_watts,
-# positive while discharging) and %; energies in kWh.
+# not known. Flows are in W (generation_watts, house_watts; export_watts, negative while importing, and grid_watts, the same
+# the other way round; battery_watts, positive while discharging) and %; energies in kWh.
 
-# Of the house's figures, by their keys' first words: the families of devices that are asked; the first of which any is
-# known count. HomeKit 1000s measure the roof, and an inverter beside them adds nothing; a hybrid's own meter is at the
-# same grid as theirs.
-ROOF, GRID_SIDE = (("HK1000",), ("GRID", "HYBRID")), (("HK1000", "HK3000"), ("HYBRID",))
-ASKED = {
-    "generation": ROOF, "generated": ROOF, "export": GRID_SIDE, "exported": GRID_SIDE, "imported": GRID_SIDE,
-    "battery": (FAMILIES,),
+COUNTED = {  # energies: the counters of which the first that there is counts
+    "generated": ("meter_energy_generation_decawatt_hours_total", "inverter_energy_output_hectowatt_hours_total"),
+    "imported": ("meter_energy_import_decawatt_hours_total", "inverter_meter_energy_import_watthours_total"),
+    "exported": ("meter_energy_export_decawatt_hours_total", "inverter_meter_energy_export_watthours_total"),
+    "battery_charged": ("battery_energy_charge_watthours_total",),
+    "battery_discharged": ("battery_energy_discharge_watthours_total",),
+}
+SOLAR = {  # what a device of a family knows of the roof
+    "HK1000": "meter_power_generation_watts", "HK3000": "",
+    "GRID": "inverter_power_output_watts", "HYBRID": "inverter_string_power_watts",
 }  # fmt: skip
-SOLAR = ("meter_power_generation_watts", "inverter_string_power_watts", "inverter_power_output_watts")  # the first
-COUNTED = {  # energies: the counters of which the first that there is counts, and how much of it is a kWh
-    "generated": {"meter_energy_generation_decawatt_hours_total": 100, "inverter_energy_output_hectowatt_hours_total": 10},
-    "imported": {"meter_energy_import_decawatt_hours_total": 100},
-    "exported": {"meter_energy_export_decawatt_hours_total": 100},
-    "battery_charged": {"battery_energy_charge_watthours_total": 1000},
-    "battery_discharged": {"battery_energy_discharge_watthours_total": 1000},
-}  # fmt: skip
-DAILY = ("generated", "imported", "exported")
-FLOWS = ("generation_watts", "house_watts", "export_watts", "battery_watts", "battery_charge_percent")
-TODAY = tuple(f"{word}_today_kilowatt_hours" for word in DAILY)
-KEYS = (*FLOWS, *TODAY, *(f"{word}_kilowatt_hours" for word in COUNTED))
+FLOWS = ("generation_watts", "house_watts", "export_watts", "battery_watts", "battery_charge_percent", "grid_watts")
+TODAY = tuple(
+    f"{word}_today_kilowatt_hours"
+    for word in ("generated", "used", "imported", "exported", "battery_charged", "battery_discharged")
+)
+SHARES = ("self_sufficiency_percent", "self_consumption_percent")
+KEYS = (*FLOWS, *TODAY, *SHARES, *(f"{word}_kilowatt_hours" for word in COUNTED))
 SERIES: dict[str, list[Series]] = collections.defaultdict(list)  # of a metric, for all its labels
 for _series in dict.fromkeys(value.series for values in VALUES.values() for value in values):
     SERIES[_series[0]].append(_series)
@@ -3203,86 +3409,180 @@ def total(gauges: dict[Series, float], *metrics: str) -> float | None:
     return next((sum(numbers) for numbers in sets if numbers), None)
 
 
-def flows(gauges: dict[Series, float]) -> dict[str, float]:
+def less(one: float | None, other: float | None) -> float | None:
+    """A difference, if both are known."""
+    return None if one is None or other is None else one - other
+
+
+def load_watts(gauges: dict[Series, float]) -> float | None:
+    """What the house behind a HomeKit 1000 or a hybrid takes."""
+    roof = total(gauges, "meter_power_generation_watts")
+    if roof is not None:
+        return less(roof, total(gauges, "meter_power_export_watts"))
+    active = total(gauges, "inverter_active_power_watts")
+    power = less(total(gauges, "inverter_power_output_watts"), active)
+    load, backup = total(gauges, "inverter_load_watts"), total(gauges, "inverter_backup_load_watts")
+    return load + (backup or 0) if power is None and load is not None else power
+
+
+def flows(family: str, gauges: dict[Series, float]) -> dict[str, float]:
     """A device's flows by its last reading."""
-    roof, export = total(gauges, "meter_power_generation_watts"), total(gauges, "meter_power_export_watts")
-    load = total(gauges, "inverter_load_watts") if roof is None or export is None else roof - export
-    batteries = [labels for _, labels in SERIES["battery_mode"] if gauges.get(("battery_mode", labels), 1)]  # 0: none
-    powers, charges = (
-        [gauges[metric, labels] for labels in batteries if (metric, labels) in gauges]
-        for metric in ("battery_power_watts", "battery_state_of_charge_ratio")
-    )
-    percent = 100 * sum(charges) / len(charges) if charges else None
-    found = zip(FLOWS, (total(gauges, *SOLAR), load, export, sum(powers) if powers else None, percent))
-    return {key: round(number, 3) for key, number in found if number is not None}
+    export = total(gauges, "meter_power_export_watts", "inverter_meter_power_watts", "inverter_active_power_watts")
+    charges = [gauges[series] for series in SERIES["battery_state_of_charge_ratio"] if series in gauges]
+    found = {
+        "generation_watts": total(gauges, SOLAR[family]),
+        "house_watts": load_watts(gauges),
+        "export_watts": export,
+        "battery_watts": total(gauges, "battery_power_watts"),
+        "battery_charge_percent": 100 * sum(charges) / len(charges) if charges else None,
+        "grid_watts": less(0, export),
+    }
+    return {key: round(number, 3) for key, number in found.items() if number is not None}
 
 
-def energies(counters: dict[Series, float], base: dict[Series, float] | None = None) -> dict[str, float]:
-    """A device's energies by the words of COUNTED: for life, or what they gained since the counters were at base."""
+def energies(counters: Mapping[Series, float]) -> dict[str, float]:
+    """Energies, in kWh, by the words of COUNTED: of counters, or of what they gained."""
     found: dict[str, float] = {}
     for word, metrics in COUNTED.items():
-        for series, parts in (((metric, ""), parts) for metric, parts in metrics.items()):
-            if word not in found and series in counters and (base is None or series in base):
-                gained = counters[series] - (base[series] if base else 0)
-                found[word] = round(max(gained, 0) / parts, 3)  # a counter that started anew has gained nothing
+        for metric in metrics:
+            if word not in found and (metric, "") in counters:
+                found[word] = round(counters[metric, ""] * watt_hours(metric) / 1000, 3)
     return found
 
 
+def gains(live: Live, since: datetime | None) -> dict[str, float]:
+    """What a device's counters have gained since a moment that its day remembers, as `energies`."""
+    base = live.day.marks.get(since) if live.day else None
+    if base is None:
+        return {}
+    return energies({series: number - base.get(series, 0) for series, number in live.held.gained().items()})
+
+
 def today(live: Live) -> dict:
-    """A device's energies of the day of its last reading, and since when they are counted if that is not midnight."""
+    """A device's energies of the day, and since when they are counted if that is not midnight."""
     if live.day is None:
         return {}
-    gained = {word: number for word, number in energies(live.counters, live.day.base).items() if word in DAILY}
-    daily = live.gauges.get(("inverter_energy_output_hectowatt_hours_day", ""))
-    if daily is not None:  # by the inverter's own count, which begins at midnight
-        gained.pop("generated", None)
-    since = {"today_since": live.day.since.isoformat(timespec="seconds")} if gained and live.day.since else {}
-    gained.update({} if daily is None else {"generated": daily / 10})
-    return {**{f"{word}_today_kilowatt_hours": gained[word] for word in DAILY if word in gained}, **since}
+    gained, own = gains(live, live.day.since), live.own_count()
+    if live.day.since and own is not None:
+        counted = {word for word in gained if word != "generated"}
+        gained["generated"] = round(own * watt_hours(OWN_DAY[0]) / 1000, 3)
+    else:
+        counted = set(gained)
+    since = {"today_since": live.day.since.isoformat(timespec="seconds")} if counted and live.day.since else {}
+    return {**{f"{word}_today_kilowatt_hours": number for word, number in gained.items()}, **since}
 
 
-# A device of the house. told: the keys of what it knows while it is not silent; figures: what is known of it now.
-Member = collections.namedtuple("Member", "family told figures")
+# A device of the house. told: the keys of what it knows while it is not silent; figures: what is known of it now; day: its
+# gains of the day, by the moments of Day.marks, and the one since which it counts; metered: a meter of its own speaks.
+Member = collections.namedtuple("Member", "family told figures metered day since", defaults=(False, {}, None))
 
 
 def flow_member(device: Device, store: Store, now: float) -> Member:
-    """A device's flows; the store's lock is held. They go when it is silent."""
-    told = flows(device.live.gauges)
-    return Member(device.family, told.keys(), {} if store.is_stale(device.live.fresh, now) else told)
+    """A device's flows. They go when it is silent."""
+    gauges = device.live.gauges
+    told = flows(device.family, gauges)
+    metered = total(gauges, "meter_power_export_watts", "inverter_meter_power_watts") is not None
+    return Member(device.family, told.keys(), {} if store.is_stale(device.live.fresh, now) else told, metered)
 
 
 def member(device: Device, store: Store, now: float) -> Member:
-    """All figures of a device; the store's lock is held. Today's energies go at local midnight."""
+    """All figures of a device. Today's energies go at local midnight."""
     live, flowing = device.live, flow_member(device, store, now)
-    gained, lifetime = today(live), energies(live.counters)
+    day = live.day if live.day and live.day.date == datetime.fromtimestamp(store.clock(now)).date() else None
+    gained, lifetime = today(live) if day else {}, energies(live.counters)
+    marks = {since: gains(live, since) for since in day.marks} if day else {}
     if live.gauges and "battery_watts" not in flowing.told:  # it counts what goes into a battery that is not there
+        gained = {key: number for key, number in gained.items() if "battery" not in key}
         lifetime = {word: number for word, number in lifetime.items() if "battery" not in word}
+        marks = {since: {w: n for w, n in words.items() if "battery" not in w} for since, words in marks.items()}
     counted = {f"{word}_kilowatt_hours": number for word, number in lifetime.items()}
-    over = live.day is None or live.day.date != datetime.fromtimestamp(store.clock(now)).date()
-    figures = {**flowing.figures, **({} if over else gained), **counted}
-    return Member(device.family, {*flowing.told, *gained, *counted}, figures)
+    told = {*flowing.told, *counted, *gained, *(f"{word}_today_kilowatt_hours" for word in lifetime)}
+    figures = {**flowing.figures, **gained, **counted}
+    return Member(device.family, told, figures, flowing.metered, marks, day.since if day else None)
+
+
+def sources(key: str, members: Sequence[Member]) -> Iterator[list[Member]]:
+    """The groups of devices that know a figure of the house; the first of which any is known counts, so each flow once.
+
+    HomeKit 1000s measure the roof, and an inverter beside them adds nothing; but their second channel sees what a hybrid
+    gives and takes, the battery's share included. A hybrid without a meter knows what passes its own terminals alone.
+    """
+    roofs, hybrids, grid_tied = (
+        [one for one in members if one.family == name] for name in ("HK1000", "HYBRID", "GRID")
+    )
+    word = key.partition("_")[0]
+    if word in ("generation", "generated"):
+        if any(key in one.figures for one in hybrids):
+            yield hybrids + grid_tied
+        yield from (roofs, hybrids + grid_tied)
+    elif word in ("export", "exported", "imported"):
+        yield [one for one in members if one.family in ("HK1000", "HK3000")]
+        yield from ([one for one in hybrids if one.metered], grid_tied, hybrids)
+    elif word == "house":
+        yield from (roofs, hybrids)
+    else:
+        yield [*members]
+
+
+def knowing(key: str, members: Sequence[Member]) -> list[Member]:
+    """The devices whose sum is a figure of the house; none if it is not known."""
+    for several in sources(key, members):
+        group = [one for one in several if key in one.told]
+        known = [one for one in group if key in one.figures]
+        if known:  # a member that is not known makes a sum unknown, not smaller
+            return known if len(known) == len(group) else []
+    return []
+
+
+def day_of_house(members: Sequence[Member]) -> dict:
+    """What a house has used today and its two shares, made of gains over one window, the longest that all have seen."""
+    words = ("generated", "imported", "exported")
+    groups = {word: knowing(f"{word}_today_kilowatt_hours", members) for word in words}
+    roofs = [one for one in groups["exported"] if one.family == "HK1000"]
+    batteries = [] if roofs else [one for one in members if "battery_charged_today_kilowatt_hours" in one.told]
+    everyone = [*itertools.chain(roofs, batteries, *groups.values())]
+    since = max((one.since for one in everyone if one.since), default=None)
+
+    def gained(word: str, group: Sequence[Member]) -> float | None:
+        numbers = [one.day.get(since, {}).get(word) for one in group]
+        return None if None in numbers else sum(numbers)
+
+    made, bought, sold = (gained(word, groups[word]) if groups[word] else None for word in words)
+    parts = [gained(word, roofs) for word in words] if roofs else [made, bought, sold]
+    parts += [gained(f"battery_{word}", batteries) for word in ("discharged", "charged")]
+    if made is None or bought is None or sold is None or None in parts:
+        return {}
+    used = max(sum(sign * (part or 0) for sign, part in zip((1, 1, -1, 1, -1), parts)), 0)
+    found = {
+        "used_today_kilowatt_hours": round(used, 3),
+        "today_since": since.isoformat(timespec="seconds") if since else "",
+    }
+    for key, whole, other in zip(SHARES, (used, made), (bought, sold)):
+        if whole > 0:
+            found[key] = round(min(max(100 * (whole - other) / whole, 0), 100), 1)
+    return found
 
 
 def house(members: Sequence[Member], keys: Iterable[str] = KEYS) -> dict:
-    """The house's figures, each flow once. A member that is not known makes a sum unknown, not smaller."""
+    """The house's figures, each flow once."""
     found: dict = {}
-    since: set[str] = set()
+    since = {""}
     for key in keys:
-        for families in ASKED.get(key.partition("_")[0], ()):
-            group = [one for one in members if one.family in families and key in one.told]
-            known = [one.figures[key] for one in group if key in one.figures]
-            if known and len(known) == len(group):
-                found[key] = round(sum(known) / (len(known) if key.endswith("percent") else 1), 3)
-                since.update(one.figures.get("today_since", "") for one in group if "_today_" in key)
-            if known:
-                break
-    solar, export = found.get("generation_watts"), found.get("export_watts")
-    if solar is not None:  # at night an inverter takes a few watts, and the roof gives none
-        found["generation_watts"] = solar = max(solar, 0)
-    has_battery = any("battery_watts" in one.told for one in members)
-    if solar is not None and export is not None and ("battery_watts" in found or not has_battery):
-        found["house_watts"] = round(solar - export + found.get("battery_watts", 0), 3)
-    found["today_since"] = max(since, default="")
+        group = knowing(key, members)
+        if group:
+            numbers = [one.figures[key] for one in group]
+            found[key] = round(sum(numbers) / (len(numbers) if key == "battery_charge_percent" else 1), 3)
+            since.update(one.figures.get("today_since", "") for one in group if "_today_" in key)
+    if "generation_watts" in found:  # at night an inverter takes a few watts, and the roof gives none
+        found["generation_watts"] = max(found["generation_watts"], 0)
+    export = found.get("export_watts")
+    load = less(found.get("generation_watts"), export)
+    if load is not None and not any("house_watts" in one.figures for one in members):
+        found["house_watts"] = round(load, 3)
+    found.update({} if export is None else {"grid_watts": less(0, export)})
+    if "used_today_kilowatt_hours" in keys:
+        found.update(day_of_house(members))
+    found["today_since"] = max(*since, found.get("today_since", ""))
     return {key: found[key] for key in (*KEYS, "today_since") if found.get(key, "") != ""}
 
 
@@ -3342,7 +3642,7 @@ def shown(device: Device, store: Store, now: float) -> Shown:
     """A device as it is shown, by itself."""
     live, age, up = device.live, round(max(now - device.good, 0), 1), not store.is_stale(device.good, now)
     values = {**({} if store.is_stale(live.fresh, now) else live.gauges), **live.counters}
-    asleep = not up and device.kind != "meter" and (total(live.gauges, *SOLAR) or 0) < ASLEEP
+    asleep = not up and device.kind != "meter" and flows(device.family, live.gauges).get("generation_watts", 0) < ASLEEP
     figures = member(device, store, now)
     return Shown(device.name, label_text(device.serial), dict(device.info), up, asleep, age, figures, values)
 
@@ -3419,7 +3719,7 @@ header,footer{display:flex;flex-wrap:wrap;gap:.25rem 1rem;align-items:baseline;j
 main{display:flex;flex-wrap:wrap;gap:1rem;margin:1rem 0}
 section{flex:1 1 20rem;min-width:0;background:var(--card);border:1px solid var(--line);border-radius:.5rem;padding:1rem}
 section.wide{flex-basis:100%}
-small,.dim,dt,footer{color:var(--dim);font-size:.875rem;font-weight:400}.good{color:var(--good)}.bad{color:var(--bad)}
+small,.dim,dt,footer{color:var(--dim);font-size:.875rem;font-weight:400}.asleep{color:var(--dim)}.good{color:var(--good)}.bad{color:var(--bad)}
 dl{display:grid;grid-template-columns:repeat(var(--columns),1fr);gap:.5rem 1rem;margin:.5rem 0 0}
 dt{line-height:1.3}dd{margin:0;font-size:1.75rem;line-height:1.25;font-variant-numeric:tabular-nums;white-space:nowrap}
 dd small{color:inherit;font-size:1.25rem}dl.now dd{font-size:clamp(1.75rem,4.5vw,2.75rem)}
@@ -3507,11 +3807,13 @@ NAMES = {
     "meter_power_generation_watts": "Solar power",
     "meter_energy_generation_decawatt_hours_total": "Solar energy",
     "inverter_meter_power_watts": "Power at the CT meter",
+    "inverter_meter_energy_export_watthours_total": "Energy to the grid",
+    "inverter_meter_energy_import_watthours_total": "Energy from the grid",
     "inverter_active_power_watts": "Power at the grid connection",
     "inverter_energy_output_hectowatt_hours_day": "Energy today",
     "inverter_energy_output_hectowatt_hours_total": "Energy",
-    "inverter_energy_export_watthours_total": "Energy to the grid, by the inverter",
-    "inverter_energy_import_watthours_total": "Energy from the grid, by the inverter",
+    "inverter_energy_export_watthours_total": "Energy out of its grid terminals",
+    "inverter_energy_import_watthours_total": "Energy into its grid terminals",
     "inverter_energy_load_watthours_total": "Energy used",
     "inverter_uptime_hours_total": "Time of operation",
     "inverter_hybrid_work_mode": "Work mode",
@@ -3560,7 +3862,7 @@ def one_a_quantity(name: str) -> tuple[Series, ...]:
     for value in sorted(VALUES[name], key=lambda value: (unit(value.series[0]).startswith("0."), value.series[1])):
         best.setdefault((value.register, *value.later), value.series)
     kept = set(best.values())
-    return tuple(value.series for value in VALUES[name] if value.series in kept)
+    return tuple(dict.fromkeys(value.series for value in VALUES[name] if value.series in kept))
 
 
 def table_rows(name: str, values: dict[Series, float]) -> list[tuple[str, str]]:
@@ -3596,7 +3898,7 @@ def state(device: Shown) -> str:
     """Whether a device speaks, in words and colour."""
     if device.up:
         return '<b class="good">reporting</b>'
-    return '<b class="dim">asleep until the sun is up</b>' if device.asleep else '<b class="bad">silent</b>'
+    return '<b class="asleep">asleep until the sun is up</b>' if device.asleep else '<b class="bad">silent</b>'
 
 
 def card(device: Shown) -> str:
@@ -3843,11 +4145,9 @@ def named_for_home(devices: Sequence[Shown]) -> list[tuple[Shown, str]]:
 
 def counting(named: list[tuple[Shown, str]], key: str) -> list[list[str]]:
     """Names of the devices that count a key: first those that the house takes, then those that count the same again."""
-    groups = [
-        [name for device, name in named if device.member.family in families and key in device.member.told]
-        for families in ASKED[key.partition("_")[0]]
-    ]
-    return [group for group in groups if group]
+    members = [device.member for device, _ in named]
+    groups = ([one for one in group if key in one.told] for group in sources(key, members))
+    return [[name for device, name in named if any(device.member is one for one in group)] for group in groups if group]
 
 
 def energy_fields(named: list[tuple[Shown, str]], of_house: Iterable[str]) -> Iterator[str]:
@@ -3858,10 +4158,19 @@ def energy_fields(named: list[tuple[Shown, str]], of_house: Iterable[str]) -> It
         if takers:
             yield f"#     {field}: {', '.join(sensor_name(name, key) for name in takers[0])}"
     for word, what in (("generated", "roof"), ("imported", "grid")):
-        groups = counting(named, f"{word}_kilowatt_hours")
-        if len(groups) > 1:
-            better, other = (" and ".join(names) for names in groups)
+        first, *again = counting(named, f"{word}_kilowatt_hours") or [[]]
+        others = dict.fromkeys(name for group in again for name in group if name not in first)
+        if others:
+            better, other = " and ".join(first), " and ".join(others)
             yield f"# {better} and {other} count the same {what}: take only the energies of {better} there."
+
+
+def keys_of_house(members: Sequence[Member]) -> set[str]:
+    """The keys that a house of these devices has when none is silent and the day is not young."""
+    awake = [one._replace(figures=dict.fromkeys(one.told - {"today_since"}, 1)) for one in members]
+    found = set(house(awake))
+    has_day = found.issuperset(f"{word}_today_kilowatt_hours" for word in ("generated", "imported", "exported"))
+    return found.union(("used_today_kilowatt_hours", *SHARES) if has_day else ())
 
 
 def home_assistant(seen: Seen, address: str) -> str:
@@ -3872,7 +4181,7 @@ def home_assistant(seen: Seen, address: str) -> str:
     named = named_for_home(seen.devices)
     if not named:
         raise LookupError(f"No device is known yet: fetch this again when http://{address}/ shows one.")
-    of_house = house([device.member._replace(figures=dict.fromkeys(device.member.told, 1)) for device, _ in named])
+    of_house = keys_of_house([device.member for device, _ in named])
     sensors = [sensor(("house",), HOUSE, key) for key in SENSORS if key in of_house]
     for device, name in named:
         sensors += [sensor(("devices", device.serial), name, key) for key in SENSORS if key in device.member.told]
@@ -4340,7 +4649,7 @@ def serve_settings(arguments: list[str], environment: Mapping, command: str = "s
 def zone_trouble() -> tuple[str, str]:
     """What is wrong with this machine's time zone, and what to do about it; empty if nothing is."""
     zone = os.environ.get("TZ")
-    if zone_is_known(zone, os.path.isfile):
+    if zone_is_known(zone, first_bytes):
         return "", ""
     unknown = "TZ is not set, and there is no /etc/localtime"
     trouble = unknown if zone is None else f"TZ={zone} is no time zone that this system knows"
@@ -4356,10 +4665,12 @@ def bound(flag: str, address: tuple[str, int], bind: Callable):
         raise StartError(f"--{flag}={endpoint_text(address)}: {error.args[-1]}{hint}") from None
 
 
-def started(settings: Settings, clock: Clock = wall_clock) -> tuple[Store, Loop, Web]:
+def started(
+    settings: Settings, clock: Clock = wall_clock, rules_clock: Clock = lambda now: now
+) -> tuple[Store, Loop, Web]:
     """An exporter whose ports are bound and whose HTTP is served; `loop.run` is left to do. Raises StartError."""
     sys.setswitchinterval(0.0005)  # a scrape must not keep packets waiting for the interpreter
-    store = Store(settings.stale_after, settings.max_devices, settings.batsignal, clock)
+    store = Store(settings.stale_after, settings.max_devices, settings.batsignal, clock, rules_clock)
     journal = Journal(settings.spool_file, store) if settings.spool_file else None
     files, history = Files(store, settings.capture, settings.backfill), History(store)
     loop = bound("sems.listen-address", settings.listen_address, lambda: Loop(store, settings, files, journal))
@@ -4526,13 +4837,13 @@ def register_words(name: str, told: dict) -> dict[int, int]:
         numbers = told.get(metric, ())
         numbers = numbers if isinstance(numbers, tuple) else (numbers,)
         at = int(re.sub(r"\D", "", labels) or 1) - 1
-        if at < len(numbers):
+        if at < len(numbers) and not value.instead:
             raw = numbers[at] * value.divide / value.multiply
             is_float = value.number is KINDS["f32"].number
             bits = int.from_bytes(struct.pack(">f", raw), "big") if is_float else round(raw)
             for place in reversed((value.register, *value.later)):
                 found[place], bits = bits & 0xFFFF, bits >> 16
-            found.update([value.when] if value.when else [])
+            found.update([value.when] if value.when and value.when[1] is not None else [])
     return found
 
 
@@ -4669,7 +4980,7 @@ def demo(arguments: list[str]) -> int:
     with local_portal() as portal:
         settings = serve_settings([f"--sems.upstream={portal}", *flags], {})
         settings.refresh = DEMO_REFRESH
-        _, loop, web = started(settings, clock)
+        _, loop, web = started(settings, clock, clock)
         at_signal(loop.stop)
         what = settings.listen_address, simulated_house(0, given.hybrid), 1, clock, ended
         devices = threading.Thread(target=simulation, args=what)
@@ -4848,6 +5159,9 @@ def decode_command(arguments: list[str]) -> int:
 # -------------------------------------------------------------------------------------------------------- backfill
 
 Samples = dict[str, dict[str, dict[float, float]]]  # metric to series (labels) to seconds since 1970 to number
+Backfilled = collections.namedtuple(
+    "Backfilled", "samples later held"
+)  # and by serial: readings later than now, values held back
 
 
 def utc_seconds(times: list[datetime]) -> list[float]:
@@ -4865,23 +5179,62 @@ def utc_seconds(times: list[datetime]) -> list[float]:
     return found
 
 
-def samples_of(packets: list[Packet], extra: str) -> Samples:
-    """The readings in packets. No packet stands there twice."""
-    found: Samples = {metric: {} for metric in sorted(METRICS)}
-    told, by_device = told_models(packets), collections.defaultdict(list)
+def held_back(readings: list[tuple[float, Reading]]) -> set[tuple[float, Series]]:
+    """Which values of a device's readings, in the order of their times, the counter rules hold back."""
+    counters, found = HeldCounters(), set()
+    first: dict[Series, float] = {}
+    for seconds, one in readings:
+        for series, why in counters.take(one.values, seconds).items():
+            first.setdefault(series, seconds)
+            if why in HELD_BACK:
+                found.add((seconds, series))
+            elif why == WRONG_FIRST:
+                found.add((first[series], series))
+    return found
+
+
+def readings_of(
+    packets: list[Packet], now: float
+) -> tuple[dict[tuple[int, str], dict[float, Reading]], collections.Counter]:
+    """The readings in packets by class and serial number, and time; and how many of a serial number are later than now."""
+    times, later = collections.defaultdict(list), collections.Counter()  # type: ignore[var-annotated]
+    local = datetime.fromtimestamp(now)
     for packet in packets:
         when = device_time(packet.time)
         if when and int(packet.type[2:], 16) in (LIVE, BUFFERED):
-            by_device[packet.type, packet.serial].append((when, packet))
-    for (kind, serial), several in by_device.items():
-        cls = int(kind[:2], 16)
-        labels_of_device = device_labels(identity(kind_of(cls), serial, told.get(serial, "")))
-        for (_, packet), seconds in zip(several, utc_seconds([when for when, _ in several])):
             with contextlib.suppress(ProtocolError):
-                for (metric, labels), number in reading(family(cls, serial), registers(packet.clear)).values.items():
+                words = registers(packet.clear)
+                if when > local + timedelta(days=1):  # not even a clock of 32 bits can say it
+                    later[packet.serial] += 1
+                else:
+                    times[packet.type, packet.serial].append((when, words))
+    found: dict[tuple[int, str], dict[float, Reading]] = collections.defaultdict(dict)
+    for (kind, serial), several in times.items():
+        cls = int(kind[:2], 16)
+        for (_, words), seconds in zip(several, utc_seconds([when for when, _ in several])):
+            if seconds > now:
+                later[serial] += 1
+            else:
+                found[cls, serial][seconds] = reading(family(cls, serial), words)
+    return found, later
+
+
+def samples_of(packets: list[Packet], extra: str, now: float) -> Backfilled:
+    """The readings in packets but those later than now, without what the counter rules hold back. No packet stands there twice."""
+    found: Samples = {metric: {} for metric in sorted(METRICS)}
+    told, held = told_models(packets), collections.Counter()  # type: ignore[var-annotated]
+    by_device, later = readings_of(packets, now)
+    for (cls, serial), readings in by_device.items():
+        labels_of_device = device_labels(identity(kind_of(cls), serial, told.get(serial, "")))
+        in_order = sorted(readings.items(), key=lambda item: item[0])
+        left_out = held_back(in_order)
+        held[serial] += len(left_out)
+        for seconds, one in in_order:
+            for (metric, labels), number in one.values.items():
+                if (seconds, (metric, labels)) not in left_out:
                     series = ",".join(filter(None, (labels_of_device, labels, extra)))
                     found[metric].setdefault(series, {})[seconds] = number
-    return found
+    return Backfilled(found, later, held)
 
 
 def openmetrics(found: Samples) -> Iterator[str]:
@@ -4899,6 +5252,9 @@ def openmetrics(found: Samples) -> Iterator[str]:
 OWN_LABELS = "|".join([*DEVICE_LABELS.split(", "), *(row.labels.split(" ")[0] for row in QUANTITIES if row.labels)])
 NEW_LABEL = rf"(?s)(?!__|({OWN_LABELS})=)[a-zA-Z_][a-zA-Z0-9_]*=.+"
 extra_label = Reader("", "NAME=VALUE with a name that no series has", NEW_LABEL, lambda text: text.split("=", 1))
+
+
+HEAD_SPAN = 3 * 3600  # s that Prometheus keeps in its head before they become a block
 
 
 def backfill(arguments: list[str]) -> int:
@@ -4922,13 +5278,31 @@ def backfill(arguments: list[str]) -> int:
         frames.update(several)
     extra = {"job": given.job, "instance": given.instance, **dict(given.label)}
     labels = ",".join(label(name, value) for name, value in extra.items() if value)
-    found = samples_of([packet for packet in frames.values() if packet.wire is OUTBOUND], labels)
-    times = sorted({seconds for series in found.values() for samples in series.values() for seconds in samples})
+    now = time.time()
+    found = samples_of([packet for packet in frames.values() if packet.wire is OUTBOUND], labels, now)
+    for serial, count in sorted(found.later.items()):
+        print(f"{serial}: left out {count} readings that are later than now", file=sys.stderr)
+    for serial, count in sorted(found.held.items()):
+        if count:
+            print(
+                f"{serial}: left out {count} values of counters that fell, or rose more than is possible",
+                file=sys.stderr,
+            )
+    times = sorted({seconds for series in found.samples.values() for samples in series.values() for seconds in samples})
     if not times:
         raise StartError(f"{' '.join(given.file)}: no readings in it")
-    sys.stdout.writelines(openmetrics(found))
-    first, last = (time.strftime("%Y-%m-%d %H:%M %Z", time.localtime(seconds)) for seconds in (times[0], times[-1]))
+    sys.stdout.writelines(openmetrics(found.samples))
+    first, last, safe = (
+        time.strftime("%Y-%m-%d %H:%M %Z", time.localtime(seconds))
+        for seconds in (times[0], times[-1], times[-1] + HEAD_SPAN + 60)
+    )
     print(f"readings of {len(times)} times, {first} to {last}", file=sys.stderr)
+    if now < times[-1] + HEAD_SPAN:
+        print(
+            f"Wait until {safe} before you move the blocks into Prometheus's data: when it starts anew it drops the live "
+            "samples of all series from before the end of a block, and the last three hours are in no block of its own yet",
+            file=sys.stderr,
+        )
     return 0
 
 

@@ -4342,8 +4342,8 @@ class PageTest(unittest.TestCase):
         """The house's flows in words, without a sign; what is not known is not there."""
         rows = (
             (kit1000(2000, 500), "Solar 2,000 W House 1,500 W To the grid 500 W"),
-            (kit1000(-7, -300), "Solar 0 W House 300 W From the grid 300 W"),
-            (hybrid(800, -250, 300), "Solar 800 W House 250 W To the grid 300 W Into the battery 250 W Battery 50 %"),
+            (kit1000(-7, -300), "Solar 0 W House 293 W From the grid 300 W"),
+            (hybrid(800, -250, 300), "Solar 800 W House 7 W To the grid 300 W Into the battery 250 W Battery 50 %"),
             (hybrid(800, 250, 300), "From the battery 250 W"),
             (kit3000(-1), "The house From the grid 1 W"),
             (kit1000(1, 1, **SILENT), "Nothing is known now"),
@@ -4354,14 +4354,11 @@ class PageTest(unittest.TestCase):
 
     def test_order(self) -> None:
         """Portal, house, picture, today, meters, inverters; since when is said once."""
-        with time_zone("UTC"):
-            energy = {"meter_energy_import_decawatt_hours_total": 250}
-            base = {("meter_energy_import_decawatt_hours_total", ""): 0}
-            day = sems.Day(date(1970, 1, 1), datetime(1970, 1, 1, 0, 10), base)
-            inverter = of_family("GRID", {"inverter_power_output_watts": 5}, serial=INVERTER)
-            inverter.kind, inverter.name = "inverter", ("inverter", "A model", "00000042")
-            seen = seen_of(inverter, kit1000(1, 1, counters=energy, day=day))
-            text = self.texts(page_of(seen, day_of_points()))
+        inverter = of_family("GRID", {"inverter_power_output_watts": 5}, serial=INVERTER)
+        inverter.kind, inverter.name = "inverter", ("inverter", "A model", "00000042")
+        seen = seen_of(inverter, kit1000(1, 1))
+        seen.house.update(imported_today_kilowatt_hours=2.5, today_since="1970-01-01T00:10:00")
+        text = self.texts(page_of(seen, day_of_points()))
         parts = ("Local: no portal", "The house", "Power, last 24 hours", "Today since 00:10", "2.5 kWh")
         order = (*parts, "HomeKit 1000", METER, "A model", INVERTER)
         places = [text.find(word) for word in order]
@@ -4404,18 +4401,17 @@ class PageTest(unittest.TestCase):
             "battery_mode#1": 3, "battery_mode#2": 77, "inverter_hybrid_work_mode": 1,
         }  # fmt: skip
         counters = {"inverter_energy_output_hectowatt_hours_total": 20642, "inverter_uptime_hours_total": 1667}
-        with mock.patch.object(sems, "SERIES", sems.SERIES):
-            rows = (
-                ("GRID", inverter, counters, {
-                    "String voltage": "334.7 V", "Power factor": "0.985", "Work mode": "normal", "Errors": "none",
-                    "Warnings": "0x12", "Internal temperature": "−6.6 °C", "Energy": "2,064.2 kWh",
-                    "Time of operation": "1,667 h",
-                }),
-                ("HYBRID", hybrids, {}, {
-                    "Battery power, 1": "−1,500 W", "Battery power, 2": "20 W", "Battery state of charge, 1": "97 %",
-                    "Battery mode, 1": "charging", "Battery mode, 2": "77", "Work mode": "on grid",
-                }),
-            )  # fmt: skip
+        rows = (
+            ("GRID", inverter, counters, {
+                "String voltage": "334.7 V", "Power factor": "0.985", "Work mode": "normal", "Errors": "none",
+                "Warnings": "0x12", "Internal temperature": "−6.6 °C", "Energy": "2,064.2 kWh",
+                "Time of operation": "1,667 h",
+            }),
+            ("HYBRID", hybrids, {}, {
+                "Battery power, 1": "−1,500 W", "Battery power, 2": "20 W", "Battery state of charge, 1": "97 %",
+                "Battery mode, 1": "charging", "Battery mode, 2": "77", "Work mode": "on grid",
+            }),
+        )  # fmt: skip
         for family, gauges, counted, wanted in rows:
             with self.subTest(family):
                 device = of_family(family, gauges, counted)
@@ -4444,10 +4440,10 @@ class PageTest(unittest.TestCase):
         """Reporting, silent, or asleep: an inverter while the roof gives nothing, by a meter or its own last packet."""
         sleeper = {"serial": INVERTER, "fresh": 600.0}
         rows = (
-            ([kit1000(-7, -300), dns(1500, **sleeper)], 'class="dim">asleep'),
+            ([kit1000(-7, -300), dns(1500, **sleeper)], 'class="asleep">asleep'),
             ([kit1000(2500, 300), dns(5, **sleeper)], 'class="bad">silent'),
             ([kit1000(2500, 300), dns(5, serial=INVERTER)], 'class="good">reporting'),
-            ([dns(40, **sleeper)], 'class="dim">asleep'),
+            ([dns(40, **sleeper)], 'class="asleep">asleep'),
             ([dns(1500, **sleeper)], 'class="bad">silent'),
             ([kit1000(0, 0, fresh=600.0)], 'class="bad">silent'),
         )
@@ -4682,12 +4678,7 @@ class HomeAssistantTest(unittest.TestCase):
     def a_roof(self) -> list:
         """A meter and a sleeping inverter."""
         energy = {"meter_energy_generation_decawatt_hours_total": 1, "meter_energy_import_decawatt_hours_total": 2}
-        meter = kit1000(
-            5,
-            5,
-            counters=energy,
-            day=sems.Day(date(1970, 1, 1), None, dict.fromkeys([(name, "") for name in energy], 0)),
-        )
+        meter = kit1000(5, 5, counters=energy)
         roof = dns(5, counters={"inverter_energy_output_hectowatt_hours_total": 7}, serial=INVERTER, **SILENT)
         roof.kind, roof.name = "inverter", ("inverter", "GW3000-DNS-30", "00000042")
         return [meter, roof]
