@@ -3589,7 +3589,6 @@ def house(members: Sequence[Member], keys: Iterable[str] = KEYS) -> dict:
 # A minute of the picture. time: seconds since 1970 of the shown time; watts: of PICTURED, None is not known.
 Point = collections.namedtuple("Point", "time watts")
 PICTURED = ("generation_watts", "house_watts", "grid_watts", "battery_watts")  # sources are positive
-DAY = 86400
 
 
 def is_known(point: Point) -> bool:
@@ -3726,7 +3725,7 @@ dd small{color:inherit;font-size:1.25rem}dl.now dd{font-size:clamp(1.75rem,4.5vw
 @media(max-width:48rem){dl{grid-template-columns:1fr 1fr}div:last-child:nth-child(odd){grid-column:1/-1}}
 .solar{color:var(--solar)}.house{color:var(--house)}.bought{color:var(--bought)}.sold{color:var(--sold)}
 .battery{color:var(--battery)}
-figure{margin:1.25rem 0 0}figure>svg{display:block;width:calc(100% - 3.5rem);height:17rem;margin:0 0 2rem 3.5rem;overflow:visible}
+figure{margin:1.25rem 0 0}figure>svg{display:block;width:calc(100% - 4.5rem);height:17rem;margin:0 1rem 2rem 3.5rem;overflow:visible}
 text{font-size:.8125rem;fill:var(--dim)}text.level{transform:translate(-.5rem,.3em)}text.time{transform:translateY(1.2rem)}
 text.midnight{fill:var(--ink);font-weight:600}
 path{fill:none;stroke:currentColor;stroke-width:2px;vector-effect:non-scaling-stroke;stroke-linejoin:round}
@@ -3802,6 +3801,9 @@ def tile_row(tiles: dict, figures: dict, css: str) -> str:
 # The foldable table. A quantity's name is its metric's, without kind of device and unit, or one of these.
 NAMES = {
     "meter_power_export_watts": "Power to the grid",
+    "meter_channel_power_watts": "Power",
+    "meter_channel_energy_export_watthours_total": "Energy out",
+    "meter_channel_energy_import_watthours_total": "Energy in",
     "meter_energy_export_decawatt_hours_total": "Energy to the grid",
     "meter_energy_import_decawatt_hours_total": "Energy from the grid",
     "meter_power_generation_watts": "Solar power",
@@ -3810,8 +3812,8 @@ NAMES = {
     "inverter_meter_energy_export_watthours_total": "Energy to the grid",
     "inverter_meter_energy_import_watthours_total": "Energy from the grid",
     "inverter_active_power_watts": "Power at the grid connection",
-    "inverter_energy_output_hectowatt_hours_day": "Energy today",
-    "inverter_energy_output_hectowatt_hours_total": "Energy",
+    "inverter_energy_output_hectowatt_hours_day": "Energy generated today",
+    "inverter_energy_output_hectowatt_hours_total": "Energy generated",
     "inverter_energy_export_watthours_total": "Energy out of its grid terminals",
     "inverter_energy_import_watthours_total": "Energy into its grid terminals",
     "inverter_energy_load_watthours_total": "Energy used",
@@ -3976,8 +3978,8 @@ def whole_hours(axes: Axes) -> list[datetime]:
 
 
 def axis_text(x: float, y: float, css: str, text: str) -> str:
-    """A text at an axis, placed in % of the plot; one at the left or right edge does not reach beyond it."""
-    anchor = "end" if css == "level" or x > 97 else "start" if x < 3 else "middle"
+    """A text at an axis, placed in % of the plot: levels left of it, all else below."""
+    anchor = "end" if css == "level" else "middle"
     return f'<text x="{x:.1f}%" y="{y:.1f}%" class="{css}" text-anchor="{anchor}">{minus(text)}</text>'
 
 

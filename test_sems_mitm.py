@@ -4404,7 +4404,7 @@ class PageTest(unittest.TestCase):
         rows = (
             ("GRID", inverter, counters, {
                 "String voltage": "334.7 V", "Power factor": "0.985", "Work mode": "normal", "Errors": "none",
-                "Warnings": "0x12", "Internal temperature": "−6.6 °C", "Energy": "2,064.2 kWh",
+                "Warnings": "0x12", "Internal temperature": "−6.6 °C", "Energy generated": "2,064.2 kWh",
                 "Time of operation": "1,667 h",
             }),
             ("HYBRID", hybrids, {}, {
@@ -4433,8 +4433,8 @@ class PageTest(unittest.TestCase):
                 self.assertNotRegex(name.lower(), r"deci|centi|_|total|hours|watt|inverter_|\bac\b|\bdc\b")
         kit = [what for what, _ in sems.table_rows("HK1000", dict.fromkeys(sems.one_a_quantity("HK1000"), 1))]
         self.assertIn("Power to the grid", kit)
-        self.assertNotIn("Channel power, 1", kit)
-        self.assertIn("Channel power, 3", kit)
+        self.assertNotIn("Power, channel 1", kit)
+        self.assertIn("Power, channel 3", kit)
 
     def test_states(self) -> None:
         """Reporting, silent, or asleep: an inverter while the roof gives nothing, by a meter or its own last packet."""
