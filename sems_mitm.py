@@ -1100,9 +1100,8 @@ class HeldCounter:
         self.sure = self.shown  # the last taken one that was right: the reading right after it was not below it
         self.gained: float = 0  # from the first reading on
         self._wh, self._readings = watt_hours(metric), 1
-        self._row: list[
-            Count
-        ] = []  # held-back readings, one right after the other, that agree; of falls the first and the last
+        # Held-back readings, one right after the other, that agree; of falls the first and the last of them.
+        self._row: list[Count] = []
 
     def could_make(self, seconds: float) -> float:
         """How much of the counter's unit is possible in a time; hours of operation run twice as fast as the clock at most."""
@@ -1191,6 +1190,7 @@ Day = collections.namedtuple("Day", "date since marks")
 MARKS = 16  # times of a day that are kept for a device
 OWN_DAY = ("inverter_energy_output_hectowatt_hours_day", "")  # an inverter's own count of the day
 OWN_TOTAL = ("inverter_energy_output_hectowatt_hours_total", "")
+CLOCK_STEP = 60  # s that this machine's clock may be off the monotonic one from one look to the next: else it was set
 CLOCK_AGREES = 600  # s between a device's clock and ours: its day is ours
 
 
@@ -1451,10 +1451,10 @@ class Store:
     # Packets are decoded
 
     def look(self, now: float) -> None:
-        """Decode all that waits, and begin a day at midnight. Called once a second, and before anything is shown."""
+        """Begin a day at midnight, and decode all that waits. Called once a second, and before anything is shown."""
+        self._begin_day(now)
         while self.undecoded:
             self.digest_one(now)
-        self._begin_day(now)
 
     digest = look  # the name by which its callers know it
 
@@ -1503,7 +1503,7 @@ class Store:
             live.day and before and before.date() < live.day.date and silent >= LONGEST and not self._slept(device)
         )
         if not live.day or overslept or {RESET, RISEN, WRONG_FIRST}.intersection(said.values()):
-            self._begin_counting(device, local)
+            self._begin_counting(device, local if self._looked is None else datetime.fromtimestamp(self._looked[0]))
         self.readings += 1
         self._learn(device, found.info, came)
 
@@ -1540,7 +1540,7 @@ class Store:
         if looked is None:
             return
         local, before = datetime.fromtimestamp(wall), datetime.fromtimestamp(looked[0])
-        was_set = abs(wall - looked[0] - (rules - looked[1])) > PERIOD
+        was_set = abs(wall - looked[0] - (rules - looked[1])) > CLOCK_STEP
         is_midnight = local.date() == before.date() + timedelta(days=1) and not was_set
         if local.date() == before.date() and not was_set:
             return
@@ -3507,8 +3507,8 @@ def sources(key: str, members: Sequence[Member]) -> Iterator[list[Member]]:
     HomeKit 1000s measure the roof, and an inverter beside them adds nothing; but their second channel sees what a hybrid
     gives and takes, the battery's share included. A hybrid without a meter knows what passes its own terminals alone.
     """
-    roofs, hybrids, grid_tied = (
-        [one for one in members if one.family == name] for name in ("HK1000", "HYBRID", "GRID")
+    roofs, kits, hybrids, grid_tied = (
+        [one for one in members if one.family == name] for name in ("HK1000", "HK3000", "HYBRID", "GRID")
     )
     word = key.partition("_")[0]
     if word in ("generation", "generated"):
@@ -3516,8 +3516,7 @@ def sources(key: str, members: Sequence[Member]) -> Iterator[list[Member]]:
             yield hybrids + grid_tied
         yield from (roofs, hybrids + grid_tied)
     elif word in ("export", "exported", "imported"):
-        yield [one for one in members if one.family in ("HK1000", "HK3000")]
-        yield from ([one for one in hybrids if one.metered], grid_tied, hybrids)
+        yield from (roofs, kits, [one for one in hybrids if one.metered], grid_tied, hybrids)
     elif word == "house":
         yield from (roofs, hybrids)
     else:

@@ -1064,7 +1064,7 @@ class Fuzz(unittest.TestCase):
         else:
             if sems.draws_bat(where) and and_back:
                 self.assertIn(len(sems.with_bat(data) or data), range(len(data) - 15, len(data) + 1))
-            live.take(sems.reading(sems.family(where.cls, where.serial), sems.registers(packet.clear)), 0.0, clock)
+            live.take(sems.reading(sems.family(where.cls, where.serial), sems.registers(packet.clear)), 0.0, 0.0)
 
 
 # -------------------------------------------------------------------------------------- readings, identity, time, bat
@@ -1089,7 +1089,7 @@ class Readings(unittest.TestCase):
         ):
             self.assertEqual([*sems.reading(family, words).unknown.items()], [*wanted.items()], family)
         live = sems.Live()
-        live.take(sems.reading("GRID", {**dict.fromkeys(range(10000, 10200), 7), 9000: 5}), 0.0, clock)
+        live.take(sems.reading("GRID", {**dict.fromkeys(range(10000, 10200), 7), 9000: 5}), 0.0, 0.0)
         self.assertEqual([*live.unknown], [9000, *range(10000, 10127)])
 
     def test_info(self):
@@ -1247,71 +1247,239 @@ def named(name: str) -> bytes:
     return sems.payload([(40173, sems.text_words(name, 16))])
 
 
-class OrderTest(unittest.TestCase):
-    def test_order(self):
-        """Older live packets do not count, but for the third in a row with rising times; what is no date takes no part."""
-        for name, minutes, wanted in (
-            ("rising", (0, 1, 2), "yyy"), ("equal is new", (0, 0, 0), "yyy"), ("older", (9, 5), "yn"),
-            ("the third older, rising", (9, 1, 2, 3, 4), "ynnyy"), ("not rising", (9, 3, 2, 1), "ynnn"),
-            ("equal is not rising", (9, 1, 1, 1, 1), "ynnnn"), ("rising after a fall", (9, 5, 1, 2, 3), "ynnny"),
-            ("a newer one between", (9, 1, 2, 9, 3), "ynnyn"), ("the set-back clock stays", (9, 1, 2, 3, 2), "ynnyn"),
-            ("no date is used", (9, None, 9), "yyy"), ("no date does not end a row", (9, 1, None, 2, 3), "ynyny"),
-            ("no date first", (None, 5, 1), "yyn"),
-        ):  # fmt: skip
+HOUR, NIGHT, DAY, QUARTER = 3600, 14 * 3600, 86400, 90 * 86400
+ENERGY = "meter_energy_export_decawatt_hours_total"  # one is 10 Wh
+
+
+def increase(values) -> float:
+    """What Prometheus's increase() makes of a counter's values: all that it rises, and after a fall all of the new value."""
+    return sum(new - old if new >= old else new for old, new in zip(values, values[1:]))
+
+
+def published(readings, metric: str = ENERGY) -> tuple:
+    """The counter of a metric that has said (seconds, number), and the values that a scrape after each reading shows."""
+    (start, first), *rest = readings
+    counter, values = sems.HeldCounter(metric, first, start), [first]
+    for at, number in rest:
+        counter.take(number, at)
+        values.append(counter.shown.number)
+    return counter, values
+
+
+def apart(seconds: float, *numbers: float, begin: float = 0.0) -> list:
+    """Readings so many seconds apart."""
+    return [(begin + i * seconds, number) for i, number in enumerate(numbers)]
+
+
+def after(readings: list, seconds: float, more: list) -> list:
+    """Readings, and more of them that begin so many seconds later."""
+    return readings + [(readings[-1][0] + seconds + at, number) for at, number in more]
+
+
+class HeldCountersTest(unittest.TestCase):
+    """No kWh that was not there, and none lost."""
+
+    def test_sequences(self):
+        """What is shown of a sequence, and what increase() makes of it, beside the energy that was there."""
+        minutes = lambda *numbers: apart(60, *numbers)
+        known = minutes(58109, 58110)
+        years = apart(60, 58109, 58110)
+        reset = after(known, 60, [(0, 0), (60, 1), *apart(600, *range(2, 160), begin=600)])
+        table = (
+            # readings; the last values that are shown; the energy that increase() tells
+            ("rising", minutes(5, 6, 6, 9), [5, 6, 6, 9], 4),
+            ("a fall of one, for a while", minutes(58110, *[58109] * 5, 58111), [58110] * 6 + [58111], 1),
+            ("a fall of one, for ever", minutes(58110, *[58109] * 3000), [58110], 0),
+            ("a fall to half, for a while", after(known, 60, minutes(*[29055] * 900, 58111)), [58111], 2),
+            ("a fall to half, for ever", after(known, 60, apart(HOUR, *range(29055, 29155))), [58110], 1),
+            ("a fall to 40 %, for ever", after(known, 60, apart(HOUR, *range(23244, 23344))), [58110], 1),
+            ("a fall to 80 %, until it has caught up", after(known, 60, apart(HOUR, *range(46010, 58211, 100))), [58110, 58210], 101),
+            ("once ten times as much", minutes(58110, 581100, 58111), [58110, 58110, 58111], 1),
+            ("a jump, once", minutes(58110, 999999, 58111), [58110, 58110, 58111], 1),
+            ("a jump, twice", minutes(58110, 999999, 999999, 58111), [58110] * 3 + [58111], 1),
+            ("jumps of their own", minutes(58110, 999999, 58111, 888888, 58111, 777777, 58112), [58111, 58111, 58112], 2),
+            ("three jumps that fall", minutes(58110, 999999, 888888, 777777, 58111), [58110] * 4 + [58111], 1),
+            ("three jumps that rise too much", minutes(58110, 600000, 700000, 800000, 58111), [58110] * 4 + [58111], 1),
+            ("three jumps that agree", minutes(58110, 70000, 70001, 70003), [58110] * 3 + [70003], 70003 - 58110),
+            ("a fall among jumps", minutes(58110, 70000, 70001, 5, 70003, 70003, 70004), [58110] * 6 + [70004], 70004 - 58110),
+            ("a night", after(known, NIGHT, minutes(58600, 58601)), [58600, 58601], 492),
+            ("a day of 101 kWh", after(known, DAY, minutes(68210, 68211)), [68210, 68211], 10102),
+            ("three months of 101 kWh", after(known, QUARTER, minutes(68210)), [68210], 10101),
+            ("three months of more", after(known, QUARTER, minutes(68211, 68212, 68214)), [58110, 58110, 68214], 10105),
+            ("a minute's worth", minutes(1000, 1266, 1532), [1000, 1266, 1532], 532),
+            ("more than a minute's worth", minutes(1000, 1267, 1268, 1268), [1000, 1000, 1268, 1268], 268),
+            ("a real reset", reset, [58110, 159], 1 + 159),
+            ("one that stands still for a day", after(known, 60, apart(HOUR, *[0] * 40)), [58110], 1),
+            ("and comes back", after(known, 60, apart(HOUR, *[7] * 40, 58111)), [58110, 58111], 2),
+            ("a reset too high to be true", after(known, 60, apart(HOUR, *range(300, 340))), [58110], 1),
+            ("one that is not below half", after(minutes(10, 11), 60, apart(HOUR, *[6] * 30, 7)), [11], 1),
+            ("a first that was wrong", minutes(999999, 58110, 58111, 58112), [999999, 999999, 58111, 58112], 58112),
+            ("a first that was right, and a dip", minutes(58110, 5, 58111), [58110, 58110, 58111], 1),
+            ("a first that was right, and two other dips", minutes(58110, 6, 5, 58111), [58110] * 3 + [58111], 1),
+            ("a first that was right, and two zeros", minutes(58110, 0, 0, 58111), [58110] * 3 + [58111], 1),
+            ("a channel at 0 for years", apart(DAY, *[0] * 3000, 1, 2), [0, 1, 2], 2),
+            ("u32 at its wrap", minutes(2**32 - 2, 2**32 - 1, 0, 1, 2), [2**32 - 1], 1),
+            ("u48", minutes(2**48 - 3, 2**48 - 2), [2**48 - 2], 1),
+            ("u64", minutes(2**64 - 3, 2**64 - 2), [2**64 - 2], 1),
+            ("f32, whose steps are wide", minutes(1677721.6, 1677721.8, 1677721.6, 1677722.0), [1677721.8, 1677721.8, 1677722.0], 0.4),
+            ("the same again and again", years + after(years, 60, minutes(*[58110] * 50)), [58110], 1),
+        )  # fmt: skip
+        for name, readings, last, told in table:
             with self.subTest(name):
-                order = sems.Order()
-                stamps = [sems.time_stamp(minute(m)) if m is not None else bytes(6) for m in minutes]
-                self.assertEqual("".join("ny"[order.is_new(stamp)] for stamp in stamps), wanted)
+                counter, values = published(readings)
+                if len(last) == 1 or name in ("a fall to 80 %, until it has caught up", "a real reset"):
+                    self.assertEqual(values[-1], last[-1])
+                    self.assertLessEqual(set(last), set(values))
+                else:
+                    self.assertEqual(values[-len(last) :], last)
+                self.assertAlmostEqual(increase(values), told, places=6)
+                if name != "a first that was wrong":  # our own `today` is not taken in by that
+                    self.assertAlmostEqual(counter.gained, told, places=6)
+                else:
+                    self.assertEqual(counter.gained, 1)
 
-
-class LiveTest(unittest.TestCase):
-    COUNTER, GAUGE = ("a_total", ""), ("a_watts", "")
-
-    def test_dips(self):
-        """A counter below its held value is held until the third in a row below it, none below the one before, which is taken."""
-        for name, values, wanted, dips in (
-            ("rising", (5, 6, 6, 9), (5, 6, 6, 9), 0), ("one dip", (9, 0, 9, 10), (9, 9, 9, 10), 1), ("two dips", (9, 0, 1, 10), (9, 9, 9, 10), 2),
-            ("a new start", (9, 1, 2, 3, 4), (9, 9, 9, 3, 4), 2), ("a new start that stands still", (9, 1, 1, 1), (9, 9, 9, 1), 2),
-            ("falling", (9, 3, 2, 1, 0), (9, 9, 9, 9, 9), 4), ("falling, then rising", (9, 5, 1, 2, 3), (9, 9, 9, 9, 3), 3),
-            ("a good one between", (9, 1, 2, 9, 1, 2), (9, 9, 9, 9, 9, 9), 4),
-            ("a packet without it between", (9, 1, None, 2, 3), (9, 9, 9, 9, 9), 3),
+    def test_units(self):
+        """How much a house can make counts in each counter's own unit."""
+        for metric, most in (
+            (ENERGY, 10100), ("meter_channel_energy_export_watthours_total", 101000), ("battery_energy_charge_watthours_total", 101000),
+            ("inverter_energy_output_hectowatt_hours_total", 1010), ("inverter_uptime_hours_total", 3),
         ):  # fmt: skip
-            with self.subTest(name):
-                live, got, held = sems.Live(), [], 0
-                for value in values:
-                    found = {} if value is None else {self.COUNTER: value, self.GAUGE: value}
-                    held += live.take(sems.Reading(found, 0, {}, {}), 0.0, clock)
-                    got.append(live.counters[self.COUNTER])
-                    self.assertEqual(live.gauges, {} if value is None else {self.GAUGE: value})
-                self.assertEqual((tuple(got), held), (wanted, dips))
+            with self.subTest(metric):
+                for more, taken in ((most, True), (most + 1, False)):
+                    _, values = published([(0, 7), (HOUR, 7 + more)], metric)
+                    self.assertEqual(values[-1] != 7, taken)
+        _, values = published([(0, 100), (QUARTER, 100 + QUARTER / HOUR)], "inverter_uptime_hours_total")
+        self.assertEqual(values[-1], 2260)
 
-    def test_days(self):
-        """Counting begins at midnight where a reading less than an hour before it is known, else with the first reading."""
-        hour = 3600.0
-        for name, steps, since, base in (  # steps: hours since noon, what the clock is then set on by, the counter
-            ("the first reading", [(0, 0, 7)], 0, 7),
-            ("the same day goes on", [(0, 0, 7), (11.9, 0, 9)], 0, 7),
-            ("over midnight", [(0, 0, 7), (11.9, 0, 9), (12.1, 0, 10)], None, 9),
-            ("a reading at midnight", [(11.9, 0, 9), (12, 0, 10)], None, 9),
-            ("a gap", [(0, 0, 7), (11.1, 0, 9), (12.2, 0, 10)], 12.2, 10),
-            ("a day without a reading", [(0, 0, 7), (11.9, 0, 9), (36.1, 0, 10)], 36.1, 10),
-            ("two midnights", [(11.9, 0, 9), (12.1, 0, 10), (35.9, 0, 15), (36.1, 0, 16)], None, 15),
-            ("a clock set on", [(0, 0, 7), (0.1, 24, 9)], 24.1, 9),
-            ("a clock set back", [(0, 0, 7), (0.1, -24, 9)], -23.9, 9),
-            ("a clock set on over midnight", [(11.8, 0, 7), (11.9, 0.2, 9)], 12.1, 9),
+    def test_groups(self):
+        """Counters that are all 0 say nothing, each group by itself; one 0 among others is a value."""
+        solar, hours, grid = (
+            (name, "")
+            for name in ("inverter_energy_output_hectowatt_hours_total", "inverter_uptime_hours_total", ENERGY)
+        )
+        for name, readings, wanted, falls in (
+            ("at dawn", [(900, 7, 50), (0, 0, 51), (0, 0, 52), (901, 8, 53)], (901, 8, 53), 0),
+            ("at the very start", [(0, 0, 0), (0, 0, 0), (900, 7, 50)], (900, 7, 50), 0),
+            ("at the start, of the meter alone", [(900, 7, 0)], (900, 7, None), 0),
+            ("at the start, but for the meter", [(0, 0, 50)], (None, None, 50), 0),
+            ("for two days", [(900, 7, 50), *[(0, 0, 50)] * 60, (901, 7, 50)], (901, 7, 50), 0),
+            ("the energy alone", [(900, 7, 50), (0, 7, 51), (901, 7, 51)], (901, 7, 51), 1),
+            ("of the meter", [(900, 7, 50), (900, 7, 0), (901, 7, 50)], (901, 7, 50), 0),
         ):
             with self.subTest(name):
-                ahead = [0]
+                held, said = sems.HeldCounters(), []
+                for i, numbers in enumerate(readings):
+                    said += held.take(dict(zip((solar, hours, grid), numbers)), i * HOUR).values()
+                self.assertEqual([held.shown().get(series) for series in (solar, hours, grid)], [*wanted])
+                self.assertEqual(said.count(sems.FALL), falls)
+        for family, values in sems.VALUES.items():  # the name says the group
+            for value in values:
+                if value.counter and value.register >= 30000:
+                    self.assertEqual(value.series[0].startswith("meter_"), value.register >= 36000, value.series)
+
+    def test_stuck(self):
+        """A counter counts as stuck when it has been held for a day."""
+        for readings, wanted in (
+            (apart(HOUR, 9, 8, 8), False),
+            (apart(HOUR, 9, *[8] * 24), True),
+            (apart(HOUR, 9, *[8] * 24, 9), False),
+            (apart(HOUR, 9, *[8] * 24, 99999), False),
+        ):
+            counter, _ = published(readings)
+            self.assertEqual(counter.is_stuck(readings[-1][0]), wanted)
+
+    @staticmethod
+    def history(chance: random.Random) -> list:
+        """(seconds, true number, number as it was read) of some weeks; the first two are true, and no two wrong ones in a row."""
+        gaps = chance.sample((1, 60, 60, 600, HOUR, NIGHT, DAY, QUARTER), chance.randint(1, 4))
+        at, truth, found = 0, chance.choice((0, 3, 500, 5000, 9000, 58110, 10**7)), []
+        for i in range(chance.randint(5, 60)):
+            gap = chance.choice(gaps)
+            at, truth = at + gap, truth + int(chance.random() * chance.choice((0, 1, 1000, 5000)) * gap / HOUR)
+            wrong = (0, 1, truth // 2, truth // 3, truth * 10, max(truth - 1, 0), truth + 5000, chance.randrange(2**32))
+            is_wrong = i >= 2 and found[-1][1] == found[-1][2] and chance.random() < 0.4
+            found.append((at, truth, chance.choice(wrong) if is_wrong else truth))
+        for _ in range(100):  # it catches up
+            at, truth = at + 60, truth + 150
+            found.append((at, truth, truth))
+        return found
+
+    def test_any_history(self):
+        """Whatever the truth, and whichever single readings are wrong: what is shown never falls, is never above the truth by more than the first rule allows, and ends at the truth."""
+        for seed in range(1500):
+            history = self.history(random.Random(seed))
+            counter, values = published([(at, number) for at, _, number in history])
+            above = max(number - truth for number, (_, truth, _) in zip(values, history))
+            with self.subTest(seed=seed):
+                self.assertEqual(values, sorted(values))
+                self.assertLessEqual(above, 10100)
+                self.assertEqual((values[-1], counter.gained), (history[-1][1], history[-1][1] - history[0][1]))
+
+
+class DayTest(unittest.TestCase):
+    """Days begin at midnight where that was seen."""
+
+    def test_days(self):
+        """When counting began, and what was gained since, of a HomeKit that is looked at every half minute but for gaps."""
+        hour = 3600.0
+        for name, steps, since, gained in (  # steps: hours since noon, what the clock is then set on by, the counter
+            ("the first reading", [(0, 0, 7)], 0, 0),
+            ("the same day goes on", [(0, 0, 7), (11.9, 0, 9)], 0, 2),
+            ("over midnight", [(0, 0, 7), (11.9, 0, 9), (12.1, 0, 10)], None, 1),
+            ("midnight, and nothing yet", [(0, 0, 7), (11.9, 0, 9), (12.1, 0, None)], None, 0),
+            ("a silence over midnight", [(0, 0, 7), (11.1, 0, 9), (12.2, 0, 10)], 12.2, 0),
+            ("a silence over midnight goes on", [(0, 0, 7), (11.1, 0, 9), (18, 0, None)], None, 0),
+            ("a silence by day", [(0, 0, 7), (11.1, 0, 9)], 0, 2),
+            ("a day without a reading", [(0, 0, 7), (11.9, 0, 9), (36.1, 0, 10)], 36.1, 0),
+            ("two midnights", [(11.9, 0, 9), (12.1, 0, 10), (35.9, 0, 15), (36.1, 0, 16)], None, 1),
+            (
+                "a jump that is taken",
+                [(0, 0, 7), (0.1, 0, 90007), (0.2, 0, 90008), (0.3, 0, 90009), (0.4, 0, 90010)],
+                0.3,
+                1,
+            ),
+            ("a clock set on by a day", [(0, 0, 7), (0.1, 24, 9)], 24.1, 2),
+            ("a clock set back by a day", [(0, 0, 7), (0.1, -24, 9)], -23.9, 2),
+            ("a clock set on over midnight", [(11.8, 0, 7), (11.9, 0.2, 9)], 12.1, 2),
+            ("a clock set on by day", [(0, 0, 7), (0.1, 3, 9)], 3.1, 2),
+            ("one of a day from midnight on", [(11.9, 0, 7), (12.1, 0, 8), (13, 3, 9)], None, 2),
+            ("a clock set on by half a minute", [(11.9, 0, 7), (11.99, 0.008, 8), (12.1, 0, 9)], None, 1),
+        ):
+            with self.subTest(name), time_zone("UTC0"):
+                ahead, now = [0.0], -60.0
                 store = sems.Store(clock=lambda now: clock(now) + ahead[0])
                 for at, jump, count in steps:
+                    while now + 30 < at * hour:
+                        now += 30
+                        store.look(now)
                     ahead[0] += jump * hour
-                    meet(store, frame(when=NOON + timedelta(hours=at), ranges=[(2048, (0, 0, count))]), now=at * hour)
-                    store.digest(at * hour)
-                day = only(store).live.day
-                newest = NOON + timedelta(hours=steps[-1][0] + ahead[0] / hour)
-                self.assertEqual(day.date, newest.date())
-                self.assertEqual(day.since, since if since is None else NOON + timedelta(hours=since))
-                self.assertEqual(day.base["meter_energy_export_decawatt_hours_total", ""], base)
+                    store.look(at * hour)
+                    if count is not None:
+                        stamp = datetime.fromtimestamp(store.clock(at * hour))
+                        meet(store, frame(when=stamp, ranges=[(2048, (0, count >> 16, count & 0xFFFF))]), now=at * hour)
+                    store.look(at * hour)
+                live, moment = only(store).live, datetime.fromtimestamp(store.clock(steps[-1][0] * hour))
+                self.assertEqual(live.day.date, moment.date())
+                self.assertEqual(
+                    live.day.since, since if since is None else datetime.fromtimestamp(clock(since * hour))
+                )
+                self.assertEqual(sems.gains(live, live.day.since)["exported"], gained / 100)
+
+    def test_marks(self):
+        """Gains are compared from the moment at which the last of the devices began; a day remembers sixteen of them."""
+        store = sems.Store(clock=clock)
+        for i in range(40):
+            store.look(i * 60.0)
+            for j in range(i // 2 + 1):
+                ranges = [(2048, (0, 0, 100 + i))]
+                meet(store, frame(when=minute(i), serial=f"91000HKU{j:08d}", ranges=ranges), now=i * 60.0)
+        store.look(2400.0)
+        first, last = (store.devices["meter", f"91000HKU{j:08d}"].live for j in (0, 19))
+        self.assertEqual(len(first.day.marks), 16)
+        self.assertEqual(sems.gains(first, first.day.since), {"exported": 0.39})
+        self.assertEqual(sems.gains(first, last.day.since), {"exported": 0.01})
+        self.assertEqual(sems.gains(last, last.day.since), {"exported": 0.01})
+        self.assertEqual(sems.gains(last, NOON), {})
 
 
 class StoreTest(SocketCase):
@@ -4090,15 +4258,13 @@ def dns(power: float, **more):
     return of_family("GRID", {"inverter_power_output_watts": power}, **more)
 
 
-def hybrid(solar: float, battery: float | None = None, export: float | None = None, mode: float | None = None, **more):
-    told = {
-        "inverter_string_power_watts#1": solar / 4,
-        "inverter_string_power_watts#2": solar * 3 / 4,
-        "inverter_load_watts": 7,
-    }
+def hybrid(solar: float, battery: float | None = None, export: float | None = None, load: float = 7, **more):
+    """Its load is on the grid side; what passes its terminals is what is left."""
+    power = solar + (battery or 0)
+    told = {"inverter_string_power_watts#1": solar / 4, "inverter_string_power_watts#2": solar * 3 / 4}
+    told.update(inverter_power_output_watts=power, inverter_active_power_watts=power - load)
     told.update({} if battery is None else {"battery_power_watts#1": battery, "battery_state_of_charge_ratio#1": 0.5})
     told.update({} if export is None else {"meter_power_export_watts": export})
-    told.update({} if mode is None else {"battery_mode#1": mode})
     return of_family("HYBRID", told, **more)
 
 
@@ -4118,31 +4284,26 @@ class HouseholdTest(unittest.TestCase):
         return sems.house([sems.member(device, store, now) for device in devices])
 
     def test_flows(self) -> None:
-        """Generation, house, export and battery of each combination of devices; None is not known."""
+        """Generation, house, export and battery where devices are silent, double or alone; None is not known."""
         u = None
         rows = (
-            ("HomeKit 1000 alone", [kit1000(2000, 500)], 2000, 1500, 500, u),
-            ("with an inverter", [kit1000(2000, 500), dns(1990)], 2000, 1500, 500, u),
-            ("with a silent inverter", [kit1000(2000, 500), dns(1990, **SILENT)], 2000, 1500, 500, u),
+            ("HomeKit 1000 with a silent inverter", [kit1000(2000, 500), dns(1990, **SILENT)], 2000, 1500, 500, u),
             ("silent beside a live inverter", [kit1000(2000, 500, **SILENT), dns(1990)], 1990, u, u, u),
-            ("silent beside a hybrid with its own meter", [kit1000(1, 2, **SILENT), hybrid(900, -100, 300)], 900, 500, 300, -100),
-            ("HomeKit 3000 alone", [kit3000(-700)], u, u, -700, u),
-            ("HomeKit 3000 with an inverter", [kit3000(-700), dns(1000)], 1000, 1700, -700, u),
+            ("silent beside a hybrid with its own meter", [kit1000(1, 2, **SILENT), hybrid(900, -100, 300, 500)], 900, 500, 300, -100),
             ("HomeKit 3000 with a silent inverter", [kit3000(-700), dns(1000, **SILENT)], u, u, -700, u),
-            ("HomeKit 3000 with a hybrid and its meter", [kit3000(-700), hybrid(1000, 200, -690)], 1000, 1900, -700, 200),
-            ("an inverter alone", [dns(1000)], 1000, u, u, u),
             ("two inverters", [dns(1000), dns(500)], 1500, u, u, u),
             ("two inverters, one silent", [dns(1000), dns(500, **SILENT)], u, u, u, u),
             ("two HomeKit 1000s", [kit1000(1000, 100), kit1000(500, -200)], 1500, 1600, -100, u),
             ("two HomeKit 1000s, one silent", [kit1000(1000, 100), kit1000(500, -200, **SILENT), dns(9)], u, u, u, u),
-            ("hybrid alone", [hybrid(800)], 800, u, u, u),
-            ("hybrid with its own meter", [hybrid(800, export=300)], 800, 500, 300, u),
-            ("hybrid with battery and its own meter", [hybrid(800, -250, 300)], 800, 250, 300, -250),
-            ("hybrid, its battery gone", [hybrid(800, -250, 300, mode=0)], 800, 500, 300, u),
-            ("a silent hybrid's battery beside a HomeKit 1000", [kit1000(500, 100), hybrid(1, 5, **SILENT)], 500, u, 100, u),
-            ("two hybrids with batteries", [hybrid(800, 100, 50), hybrid(200, -50, 25)], 1000, 975, 75, 50),
+            ("a silent hybrid beside a HomeKit 1000", [kit1000(500, 100), hybrid(1, 5, **SILENT)], 500, 400, 100, u),
+            ("a silent hybrid beside an inverter", [dns(1000), hybrid(1, 5, **SILENT)], u, u, u, u),
+            ("a hybrid beside a silent inverter", [dns(1000, **SILENT), hybrid(800, 0, 50)], u, 7, 50, 0),
+            ("two hybrids", [hybrid(800, 100, 50, 850), hybrid(200, -50, 25, 125)], 1000, 975, 75, 50),
+            ("two hybrids, one meter", [hybrid(800, export=900, load=50), hybrid(200, load=50)], 1000, 100, 900, u),
+            ("two hybrids, one silent", [hybrid(800, export=900), hybrid(200, **SILENT)], u, u, 900, u),
+            ("a battery charged from the grid, by a HomeKit 1000", [kit1000(-3000, -3300)], 0, 300, -3300, u),
+            ("at night", [kit1000(-7, -300), dns(5, **SILENT)], 0, 293, -300, u),
             ("all silent", [kit1000(2000, 500, **SILENT), dns(1990, **SILENT)], u, u, u, u),
-            ("at night", [kit1000(-7, -300), dns(5, **SILENT)], 0, 300, -300, u),
             ("before a reading", [of_family("HK1000", {}, fresh=float("-inf"))], u, u, u, u),
             ("nobody", [], u, u, u, u),
         )  # fmt: skip
@@ -4151,6 +4312,112 @@ class HouseholdTest(unittest.TestCase):
                 with self.subTest(name):
                     found = self.house(order)
                     self.assertEqual([found.get(key) for key in sems.FLOWS[:4]], wanted)
+                    self.assertEqual(found.get("grid_watts"), None if wanted[2] is None else -wanted[2])
+
+    # What each device of a house says, by true flows: grid-tied inverter, hybrid's PV, battery and the house's load, in W.
+
+    @staticmethod
+    def energy(metric: str, watts: float, hours: float) -> dict:
+        """A counter that began at 100 kWh."""
+        return {metric: (100_000 + max(watts, 0) * hours) / sems.watt_hours(metric)}
+
+    def grid_says(self, out: float, hours: float) -> dict:
+        return {
+            "meter_power_export_watts": out,
+            **self.energy("meter_energy_export_decawatt_hours_total", out, hours),
+            **self.energy("meter_energy_import_decawatt_hours_total", -out, hours),
+        }
+
+    def kit_says(self, out: float, given: float, hours: float) -> dict:
+        roof = self.energy("meter_energy_generation_decawatt_hours_total", given, hours)
+        return {**self.grid_says(out, hours), "meter_power_generation_watts": given, **roof}
+
+    def inverter_says(self, given: float, out: float | None, hours: float) -> dict:
+        told = {"inverter_power_output_watts": given, "inverter_string_power_watts": (given * 2, 5)}
+        told.update(self.energy("inverter_energy_output_hectowatt_hours_total", given, hours))
+        if out is not None:
+            told["inverter_meter_power_watts"] = out
+            told.update(self.energy("inverter_meter_energy_export_watthours_total", out, hours))
+            told.update(self.energy("inverter_meter_energy_import_watthours_total", -out, hours))
+        return told
+
+    def hybrid_says(self, solar: float, battery: float | None, load: float, out: float | None, hours: float) -> dict:
+        power = solar + (battery or 0)
+        told = {
+            "inverter_string_power_watts": (solar, 0), "inverter_power_output_watts": power, "inverter_active_power_watts": power - load,
+            "inverter_load_watts": 0, "battery_mode": 2 if battery is not None else 0, "battery_power_watts": battery or 0,
+            **self.energy("inverter_energy_output_hectowatt_hours_total", solar, hours),
+            **self.energy("battery_energy_charge_watthours_total", -(battery or 0), hours), **self.energy("battery_energy_discharge_watthours_total", battery or 0, hours),
+        }  # fmt: skip
+        return {**told, **(self.grid_says(out, hours) if out is not None else {})}
+
+    def told_house(self, kits: tuple, inverter: str, battery: str, meter: bool, true: dict, store) -> dict:
+        """The house's figures from devices that have spoken at midnight and two hours later."""
+        made, solar, stored, load = true["made"], true["solar"], true["stored"], true["load"]
+        out = made + solar + (stored or 0) - load
+        for i in range(0, 121, 30):
+            hours, says = i / 60, []
+            if 1000 in kits:
+                says.append((3, METER, "HK1000", self.kit_says(out, made + solar + (stored or 0), hours)))
+            if 3000 in kits:
+                says.append((3, "93000HKU00000042", "HK3000", self.grid_says(out, hours)))
+            if inverter:
+                says.append((1, INVERTER, "GRID", self.inverter_says(made, out if inverter == "CT" else None, hours)))
+            if battery:
+                told = self.hybrid_says(solar, stored, load, out if meter else None, hours)
+                says.append((2, HYBRID, "HYBRID", told))
+            for cls, serial, name, told in says:
+                ranges = [(register, (word,)) for register, word in sems.register_words(name, told).items()]
+                meet(store, frame(cls=cls, serial=serial, ranges=ranges), now=i * 60.0)
+            store.look(i * 60.0)
+        return sems.house([sems.member(device, store, 7200.0) for device in store.devices.values()])
+
+    def test_every_house(self) -> None:
+        """Each combination of devices, by day and by night: each flow and each energy of the house once."""
+        kits = ((), (1000,), (3000,), (1000, 3000))
+        hybrids = (("", False), ("none", False), ("none", True), ("there", False), ("there", True))
+        weather = (
+            {"made": 1500, "solar": 2000, "stored": -500, "load": 600},
+            {"made": 0, "solar": 0, "stored": 300, "load": 800},
+        )
+        for kit, inverter, (battery, meter), now in itertools.product(kits, ("", "plain", "CT"), hybrids, weather):
+            made = now["made"] if inverter or not battery else 0
+            solar, stored = (now["solar"] if battery else 0), now["stored"] if battery == "there" else None
+            load, store = now["load"], sems.Store(clock=clock)
+            out = made + solar + (stored or 0) - load
+            true = {"made": made, "solar": solar, "stored": stored, "load": load}
+            found = self.told_house(kit, inverter, battery, meter, true, store)
+            with self.subTest(kit=kit, inverter=inverter, battery=battery, meter=meter, now=now):
+                grid = bool(kit) or meter or inverter == "CT"  # somebody measures at the grid
+                roof = 1000 in kit or bool(inverter) or bool(battery)
+                export = out if grid else out - made if battery else None
+                wanted = {
+                    "generation_watts": made + solar if roof else None,
+                    "export_watts": export,
+                    "grid_watts": None if export is None else -export,
+                    "battery_watts": stored,
+                    "house_watts": load if 1000 in kit or battery or roof and grid else None,
+                }
+                if 1000 in kit and not battery:
+                    wanted["generation_watts"] = made
+                energy = {
+                    "generated": made + solar if roof else None,
+                    "imported": max(-out, 0) if grid else None,
+                    "exported": max(out, 0) if grid else None,
+                    "battery_charged": None if stored is None else max(-stored, 0),
+                    "battery_discharged": None if stored is None else max(stored, 0),
+                    "used": load if roof and grid else None,
+                }
+                for word, watts in energy.items():
+                    wanted[f"{word}_today_kilowatt_hours"] = watts if watts is None else watts * 2 / 1000
+                self.assertEqual({key: found.get(key) for key in wanted}, wanted)
+                for key, whole, other in (
+                    ("self_sufficiency_percent", energy["used"], energy["imported"]),
+                    ("self_consumption_percent", energy["generated"] if energy["used"] else None, energy["exported"]),
+                ):
+                    self.assertEqual(found.get(key), round(100 * (whole - other) / whole, 1) if whole else None, key)
+                grown = {word for word in sems.COUNTED if energy[word] is not None}
+                self.assertEqual({word for word in sems.COUNTED if f"{word}_kilowatt_hours" in found}, grown)
 
     def test_device(self) -> None:
         """A device's keys, whatever its model: those that it knows and no others."""
@@ -4161,63 +4428,112 @@ class HouseholdTest(unittest.TestCase):
         life = {"generated": 579.41, "imported": 801.55, "exported": 270.78}
         battery = {"battery_energy_charge_watthours_total": 780600, "battery_energy_discharge_watthours_total": 633100}
         own = {"inverter_energy_output_hectowatt_hours_total": 20642}
+        ct = {
+            "inverter_meter_energy_import_watthours_total": 801550,
+            "inverter_meter_energy_export_watthours_total": 270780,
+        }
         grid = {name: energy[name] for name in energy if "generation" not in name}
+        metered = {
+            "inverter_power_output_watts": 1051,
+            "inverter_meter_power_watts": -40,
+            "inverter_string_power_watts#1": 9,
+        }
+        loads = {"inverter_load_watts": 26, "inverter_string_power_watts#1": 800}
         rows = (
-            (kit1000(-7, -300, counters=energy), {"generation_watts": -7, "house_watts": 293, "export_watts": -300}, life),
-            (kit3000(40, counters=grid), {"export_watts": 40}, {"imported": 801.55, "exported": 270.78}),
+            (kit1000(-7, -300, counters=energy), {"generation_watts": -7, "house_watts": 293, "export_watts": -300, "grid_watts": 300}, life),
+            (kit3000(40, counters=grid), {"export_watts": 40, "grid_watts": -40}, {"imported": 801.55, "exported": 270.78}),
             (dns(1051, counters=own), {"generation_watts": 1051}, {"generated": 2064.2}),
+            (of_family("GRID", metered, {**own, **ct}), {"generation_watts": 1051, "export_watts": -40, "grid_watts": 40}, {**life, "generated": 2064.2}),
             (
-                hybrid(800, 100, 50, counters={**grid, **battery, **own}),
-                {"generation_watts": 800, "house_watts": 7, "export_watts": 50, "battery_watts": 100, "battery_charge_percent": 50},
+                hybrid(800, 100, 50, 410, counters={**grid, **battery, **own}),
+                {"generation_watts": 800, "house_watts": 410, "export_watts": 50, "grid_watts": -50, "battery_watts": 100, "battery_charge_percent": 50},
                 {**life, "generated": 2064.2, "battery_charged": 780.6, "battery_discharged": 633.1},
             ),
-            (hybrid(800, counters={**own, **battery}), {"generation_watts": 800, "house_watts": 7}, {"generated": 2064.2}),
+            (hybrid(800, counters={**own, **battery}), {"generation_watts": 800, "house_watts": 7, "export_watts": 793, "grid_watts": -793}, {"generated": 2064.2}),
+            (of_family("HYBRID", loads), {"generation_watts": 800, "house_watts": 26}, {}),
+            (of_family("HYBRID", {**loads, "inverter_backup_load_watts": 408}), {"generation_watts": 800, "house_watts": 434}, {}),
         )  # fmt: skip
         for device, flows, lifetime in rows:
-            with self.subTest(device.family):
+            with self.subTest(device.family, flows=flows):
+                gained = {f"{word}_today_kilowatt_hours" for word in lifetime}
                 lifetime = {f"{word}_kilowatt_hours": number for word, number in lifetime.items()}
                 self.assertEqual(sems.member(device, a_store(), NOW).figures, {**flows, **lifetime})
                 silent = sems.member(device, a_store(), NOW + 301)
                 self.assertEqual(silent.figures, lifetime)
-                self.assertEqual(silent.told, {*flows, *lifetime})
+                self.assertEqual(silent.told, {*flows, *lifetime, *gained})
 
     def test_today(self) -> None:
-        """Gains since the day's first reading; they stay through silence and go at midnight; an inverter counts itself."""
-        with time_zone("UTC"):
-            noon = datetime(1970, 1, 2, 12)
-            at, series = noon.timestamp(), ("meter_energy_generation_decawatt_hours_total", "")
-            grid = ("meter_energy_import_decawatt_hours_total", "")
-            counters = {series[0]: 1500, grid[0]: 90}
-            late = sems.Day(noon.date(), noon.replace(hour=7), {series: 1000, grid: 100})
-            begun = late._replace(since=None, base={series: 1400})
-            daily = {"inverter_power_output_watts": 5, "inverter_energy_output_hectowatt_hours_day": 66}
-            key, since = "generated_today_kilowatt_hours", "today_since"
-            rows = (
-                ("since seven", kit1000(1, 1, counters=counters, day=late), 0, 5, "1970-01-02T07:00:00"),
-                ("since midnight", kit1000(1, 1, counters=counters, day=begun), 0, 1, None),
-                ("silent", kit1000(1, 1, counters=counters, day=late), 3600, 5, "1970-01-02T07:00:00"),
-                ("after midnight", kit1000(1, 1, counters=counters, day=late), 43200, None, None),
-                ("inverter", of_family("GRID", daily, day=late._replace(base={})), 0, 6.6, None),
-                ("inverter, silent", of_family("GRID", daily, day=late), 3600, 6.6, None),
-                ("inverter after midnight", of_family("GRID", daily, day=late), 43200, None, None),
-            )  # fmt: skip
-            for name, device, later, wanted, told in rows:
-                device.live.fresh = at
+        """Gains of the day; they stay through silence and go at midnight; an inverter's own count stands in for a day that we did not see begin, if its clock agrees."""
+        key, since, seven = "generated_today_kilowatt_hours", "today_since", "2026-03-21T12:00:00"
+        with time_zone("UTC0"):
+            for name, cls, serial, begin, off, at, wanted, told in (
+                # begin: hours after noon of the first reading; off: s of the device's clock; at: hours of the look
+                ("a HomeKit", 3, METER, 0, 0, 2, 1.2, seven),
+                ("silent", 3, METER, 0, 0, 3, 1.2, seven),
+                ("from midnight on", 3, METER, 11.5, 0, 13.5, 1.0, None),
+                ("after midnight, and nothing yet", 3, METER, 9, 0, 13, 0, None),
+                ("an inverter", 1, INVERTER, 0, 0, 2, 6.6, None),
+                ("its clock nearly agrees", 1, INVERTER, 0, 599, 2, 6.6, None),
+                ("its clock is wrong", 1, INVERTER, 0, 601, 2, 1.2, seven),
+                ("its clock is wrong the other way", 1, INVERTER, 0, -601, 2, 1.2, seven),
+                ("from midnight on, the counters", 1, INVERTER, 11.5, 0, 13.5, 1.0, None),
+                ("an inverter after midnight", 1, INVERTER, 9, 0, 13, 0, None),
+            ):
                 with self.subTest(name):
-                    member = sems.member(device, a_store(), at + later)
+                    store = sems.Store(clock=clock)
+                    first = int(begin * 60)
+                    for i in range(first, int(at * 60) + 1):
+                        if i <= first + 120:
+                            count = (i - first) // 10
+                            energy = (
+                                [(2051, (0, 0, 1000 + 10 * count))] if cls == 3 else [(30144, (66, 0, 1000 + count))]
+                            )
+                            when = minute(i) + timedelta(seconds=off)
+                            meet(store, frame(cls=cls, serial=serial, when=when, ranges=energy), now=i * 60.0)
+                        store.look(i * 60.0)
+                    member = sems.member(only(store), store, at * 3600)
                     self.assertEqual((member.figures.get(key), member.figures.get(since)), (wanted, told))
                     found = sems.house([member])
                     self.assertEqual((found.get(key), found.get(since)), (wanted, told))
-                    self.assertEqual(found.get("imported_today_kilowatt_hours", 0), 0)  # the counter started anew
+
+    def test_one_window(self) -> None:
+        """What is used counts from the time on which all that it is made of count; an inverter that sleeps over midnight counts from there."""
+        exported, made = "meter_energy_export_decawatt_hours_total", "inverter_energy_output_hectowatt_hours_total"
+        for name, wakes, total, day, off, used, since in (
+            # the HomeKit 3000 buys 6 kWh an hour from noon on; the inverter stops at 16:00 and wakes (hours after noon), with these counts
+            ("it slept", 19, 102, 2, 0, 42.3, None),
+            ("it was away, and made more than today", 19, 140, 2, 0, 0, "2026-03-22T07:00:00"),
+            ("its clock is wrong", 19, 102, 2, 700, 0, "2026-03-22T07:00:00"),
+        ):
+            with self.subTest(name), time_zone("UTC0"):
+                store = sems.Store(clock=clock)
+                for i in range(wakes * 60 + 1):
+                    grid = [(2057, (0, 0, 500)), (2069, (0, 0, 1000 + 10 * i))]
+                    meet(store, frame(serial="93000HKU00000042", when=minute(i), ranges=grid), now=i * 60.0)
+                    if i <= 240 or i == wakes * 60:
+                        count, today = (total, day) if i > 240 else (100, 9)
+                        when = minute(i) + timedelta(seconds=off)
+                        solar = [(30144, (today, 0, count))]
+                        meet(store, frame(cls=1, serial=INVERTER, when=when, ranges=solar), now=i * 60.0)
+                    store.look(i * 60.0)
+                found = sems.house([sems.member(device, store, wakes * HOUR) for device in store.devices.values()])
+                self.assertEqual((found["used_today_kilowatt_hours"], found.get("today_since")), (used, since))
+                self.assertEqual(found["imported_today_kilowatt_hours"], 42.1)
 
     def test_real_frames(self) -> None:
-        """The hybrid of the vectors, through the store."""
-        store, now = a_store(), NOW
+        """The hybrid of the vectors, through the store, at its own time."""
+        store, now = a_store(clock=lambda now: datetime(2026, 3, 21, 13, 14, 15).timestamp()), NOW
         data = next(bytes.fromhex(vector["hex"]) for vector in VECTORS if vector["name"] == "ET hybrid with battery")
         store.meet(sems.address(data[: OUT.head], len(data), OUT), data, now)
         store.digest(now)
         figures = sems.member(*store.devices.values(), store, now).figures
-        wanted = {"generation_watts": 949, "export_watts": 510, "battery_watts": -1, "battery_charge_percent": 97.0}
+        wanted = {
+            "generation_watts": 949,
+            "house_watts": 937 + 736,
+            "export_watts": 510,
+            "battery_watts": -1,
+            "battery_charge_percent": 97.0,
+        }
         energies = {
             "generated_today": 48.8,
             "generated": 1353.4,
