@@ -3984,14 +3984,14 @@ def axis_text(x: float, y: float, css: str, text: str) -> str:
 
 def time_texts(axes: Axes, hours: list[datetime]) -> Iterator[str]:
     """The labels below the plot: whole hours, the date at midnight; both ends where there is no hour to speak of."""
-    width = axes.right - axes.left
+    width, every = axes.right - axes.left, (hours[1].hour - hours[0].hour) % 24 or 1 if len(hours) > 4 else 24
     if len(hours) < 2:
         for x, moment in ((0, axes.left), (100, axes.right)):
             yield axis_text(x, 100, "time", f"{datetime.fromtimestamp(moment):%H:%M}")
     for hour in hours:
         x = 100 * (hour.timestamp() - axes.left) / width
         if len(hours) > 1 or 15 < x < 85:
-            other = "" if len(hours) <= 4 or (hour - hours[0]) // (hours[1] - hours[0]) % 2 == 0 else " other"
+            other = " other" if hour.hour // every % 2 else ""  # every second one, which a phone has no room for
             text = f"{hour:%H:%M}" if hour.hour else f"{hour.day} {hour:%b}"
             yield axis_text(x, 100, f"time{other}" if hour.hour else "time midnight", text)
 

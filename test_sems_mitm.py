@@ -40,7 +40,7 @@ import time
 import unittest
 import urllib.error
 import urllib.request
-from datetime import date, datetime, timedelta, timezone
+from datetime import datetime, timedelta, timezone
 from unittest import mock
 
 import sems_mitm as sems
@@ -4905,8 +4905,12 @@ class PictureTest(unittest.TestCase):
                         self.assertTrue(all(hour.minute == hour.second == 0 for hour in hours))
                         self.assertTrue(all(axes.left <= hour.timestamp() <= axes.right for hour in hours))
                         self.assertTrue(length // 3600 // 4 - 1 <= len(hours) <= 9, (length, hours))
-                        texts = re.findall('class="(.*?)" .*?>(.*?)<', "".join(sems.time_texts(axes, hours)))
+                        labels = "".join(sems.time_texts(axes, hours))
+                        texts = re.findall('class="(.*?)" .*?>(.*?)<', labels)
                         self.assertGreaterEqual(len(texts), 2)
+                        places = re.findall('x="([0-9.]+)%" .*?class="time(?: midnight)?"', labels)
+                        gaps = [float(one) - float(other) for one, other in zip(places[1:], places)]
+                        self.assertTrue(len(hours) < 2 or min(gaps) > 18, "labels would overlap on a phone")
                         dates = [text for css, text in texts if css == "time midnight"]
                         nights = [f"{hour.day} {hour:%b}" for hour in hours if not hour.hour]
                         self.assertTrue(dates == nights or len(hours) < 2 and not dates)
