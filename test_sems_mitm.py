@@ -4908,9 +4908,9 @@ class PictureTest(unittest.TestCase):
                         labels = "".join(sems.time_texts(axes, hours))
                         texts = re.findall('class="(.*?)" .*?>(.*?)<', labels)
                         self.assertGreaterEqual(len(texts), 2)
-                        places = re.findall('x="([0-9.]+)%" .*?class="time(?: midnight)?"', labels)
+                        places = re.findall('x="([0-9.]+)%" y="100.0%" class="time(?: midnight)?"', labels)
                         gaps = [float(one) - float(other) for one, other in zip(places[1:], places)]
-                        self.assertTrue(len(hours) < 2 or min(gaps) > 18, "labels would overlap on a phone")
+                        self.assertTrue(len(hours) < 2 or min(gaps) > 17, "labels would overlap on a phone")
                         dates = [text for css, text in texts if css == "time midnight"]
                         nights = [f"{hour.day} {hour:%b}" for hour in hours if not hour.hour]
                         self.assertTrue(dates == nights or len(hours) < 2 and not dates)
