@@ -3391,13 +3391,13 @@ SOLAR = {  # what a device of a family knows of the roof
     "HK1000": "meter_power_generation_watts", "HK3000": "",
     "GRID": "inverter_power_output_watts", "HYBRID": "inverter_string_power_watts",
 }  # fmt: skip
-FLOWS = ("generation_watts", "house_watts", "export_watts", "battery_watts", "battery_charge_percent", "grid_watts")
+FLOWS = ("generation_watts", "house_watts", "export_watts", "battery_watts", "battery_charge_percent")
 TODAY = tuple(
     f"{word}_today_kilowatt_hours"
     for word in ("generated", "used", "imported", "exported", "battery_charged", "battery_discharged")
 )
 SHARES = ("self_sufficiency_percent", "self_consumption_percent")
-KEYS = (*FLOWS, *TODAY, *SHARES, *(f"{word}_kilowatt_hours" for word in COUNTED))
+KEYS = (*FLOWS[:3], "grid_watts", *FLOWS[3:], *TODAY, *SHARES, *(f"{word}_kilowatt_hours" for word in COUNTED))
 SERIES: dict[str, list[Series]] = collections.defaultdict(list)  # of a metric, for all its labels
 for _series in dict.fromkeys(value.series for values in VALUES.values() for value in values):
     SERIES[_series[0]].append(_series)
