@@ -4892,11 +4892,11 @@ def whole(wire: Wire, data: bytes) -> list[Piece]:
 
 # Text. A line of a dump is an offset, hex and often the same as text; xxd and tcpdump put a colon behind the offset.
 DUMP_LINE = re.compile(r"(\s*)(?:0x)?([0-9a-f]{4,8})(?:(:)(?=\s)|(?=\s|$))\s*(.*)", re.I)
-DUMP_BYTES = re.compile(r"(?:(?:[0-9a-f]{2})+(?:\s(?!\s)|(?=\s|$)))*", re.I)
+DUMP_BYTES = re.compile(r"(?:(?:[0-9a-f]{2})+(?: (?!\s)|(?=\s|$)))*", re.I)
 SECOND_HALF = re.compile(r" {1,2}([0-9a-f]{2}(?: [0-9a-f]{2}){0,7})(?=\s|$)", re.I)
 ONLY_HEX = re.compile(r"\s*[0-9a-f]{2,}(\s+[0-9a-f]{2,})*\s*", re.I)
 HEX_RUN = re.compile(r"(?<!\w)[0-9a-f]{2}(?:[\s,:;-]*[0-9a-f]{2}){11,}", re.I)  # no sentence looks like that
-ESCAPE = re.compile(r"\\(x[0-9a-fA-F]{2}|[0-7]{1,3}|.)", re.S)
+ESCAPE = re.compile(r"\\(?:x([0-9a-f]{2})|([0-7]{1,3})|(.))", re.S | re.I)
 ESCAPED = dict(zip("abfnrtv", "\a\b\f\n\r\t\v"))
 LITERAL = re.compile(r"""(["'])((?:\\.|(?!\1)[^\\])*)\1""", re.S)
 BIGGEST_FOLD = 64 << 10  # bytes that a `*` in a dump stands for
@@ -4953,10 +4953,8 @@ def unescaped(text: str) -> bytes:
     r"""The bytes of a text with escapes, as C and Python have them: \x0a, \12, \n."""
 
     def character(match: re.Match) -> str:
-        code = match[1]
-        if len(code) == 3 and code[0] == "x":
-            return chr(int(code[1:], 16))
-        return chr(int(code, 8) & 0xFF) if code.isdigit() else ESCAPED.get(code, code)
+        digits, octal, other = match.groups()
+        return chr(int(digits, 16)) if digits else chr(int(octal, 8) & 0xFF) if octal else ESCAPED.get(other, other)
 
     return ESCAPE.sub(character, text).encode("latin-1", "replace")
 
@@ -5004,11 +5002,11 @@ def text_pieces(text: str, notes: Notes) -> Iterator[Recorded]:
     dumped, packets, streams = dumps(text), [], []
     for number, data in enumerate(dumped or from_text(text)):
         link = link_of(data)
-        if link is None:
-            streams.append(data)
-        else:
+        if link is not None:
             packets.append(RecordedPacket(number * 1e-9, link, data, len(data)))
-    if not packets and not streams:
+        elif not dumped or BEGINNINGS[1] in data:
+            streams.append(data)
+    if not packets and not streams and not dumped:
         raise ProtocolError("text without bytes in hex" if text.strip() else "nothing in it")
     yield from conversations(packets, notes)
     for data in streams:
@@ -5040,7 +5038,9 @@ class Rewound(io.RawIOBase):
         data, self._head = self._head[: len(buffer)], self._head[len(buffer) :]
         try:
             data = data or self._read(len(buffer))
-        except (EOFError, zlib.error):
+        except (EOFError, OSError, zlib.error) as error:
+            if getattr(error, "errno", None):  # the system's, not gzip's
+                raise
             self._notes[CUT_END] = 1
         buffer[: len(data)] = data
         return len(data)
