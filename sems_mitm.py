@@ -43,7 +43,6 @@ import fcntl
 import functools
 import gc
 import html
-import http.client
 import http.server
 import io
 import ipaddress
@@ -4899,6 +4898,7 @@ HEX_RUN = re.compile(r"(?<!\w)[0-9a-f]{2}(?:[\s,:;-]*[0-9a-f]{2}){11,}", re.I)  
 ESCAPE = re.compile(r"\\(?:x([0-9a-f]{2})|([0-7]{1,3})|(.))", re.S | re.I)
 ESCAPED = dict(zip("abfnrtv", "\a\b\f\n\r\t\v"))
 LITERAL = re.compile(r"""(["'])((?:\\.|(?!\1)[^\\])*)\1""", re.S)
+SHORTEST = 16  # bytes that a literal or an array in a text must have
 BIGGEST_FOLD = 64 << 10  # bytes that a `*` in a dump stands for
 
 
@@ -4971,13 +4971,16 @@ def from_text(text: str) -> list[bytes]:
     plain = from_hex(text)
     if not plain and "\\x" in text:
         literals = [match[2] for match in LITERAL.finditer(text)] or text.split("\n")
-        plain = b"".join(unescaped(literal.strip("\r")) for literal in literals if "\\x" in literal)
+        found = b"".join(unescaped(literal.strip("\r")) for literal in literals if "\\x" in literal)
+        plain = found if len(found) >= SHORTEST else b""
     if plain:
         return [plain]
     arrays = re.sub(r"/\*.*?\*/|//[^\n]*", "", text, flags=re.S).split("}")
-    found = [bytes(int(digits, 16) for digits in re.findall(r"\b0x([0-9a-f]{1,2})\b", array, re.I)) for array in arrays]
+    numbers = [
+        bytes(int(digits, 16) for digits in re.findall(r"\b0x([0-9a-f]{1,2})\b", array, re.I)) for array in arrays
+    ]
     runs = [bytes.fromhex(re.sub("[^0-9a-fA-F]", "", run)) for run in HEX_RUN.findall(text)]
-    return [data for data in found if len(data) >= 16] or [data for data in runs if BEGINNINGS[1] in data]
+    return [data for data in numbers if len(data) >= SHORTEST] or [data for data in runs if BEGINNINGS[1] in data]
 
 
 def is_ip(data: bytes) -> bool:
@@ -5114,6 +5117,8 @@ def called(path: str) -> str:
 
 def recorded(path: str, notes: Notes) -> Iterator[Recorded]:
     """The pieces in a file, or in standard input (-). Raises UsageError if it cannot be read, StartError for another's."""
+    if path == "-" and not sys.stdin:
+        raise UsageError("standard input is closed")
     try:
         with contextlib.nullcontext(sys.stdin.buffer) if path == "-" else open(path, "rb") as file:
             yield from recording(file, notes)
@@ -5232,6 +5237,18 @@ def described(piece: Recorded, models: dict[str, str]) -> dict:
     return found
 
 
+def renamed(data: bytes, packet: Packet, aliases: dict[str, str]) -> bytes:
+    """A frame with other serial numbers. The cipher does not depend on the one in the envelope."""
+    clear, alias = packet.clear, aliases[packet.serial]
+    for serial, other in aliases.items():
+        clear = clear.replace(serial.encode(), other.encode())
+    if clear != packet.clear:
+        return encode(packet._replace(serial=alias, clear=clear))
+    at = address_of(data, packet.wire).form.serial
+    frame = data[:at] + alias.encode() + data[at + len(alias) : -2]
+    return frame + crc16(frame).to_bytes(2, packet.wire.order)
+
+
 def redacted(pieces: Iterable[Recorded]) -> list[Recorded]:
     """The good frames among pieces with other serial numbers, in clear and in cipher; says how many others there were."""
     kept, others = [], 0
@@ -5241,15 +5258,9 @@ def redacted(pieces: Iterable[Recorded]) -> list[Recorded]:
         others += not good
     serials = dict.fromkeys(packet.serial for _, packet in kept)
     aliases = {serial: f"{serial[:8]}XXXX{number:04d}" for number, serial in enumerate(serials, 1)}
-    found = []
-    for piece, packet in kept:
-        clear = packet.clear
-        for serial, alias in aliases.items():
-            clear = clear.replace(serial.encode(), alias.encode())
-        found.append(piece._replace(data=encode(packet._replace(serial=aliases[packet.serial], clear=clear))))
     left_out = f"{len(kept)} good frames, {others} other pieces left out."
     print(left_out, "XXXX0001, XXXX0002, ... count the devices up and are no real serial numbers.", file=sys.stderr)
-    return found
+    return [piece._replace(data=renamed(piece.data, packet, aliases)) for piece, packet in kept]
 
 
 def decode_command(arguments: list[str]) -> int:
@@ -5390,17 +5401,40 @@ def in_container() -> bool:
     return os.path.exists("/.dockerenv") or os.path.exists("/run/.containerenv")
 
 
-def local_get(settings: Settings, path: str) -> bytes | None:
-    """What an exporter on this machine answers, None if there is none."""
+def local_answer(settings: Settings, path: str) -> bytes:
+    """What a program on this machine answers to a GET on the exporter's port, head and all; b"" if there is none."""
     host, port = settings.web_address
     host = "127.0.0.1" if host in ("", "0.0.0.0", "::") else host
-    with contextlib.suppress(OSError, http.client.HTTPException):
-        with contextlib.closing(http.client.HTTPConnection(host, port, timeout=3)) as connection:
-            connection.request("GET", path)
-            answered = connection.getresponse()
-            body = answered.read(16 << 20)
-            return body if answered.status == 200 and answered.getheader("Content-Security-Policy") else None
+    answer, deadline = b"", time.monotonic() + 10
+    with contextlib.suppress(OSError), socket.create_connection((host, port), timeout=3) as sock:
+        sock.sendall(f"GET {path} HTTP/1.0\r\nHost: localhost\r\n\r\n".encode())
+        while len(answer) < 16 << 20 and time.monotonic() < deadline and (data := sock.recv(RECV_SIZE)):
+            answer += data
+    return answer
+
+
+def local_get(settings: Settings, path: str) -> bytes | None:
+    """The body that a web server on the exporter's port answers, None without one."""
+    head, _, body = local_answer(settings, path).partition(b"\r\n\r\n")
+    return body if re.match(rb"HTTP/1\.\d 200\b", head) else None
+
+
+def running_exporter(settings: Settings) -> dict | None:
+    """What an exporter on this machine says on /api/devices, None if none runs: any web server can have its port."""
+    with contextlib.suppress(ValueError, TypeError, KeyError, RecursionError):
+        said = json.loads(local_get(settings, "/api/devices") or b"null")
+        upstream, devices = said["upstream"], said["devices"]
+        if (
+            upstream["mode"] in (FORWARD, LOCAL, SPOOL)
+            and isinstance(upstream["address"], str)
+            and isinstance(devices, list)
+        ):
+            return said if all(set(device) >= DEVICE_KEYS for device in devices) else None
     return None
+
+
+DEVICE_KEYS = {"device", "model", "full_serial", "up", "age_seconds"}  # of a device on /api/devices
+STRANGERS = {"tls": "begins TLS", "nothing": "sends nothing"}
 
 
 # fmt: off
@@ -5422,6 +5456,7 @@ def machine_findings(settings: Settings, running: dict | None) -> Iterator[Findi
             (not error, WARN, f"{port} is free, though an exporter runs", f"start doctor with the exporter's --{flag}"),
             (number != errno.EADDRINUSE, FAIL, f"{port} cannot be had: {error and error.args[-1]}", f"choose another with --{flag}"),
             (running, OK, f"{port} is in use, and an exporter runs", ""),
+            (address == settings.web_address and local_answer(settings, "/"), FAIL, f"{port} is in use: another program answers there, and no exporter", f"end that program (`ss -ltnp` shows which), or choose another port with --{flag}"),
             (True, FAIL, f"{port} is in use", f"`ss -ltnp` shows what has it: end that, or choose another with --{flag}"),
         )
     local, trouble = time.strftime("%Y-%m-%d %H:%M:%S %Z"), zone_trouble()
@@ -5449,7 +5484,11 @@ def device_findings(settings: Settings, running: dict | None) -> Iterator[Findin
             (device["device"] == "inverter", WARN, text, f"an inverter sleeps at night; otherwise {asleep}"),
             (True, WARN, text, asleep),
         )
-    if not running["devices"]:
+    strangers = running.get("strangers") or []
+    for stranger in strangers:
+        said = STRANGERS.get(stranger["said"], "sends no frame")
+        yield WARN, f"{label_text(stranger['host'])} connects and {said}: its module does not speak this protocol", "newer modules (WiFi/LAN Kit-20, \"WLA...\" on the label) speak TLS with the cloud and cannot be read here: let its names lead to the cloud again"
+    if not running["devices"] and not strangers:
         yield WARN, "no device has connected yet", "let the portal's name lead here, then power-cycle the device's module"
 
 
@@ -5480,7 +5519,7 @@ def server_finding(server: tuple[str, int], host: str) -> Finding:
     says = f"{where} says {host} is {', '.join(found or ())}"
     return first_true(
         (found is None, WARN, f"{where} does not answer for {host}", "a firewall may keep UDP port 53 closed; name another in --sems.upstream-dns"),
-        (not found, WARN, f"{where} says that {host} does not exist", "look at --sems.upstream"),
+        (not found, WARN, f"{where} says that {host} does not exist", "most likely a firewall redirects port 53 and answers in its place: exempt this machine, or give --sems.upstream as an address; else look at --sems.upstream"),
         (any(map(is_global, found or ())), OK, says, ""),
         (True, FAIL, f"{says}: overridden too", "the router redirects all DNS; exempt this machine, or give --sems.upstream as an address"),
     )
@@ -5518,8 +5557,7 @@ def portal_findings(settings: Settings, running: dict | None) -> Iterator[Findin
 def doctor(arguments: list[str]) -> int:
     """Check the set-up and say what to do next; takes the flags of serve."""
     settings = serve_settings(arguments, os.environ, "doctor", f"{doctor.__doc__} Exit code 1 if something fails.")
-    body = local_get(settings, "/api/devices")
-    running = json.loads(body) if body else None
+    running = running_exporter(settings)
     if running:  # it may have other flags
         settings.mode = running["upstream"]["mode"]
         settings.upstream = portal_endpoint(running["upstream"]["address"] or settings.upstream_text)
@@ -5576,8 +5614,13 @@ def command_line(arguments: list[str]) -> int:
     return COMMANDS[first](arguments[1:])
 
 
+STDOUT_ERRORS = (errno.EPIPE, errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run the program; the exit code: 0 fine, 1 failed, 2 wrong usage."""
+    with contextlib.suppress(AttributeError):  # a terminal without the degree sign shows its number
+        sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
     try:
         try:
             return command_line(sys.argv[1:] if argv is None else argv)
@@ -5588,7 +5631,11 @@ def main(argv: list[str] | None = None) -> int:
         return 2 if isinstance(error, UsageError) else 1
     except KeyboardInterrupt:
         return 130
-    except BrokenPipeError:  # `| head` has seen enough
+    except OSError as error:
+        if error.errno not in STDOUT_ERRORS:
+            raise
+        if error.errno != errno.EPIPE:  # else `| head` has seen enough
+            print(f"sems_mitm.py: cannot write to standard output: {error.strerror}", file=sys.stderr)
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
 
