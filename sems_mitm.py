@@ -35,6 +35,7 @@ The file reads as a packet travels:
 from __future__ import annotations
 
 import argparse
+import bisect
 import collections
 import contextlib
 import errno
@@ -42,8 +43,8 @@ import fcntl
 import functools
 import gc
 import html
-import http.client
 import http.server
+import io
 import ipaddress
 import itertools
 import json
@@ -63,9 +64,10 @@ import threading
 import time
 import traceback
 import zlib
+from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import datetime, timedelta, timezone
-from typing import Union
+from typing import BinaryIO, Union
 
 VERSION = "2.0.0"
 RELEASED = 1795478400  # 2026-11-24: a machine whose clock is before this is wrong, and sets no device's clock
@@ -4996,70 +4998,573 @@ def demo(arguments: list[str]) -> int:
     return 0
 
 
-# ---------------------------------------------------------------------------------------------------------- decode
+# ------------------------------------------------------------------------------------------------------ recordings
+#
+# A recording of packets becomes what its GoodWe connections carried: records of pcap or pcapng become packets, packets
+# TCP segments, segments in the order of their sequence numbers streams, and streams pieces in the order of their time.
+# Addresses serve to keep connections apart, and are in nothing that leaves this section. `notes` counts what is missing.
+
+PORTAL_PORT = (20001).to_bytes(2, "big")
+BEGINNINGS = (b"POSTGW\0\0", b"GW\0\0")  # of frames: the caps of the length fields leave their first two bytes 0
+LONGEST_LINE = 1 << 20  # bytes
+LONGEST = 16 << 20  # bytes of a record: a larger number is damage
+CUT_END = "the file ends inside a record"
+DAMAGED = "damaged records: {}"
+SNAPPED = "packets that the snap length has cut: {}; record them whole, with -s 0"
+GAPS = "gaps in the streams, where the recording lacks packets: {}"
+TORN = "frames that are not whole at gaps, or where the recording begins or ends, left out: {}"
+FRAGMENTS = "fragments of IP packets, which are not put together: {}"
+OLD_BLOCKS = "packet blocks of an old kind, which are not read: {}; save the file as pcap"
+LINK = "packets of link type {link}, which is not read: {{}}"
+LEFT_OUT = "pieces between good frames that can hold anything, left out: {}"
+FOREIGN_LINES = "lines that are no whole lines of a capture, passed over: {}"
+FOREIGN = "connections of port 20001 without a frame of GoodWe's, left out: {}"
+
+Notes = collections.Counter[str]
+# captured: seconds since 1970, None if not known; wire, kind, data: of a piece; where: a sequence number
+Recorded = collections.namedtuple("Recorded", "captured wire kind data where", defaults=(0,))
+# time: seconds since 1970, or less than a day's for what has none, in order; size: of the packet before it was cut
+RecordedPacket = collections.namedtuple("RecordedPacket", "time link data size")
+# source, target: address and port; seq: of data's first byte; syn: 1 or 0; cut: bytes that the snap length took, if above 0
+Segment = collections.namedtuple("Segment", "source target seq syn data cut")
+
+PCAP = {  # the first four bytes: byte order, seconds of a unit of the fraction
+    b"\xd4\xc3\xb2\xa1": ("<", 1e-6), b"\xa1\xb2\xc3\xd4": (">", 1e-6), b"\x4d\x3c\xb2\xa1": ("<", 1e-9), b"\xa1\xb2\x3c\x4d": (">", 1e-9),
+}  # fmt: skip
+MODIFIED_PCAP = (b"\x34\xcd\xb2\xa1", b"\xa1\xb2\xcd\x34")
+PCAPNG, LITTLE_ENDIAN, BIG_ENDIAN = b"\n\r\r\n", b"\x4d\x3c\x2b\x1a", b"\x1a\x2b\x3c\x4d"
+INTERFACE_BLOCK, OLD_BLOCK, SIMPLE_BLOCK, ENHANCED_BLOCK = 1, 2, 3, 6
+LINKS = {  # link type: where the type of its contents stands (-1: nowhere), where they begin
+    1: (12, 14), 113: (14, 16), 276: (0, 20), 0: (-1, 4), 108: (-1, 4), **dict.fromkeys((12, 14, 101, 228, 229), (-1, 0)),
+}  # fmt: skip
+VLAN_TAGS, IP_TYPES, ARP = (b"\x81\0", b"\x88\xa8", b"\x91\0"), (b"\x08\0", b"\x86\xdd"), b"\x08\6"
+ADDRESS_FAMILIES = (b"\2", b"\x0a", b"\x18", b"\x1c", b"\x1e")  # of a loopback header: IPv4, and IPv6 by system
+IPV4, TCP_HEADER = struct.Struct(">BxH2xHxB2x4s4s"), struct.Struct(">2s2sI4xBB")
+IPV6_EXTENSIONS = {
+    0: (8, 8),
+    43: (8, 8),
+    60: (8, 8),
+    51: (4, 8),
+    44: (0, 8),
+}  # bytes a unit of the length, and beside it
+
+
+def pcap_packets(file: BinaryIO, notes: Notes) -> Iterator[RecordedPacket]:
+    """The packets of a pcap file. Raises ProtocolError for a header that is cut."""
+    order, unit = PCAP[file.read(4)]
+    header, record = file.read(20), struct.Struct(order + "4I")
+    if len(header) < 20:
+        raise ProtocolError("a pcap file without a whole header", header)
+    link = struct.unpack_from(order + "I", header, 16)[0] & 0xFFFF  # above it: whether checksums follow the packets
+    while len(head := file.read(16)) == 16:
+        seconds, fraction, size, length = record.unpack(head)
+        if size > LONGEST:
+            notes[DAMAGED] += 1
+            return
+        data = file.read(size)
+        if len(data) < size:
+            break
+        yield RecordedPacket(seconds + fraction * unit, link, data, length)
+    notes.update([CUT_END] if head else [])
+
+
+def interface(body: bytes, order: str) -> tuple[int, int, float, int]:
+    """Link type, snap length, seconds of a unit of time, seconds to add to it: of an interface description block."""
+    link, snap_length = struct.unpack_from(order + "HxxI", body)
+    unit, seconds, at = 1e-6, 0, 8
+    while at + 8 <= len(body):  # the block's length ends it
+        code, size = struct.unpack_from(order + "HH", body, at)
+        value = body[at + 4 : at + 4 + size]
+        if code == 9 and value:
+            unit = (2.0 if value[0] & 0x80 else 10.0) ** -(value[0] & 0x7F)
+        elif code == 14 and len(value) == 8:
+            (seconds,) = struct.unpack(order + "q", value)
+        at += 4 + size + -size % 4
+    return link, snap_length, unit, seconds
+
+
+def block_packet(kind: int, body: bytes, order: str, interfaces: list, number: int) -> RecordedPacket:
+    """The packet of a pcapng block, the number-th of its file. Raises IndexError, struct.error for nonsense."""
+    if kind == SIMPLE_BLOCK:
+        (length,) = struct.unpack_from(order + "I", body)
+        link, snap_length, _, _ = interfaces[0]
+        data = body[4 : 4 + min(length, snap_length or length, len(body) - 8)]
+        return RecordedPacket(number * 1e-9, link, data, length)
+    which, high, low, size, length = struct.unpack_from(order + "5I", body)
+    link, _, unit, seconds = interfaces[which]
+    return RecordedPacket((high << 32 | low) * unit + seconds, link, body[20 : min(20 + size, len(body) - 4)], length)
+
+
+def pcapng_packets(file: BinaryIO, notes: Notes) -> Iterator[RecordedPacket]:
+    """The packets of a pcapng file: of all its sections and interfaces."""
+    order, interfaces = "<", []  # type: ignore[var-annotated]
+    for number in itertools.count():
+        head = file.read(8)
+        magic = file.read(4) if head.startswith(PCAPNG) else b""
+        if magic:
+            order, interfaces = ">" if magic == BIG_ENDIAN else "<", []
+        kind, size = struct.unpack(order + "2I", head) if len(head) == 8 else (0, 12)
+        if not 12 <= size <= LONGEST or magic not in (b"", LITTLE_ENDIAN, BIG_ENDIAN):
+            notes[DAMAGED] += 1
+            return
+        body = magic + file.read(size - 8 - len(magic))
+        if len(body) < size - 8:
+            notes.update([CUT_END] if head else [])
+            return
+        try:
+            if kind == INTERFACE_BLOCK:
+                interfaces.append(interface(body, order))
+            elif kind in (ENHANCED_BLOCK, SIMPLE_BLOCK):
+                yield block_packet(kind, body, order, interfaces, number)
+            elif kind == OLD_BLOCK:
+                notes[OLD_BLOCKS] += 1
+        except (IndexError, struct.error):
+            notes[DAMAGED] += 1
+
+
+def ip_start(link: int, data: bytes) -> int:
+    """Where the IP packet in a packet begins, behind VLAN tags; -1 if there is none."""
+    kind, at = LINKS[link]
+    while kind >= 0 and data[kind : kind + 2] in VLAN_TAGS:
+        kind, at = at + 2, at + 4
+    return at if kind < 0 or data[kind : kind + 2] in IP_TYPES else -1
+
+
+def segment(packet: RecordedPacket, notes: Notes) -> Segment | None:
+    """The TCP segment in a packet. Raises IndexError, struct.error for a packet that ends inside its headers."""
+    data, at = packet.data, ip_start(packet.link, packet.data)
+    version = data[at] >> 4 if at >= 0 else 0
+    if version == 4:
+        first, size, fragment, protocol, source, target = IPV4.unpack_from(data, at)
+        at, end, fragment = at + (first & 15) * 4, at + size if size else packet.size, fragment & 0x1FFF
+    elif version == 6:
+        size, protocol, source, target = struct.unpack_from(">4xHBx16s16s", data, at)
+        at, end, fragment = at + 40, at + 40 + size if size else packet.size, 0
+        while protocol in IPV6_EXTENSIONS and not fragment:
+            unit, more = IPV6_EXTENSIONS[protocol]
+            fragment = struct.unpack_from(">2xH", data, at)[0] & 0xFFF8 if protocol == 44 else 0
+            protocol, at = data[at], at + more + unit * data[at + 1]
+    else:
+        return None
+    if protocol != socket.IPPROTO_TCP or fragment:
+        notes[FRAGMENTS] += protocol == socket.IPPROTO_TCP
+        return None
+    source_port, target_port, seq, header, flags = TCP_HEADER.unpack_from(data, at)
+    syn = flags >> 1 & 1  # it has a sequence number of its own, before the data's
+    payload = data[at + (header >> 4) * 4 : end]
+    return Segment(source + source_port, target + target_port, (seq + syn) & 0xFFFFFFFF, syn, payload, end - len(data))
+
+
+class Flow:
+    """What one end of a connection sent: bytes as they came, and of each segment its place in the stream, size and time."""
+
+    def __init__(self, found: Segment) -> None:
+        self.source, self.target, self.is_whole = found.source, found.target, found.syn
+        self.first = found.seq  # the sequence number of place 0
+        self.data, self.places, self.sizes, self.times = bytearray(), array("q"), array("I"), array("d")
+        self._end = 0  # of the segment that is furthest on
+
+    def add(self, found: Segment, time: float) -> None:
+        """Keep a segment. Sequence numbers wrap around: it belongs where it is nearest to what came before."""
+        place = self._end + ((found.seq - self.first - self._end + (1 << 31)) & 0xFFFFFFFF) - (1 << 31)
+        self._end = max(self._end, place + len(found.data))
+        self.is_whole |= found.syn
+        self.data += found.data
+        self.places.append(place)
+        self.sizes.append(len(found.data))
+        self.times.append(time)
+
+    def wire(self) -> Wire:
+        """The direction: towards port 20001 or away from it, or else, or between two such ports, as the frames say."""
+        to, back = (name.endswith(PORTAL_PORT) for name in (self.target, self.source))
+        return OUTBOUND if (to if to != back else BEGINNINGS[0] in self.data) else INBOUND
+
+    def stretches(self) -> Iterator[tuple[int, bytearray, list[int], list[float]]]:
+        """Runs of bytes without a gap: place, bytes, where in them each segment ended, when all up to there had come."""
+        starts = [0, *itertools.accumulate(self.sizes)]
+        order = sorted(range(len(self.places)), key=self.places.__getitem__)
+        place = self.places[order[0]]
+        place = end = 0 if self.is_whole and place >= -1 else place  # at -1 stands the byte of a keep-alive probe
+        run, ends, times = bytearray(), [], []  # type: ignore[var-annotated]
+        for i in order:
+            if self.places[i] > end:
+                yield place, run, ends, times
+                place = end = self.places[i]
+                run, ends, times = bytearray(), [], []
+            new = self.places[i] + self.sizes[i] - end  # bytes that no segment before it held
+            if new > 0:
+                run += self.data[starts[i + 1] - new : starts[i + 1]]
+                end += new
+                ends.append(len(run))
+                times.append(max(self.times[i], times[-1] if times else 0))
+        yield place, run, ends, times
+
+    def pieces(self, notes: Notes) -> Iterator[Recorded]:
+        """The pieces of the stream, without those that a gap or an end of the recording tore."""
+        wire = self.wire()
+        for number, (place, data, ends, times) in enumerate(self.stretches()):
+            pieces, unfinished = cut(wire, data)
+            is_torn = [False] * len(pieces) + [kind not in (FRAME, KEEPALIVE) for kind, _ in unfinished]
+            if pieces and pieces[0][0] == JUNK and (number or not self.is_whole):
+                is_torn[0] = True
+            at = 0
+            for (kind, part), torn in zip(pieces + unfinished, is_torn):
+                at += len(part)
+                if not torn:
+                    where = (self.first + place + at) & 0xFFFFFFFF
+                    yield Recorded(times[bisect.bisect_left(ends, at)], wire, kind, part, where)
+            notes[TORN] += sum(is_torn)
+            notes[GAPS] += number > 0
+
+
+def flows_of(packets: Iterable[RecordedPacket], notes: Notes) -> Iterable[list[Flow]]:
+    """Of each connection to or from port 20001, or that holds what begins like a frame, the flows."""
+    flows: dict[tuple[bytes, bytes], Flow] = {}
+    connections: dict[frozenset, list[Flow]] = collections.defaultdict(list)
+    elsewhere = False  # such a connection has other ports: its packets cannot be picked out at a glance
+    for packet in packets:
+        if packet.link not in LINKS:
+            notes[LINK.format(link=packet.link)] += 1
+        elif elsewhere or PORTAL_PORT in packet.data or BEGINNINGS[1] in packet.data:
+            try:
+                found = segment(packet, notes)
+            except (IndexError, struct.error):  # the packet ends inside its headers
+                notes[SNAPPED] += packet.size > len(packet.data)
+                continue
+            if found is None:
+                continue
+            names = found.source, found.target
+            is_portal, flow = PORTAL_PORT in (names[0][-2:], names[1][-2:]), flows.get(names)
+            if not (is_portal or flow or names[::-1] in flows or found.data.startswith(BEGINNINGS)):
+                continue
+            elsewhere |= not is_portal
+            notes[SNAPPED] += found.cut > 0
+            if not found.data and not found.syn:
+                continue
+            if flow is None or (found.syn and found.seq != flow.first):  # the port is new, or used again
+                flow = flows[names] = Flow(found)
+                connections[frozenset(names)].append(flow)
+            flow.add(found, packet.time)
+    return connections.values()
+
+
+def conversations(packets: Iterable[RecordedPacket], notes: Notes) -> Iterator[Recorded]:
+    """What devices and the portal said in packets, in the order of time; what was recorded twice, once."""
+    found: list[Recorded] = []
+    for flows in flows_of(packets, notes):
+        lacks: Notes = collections.Counter()
+        pieces = [piece for flow in flows for piece in flow.pieces(lacks)]
+        if any(piece.kind != JUNK for piece in pieces) or any(BEGINNINGS[1] in flow.data for flow in flows):
+            found += pieces
+            notes.update(lacks)
+        elif any(flow.data for flow in flows):
+            notes[FOREIGN] += 1
+    recent: collections.deque[tuple[int, bytes]] = collections.deque(maxlen=64)  # another interface's, behind NAT too
+    for piece in sorted(found, key=lambda piece: piece.captured):
+        if (piece.where, piece.data) not in recent:
+            recent.append((piece.where, piece.data))
+            yield piece._replace(captured=piece.captured if piece.captured >= 86400 else None)
+
+
+def cut(wire: Wire, data: bytes | bytearray) -> tuple[list[Piece], list[Piece]]:
+    """The pieces of a stream, and those of an unfinished frame at its end."""
+    framer, found = Framer(wire), []  # type: ignore[var-annotated]
+    for at in range(0, len(data), RECV_SIZE):
+        found += framer.feed(bytes(data[at : at + RECV_SIZE]), 0)
+    return merged(found), merged(framer.close())
+
+
+def merged(pieces: Iterable[Piece]) -> list[Piece]:
+    """Pieces with what goes on with another."""
+    found: list[tuple[str, list[bytes]]] = []
+    for kind, part in pieces:
+        if kind == MORE and found:
+            found[-1][1].append(part)
+        else:
+            found.append((kind, [part]))
+    return [(kind, b"".join(parts)) for kind, parts in found]
+
+
+def pieces_of(direction: str, data: bytes, captured: float | None = None) -> Iterator[Recorded]:
+    """The pieces of captured bytes: of their direction, or of both if that is not known ("")."""
+    if direction == INBOUND.name:
+        yield from (Recorded(captured, INBOUND, *piece) for piece in whole(INBOUND, data))
+        return
+    for piece in whole(OUTBOUND, data):
+        inward = whole(INBOUND, piece[1]) if not direction and piece[0] != FRAME else []
+        is_inward = any(kind in (FRAME, KEEPALIVE) for kind, _ in inward)
+        for kind, part in inward if is_inward else [piece]:
+            yield Recorded(captured, INBOUND if is_inward else OUTBOUND, kind, part)
+
+
+def whole(wire: Wire, data: bytes) -> list[Piece]:
+    """All pieces of bytes."""
+    pieces, unfinished = cut(wire, data)
+    return merged(pieces + unfinished)
+
+
+# Text. A line of a dump is an offset, hex and often the same as text; xxd and tcpdump put a colon behind the offset.
+DUMP_LINE = re.compile(r"(\s*)(?:0x)?([0-9a-f]{4,8})(?:(:)(?=\s)|(?=\s|$))\s*(.*)", re.I)
+DUMP_BYTES = re.compile(r"(?:(?:[0-9a-f]{2})+(?: (?!\s)|(?=\s|$)))*", re.I)
+SECOND_HALF = re.compile(r" {1,2}([0-9a-f]{2}(?: [0-9a-f]{2}){0,7})(?=\s|$)", re.I)
+ONLY_HEX = re.compile(r"\s*[0-9a-f]{2,}(\s+[0-9a-f]{2,})*\s*", re.I)
+HEX_RUN = re.compile(r"(?<!\w)[0-9a-f]{2}(?:[\s,:;-]*[0-9a-f]{2}){11,}", re.I)  # no sentence looks like that
+ESCAPE = re.compile(r"\\(?:x([0-9a-f]{2})|([0-7]{1,3})|(.))", re.S | re.I)
+ESCAPED = dict(zip("abfnrtv", "\a\b\f\n\r\t\v"))
+LITERAL = re.compile(r"""(["'])((?:\\.|(?!\1)[^\\])*)\1""", re.S)
+SHORTEST = 16  # bytes that a literal or an array in a text must have
+BIGGEST_FOLD = 64 << 10  # bytes that a `*` in a dump stands for
+
+
+def line_bytes(text: str) -> bytes:
+    """The bytes in a line of a dump behind its offset: they end at two blanks, or behind those between two halves."""
+    text = re.split(r"[|>]", text)[0]
+    first = DUMP_BYTES.match(text)
+    found = bytes.fromhex(first[0]) if first else b""
+    second = SECOND_HALF.match(text, first.end()) if first and len(found) == 8 else None
+    return found + (bytes.fromhex(second[1]) if second else b"")
+
+
+def dumps(text: str) -> list[bytes]:
+    """What the dumps in a text hold: an offset of 0 begins another, indented or not; [] if it is no text with dumps.
+
+    An offset is in hex, octal or decimal: what the bytes so far are in. Equal lines can be folded to a `*`.
+    """
+    found: list[bytearray] = []
+    current: dict[str, bytearray] = {}  # by indentation: a dump of both directions indents one
+    last, is_folded = b"", False
+    for line in text.splitlines():
+        match = DUMP_LINE.match(line)
+        indent, offset, colon, rest = match.groups() if match else ("", "", "", "")
+        part, dump = line_bytes(rest), current.get(indent)
+        places = [
+            int(offset, base)
+            for base in (16, 8, 10)
+            if re.fullmatch("[0-7]+" if base == 8 else r"\d+" if base == 10 else r"\w+", offset)
+        ]
+        if match and is_folded and dump and last:
+            more = next(
+                (
+                    n - len(dump)
+                    for n in places
+                    if len(dump) < n <= len(dump) + BIGGEST_FOLD and not (n - len(dump)) % len(last)
+                ),
+                0,
+            )
+            dump += last * (more // len(last))
+        if match and dump is not None and len(dump) in places and len(dump):
+            dump += part
+        elif match and part and (colon or not int(offset, 16)):
+            current[indent] = bytearray(part)
+            found.append(current[indent])
+        elif not found and ONLY_HEX.fullmatch(line):
+            return []
+        last, is_folded = part or last, line.strip() == "*"
+    return [bytes(dump) for dump in found]
+
+
+def unescaped(text: str) -> bytes:
+    r"""The bytes of a text with escapes, as C and Python have them: \x0a, \12, \n."""
+
+    def character(match: re.Match) -> str:
+        digits, octal, other = match.groups()
+        return chr(int(digits, 16)) if digits else chr(int(octal, 8) & 0xFF) if octal else ESCAPED.get(other, other)
+
+    return ESCAPE.sub(character, text).encode("latin-1", "replace")
 
 
 def from_hex(text: str) -> bytes:
     """Bytes of hex digits in any spacing, nothing for anything else."""
     with contextlib.suppress(ValueError):
-        return bytes.fromhex(re.sub(r"0x|\\x|[\s,:;|\"'-]", "", text))
+        return bytes.fromhex(re.sub(r"0[xX]|\\x|[\s,:;|\"'-]", "", text))
     return b""
 
 
-def file_streams(path: str) -> list[tuple[str, bytes]]:
-    """(direction or "", bytes) of a file, or standard input for -: a capture's whole lines, or hex, or bytes as they are.
+def from_text(text: str) -> list[bytes]:
+    """The bytes that people paste, one after another: hex, literals with escapes, arrays of C, hex in a text."""
+    plain = from_hex(text)
+    if not plain and "\\x" in text:
+        literals = [match[2] for match in LITERAL.finditer(text)] or text.split("\n")
+        found = b"".join(unescaped(literal.strip("\r")) for literal in literals if "\\x" in literal)
+        plain = found if len(found) >= SHORTEST else b""
+    if plain:
+        return [plain]
+    arrays = re.sub(r"/\*.*?\*/|//[^\n]*", "", text, flags=re.S).split("}")
+    numbers = [
+        bytes(int(digits, 16) for digits in re.findall(r"\b0x([0-9a-f]{1,2})\b", array, re.I)) for array in arrays
+    ]
+    runs = [bytes.fromhex(re.sub("[^0-9a-fA-F]", "", run)) for run in HEX_RUN.findall(text)]
+    return [data for data in numbers if len(data) >= SHORTEST] or [data for data in runs if BEGINNINGS[1] in data]
 
-    Raises UsageError if it cannot be read, StartError for what is nothing of the kind.
+
+def is_ip(data: bytes) -> bool:
+    """Whether bytes look like an IP packet."""
+    is_v6 = len(data) >= 40 and data[0] >> 4 == 6 and data[6] in (socket.IPPROTO_TCP, 17, 58, *IPV6_EXTENSIONS)
+    return is_v6 or (len(data) >= 20 and 0x45 <= data[0] <= 0x4F)
+
+
+def link_of(data: bytes) -> int | None:
+    """The link type of the packet that a dump shows, from what stands where; None if it is no packet."""
+    if data.startswith(BEGINNINGS):
+        return None
+    types = (*IP_TYPES, *VLAN_TAGS, ARP)
+    return next(itertools.compress((101, 1, 113, 276, 0), (
+        is_ip(data), data[12:14] in types, data[14:16] in types, data[:2] in types and data[2:4] == b"\0\0",
+        data[:4].strip(b"\0") in ADDRESS_FAMILIES and is_ip(data[4:]),
+    )), None)  # fmt: skip
+
+
+def text_pieces(text: str, notes: Notes) -> Iterator[Recorded]:
+    """The pieces of what people paste. Raises ProtocolError if there is nothing of the kind."""
+    dumped, packets, streams = dumps(text), [], []
+    for number, data in enumerate(dumped or from_text(text)):
+        link = link_of(data)
+        if link is not None:
+            packets.append(RecordedPacket(number * 1e-9, link, data, len(data)))
+        elif not dumped or BEGINNINGS[1] in data:
+            streams.append(data)
+    if not packets and not streams and not dumped:
+        raise ProtocolError("text without bytes in hex" if text.strip() else "nothing in it")
+    yield from conversations(packets, notes)
+    for data in streams:
+        yield from shown_pieces(data, notes, is_known=not dumped or data.startswith(BEGINNINGS))
+
+
+def shown_pieces(data: bytes, notes: Notes, is_known: bool) -> Iterator[Recorded]:
+    """The pieces of bytes; if it is not known what they are, good frames alone: addresses can stand between them."""
+    for piece in pieces_of("", data):
+        if is_known or piece.kind == FRAME:
+            yield piece
+        else:
+            notes[LEFT_OUT] += 1
+
+
+class Rewound(io.RawIOBase):
+    """A file whose head was read already, from the beginning; where a gzipped one is cut or damaged, it ends."""
+
+    def __init__(self, head: bytes, read: Callable[[int], bytes], notes: Notes) -> None:
+        super().__init__()
+        self._head, self._read, self._notes = head, read, notes
+
+    def readable(self) -> bool:
+        """Yes."""
+        return True
+
+    def readinto(self, buffer) -> int:
+        """Fill a buffer, or a part of it."""
+        data, self._head = self._head[: len(buffer)], self._head[len(buffer) :]
+        try:
+            data = data or self._read(len(buffer))
+        except (EOFError, OSError, zlib.error) as error:
+            if getattr(error, "errno", None):  # the system's, not gzip's
+                raise
+            self._notes[CUT_END] = 1
+        buffer[: len(data)] = data
+        return len(data)
+
+
+def capture_pieces(file: BinaryIO, notes: Notes) -> Iterator[Recorded]:
+    """The pieces in the lines of a capture file, or in what decode printed. Raises ProtocolError if no line is whole."""
+    is_empty = True
+    while line := file.readline(LONGEST_LINE):
+        line = line.strip(b"\0\xef\xbb\xbf\r\n")
+        try:
+            entry = json.loads(line)
+            data, direction = bytes.fromhex(entry["hex"]), str(entry.get("direction", ""))
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+            notes[FOREIGN_LINES] += bool(line.strip())
+            continue
+        is_empty = False
+        yield from pieces_of(direction, data, captured_at(entry))
+    if is_empty:
+        raise ProtocolError("not a whole line of a capture in it")
+
+
+def captured_at(entry: dict) -> float | None:
+    """When a line was captured, None if it does not say that with its zone."""
+    with contextlib.suppress(ValueError, OverflowError):
+        when = datetime.fromisoformat(str(entry.get("captured") or entry.get("time")).replace("Z", "+00:00"))
+        return when.timestamp() if when.tzinfo else None
+    return None
+
+
+def recording(file: BinaryIO, notes: Notes) -> Iterator[Recorded]:
+    """The pieces in a file: packets, lines of a capture, frames as they are, or text; gzipped or not.
+
+    Raises ProtocolError if it is nothing of the kind.
     """
+    head = file.read(RECV_SIZE)
+    source: BinaryIO = io.BufferedReader(Rewound(head, file.read, notes), RECV_SIZE)  # type: ignore[assignment]
+    if head.startswith(b"\x1f\x8b"):
+        import gzip  # the exporter never needs it
+
+        unzipped = gzip.GzipFile(fileobj=source)
+        source = io.BufferedReader(Rewound(b"", unzipped.read1, notes), RECV_SIZE)  # type: ignore[assignment]
+        head = source.read(RECV_SIZE)
+        source = io.BufferedReader(Rewound(head, source.read, notes), RECV_SIZE)  # type: ignore[assignment]
+    if head[:4] in PCAP:
+        yield from conversations(pcap_packets(source, notes), notes)
+    elif head[:4] == PCAPNG:
+        yield from conversations(pcapng_packets(source, notes), notes)
+    elif head[:4] in MODIFIED_PCAP:
+        raise ProtocolError("a modified pcap file, which is not read: save it as pcap")
+    elif re.search(rb'(?m)^[\0\xef\xbb\xbf\s]*\{.*"hex"', head):
+        yield from capture_pieces(source, notes)
+    else:
+        data = source.read()
+        is_utf16, is_stream = data[:2] in (b"\xff\xfe", b"\xfe\xff"), BEGINNINGS[1] in data
+        if is_utf16 or not re.search(rb"[\0-\x08\x0e-\x1a\x1c-\x1f]", data):
+            yield from text_pieces(data.decode("utf-16" if is_utf16 else "latin-1", "replace"), notes)
+        elif is_stream:
+            yield from shown_pieces(data, notes, is_known=data.startswith(BEGINNINGS))
+        else:
+            raise ProtocolError("neither a recording nor text")
+
+
+# ---------------------------------------------------------------------------------------------------------- decode
+
+
+def called(path: str) -> str:
+    """A file's name in a message."""
+    return "standard input" if path == "-" else path
+
+
+def recorded(path: str, notes: Notes) -> Iterator[Recorded]:
+    """The pieces in a file, or in standard input (-). Raises UsageError if it cannot be read, StartError for another's."""
+    if path == "-" and not sys.stdin:
+        raise UsageError("standard input is closed")
     try:
         with contextlib.nullcontext(sys.stdin.buffer) if path == "-" else open(path, "rb") as file:
-            data = file.read()
+            yield from recording(file, notes)
     except OSError as error:
-        raise UsageError(f"{path}: {error.strerror}") from None
-    text, found = data.decode("latin-1"), []
-    if text.lstrip().startswith("{"):
-        for line in text.split("\n"):
-            with contextlib.suppress(ValueError, TypeError, KeyError, RecursionError):  # cut, or another's
-                entry = json.loads(line)
-                data = from_hex(entry["hex"])
-                found.append((str(entry.get("direction", "")), data))
-    else:
-        found = [("", data if OUTBOUND.prefix in data else from_hex(text))]
-    if not any(data for _, data in found):
-        what = "neither a capture nor bytes in hex" if text.strip() else "nothing in it"
-        raise StartError(f"{'standard input' if path == '-' else path}: {what}")
-    return found
+        raise UsageError(f"{path}: {error.strerror or error}") from None
+    except ProtocolError as error:
+        raise StartError(f"{called(path)}: {error}") from None
 
 
-def cut(wire: Wire, data: bytes) -> list[tuple[Wire, str, bytes]]:
-    """(wire, kind, bytes) of the pieces of a whole stream."""
-    framer, found = Framer(wire), []  # type: ignore[var-annotated]
-    parts = [part for at in range(0, len(data), RECV_SIZE) for part in framer.feed(data[at : at + RECV_SIZE], 0)]
-    for kind, part in parts + framer.close():
-        if kind == MORE:
-            found[-1][1].append(part)
-        else:
-            found.append((kind, [part]))
-    return [(wire, kind, b"".join(several)) for kind, several in found]
+def missing(notes: Notes) -> list[str]:
+    """What a recording lacks, in words; what the snap length explains is not said again."""
+    explained = {GAPS, TORN} if notes[SNAPPED] else set()
+    return [text.format(count) for text, count in notes.items() if count and text not in explained]
 
 
-def pieces_of(streams: Iterable[tuple[str, bytes]]) -> Iterator[tuple[Wire, str, bytes]]:
-    """(wire, kind, bytes) of what is in captured bytes: of their direction, or of both if that is not known."""
-    for direction, data in streams:
-        if direction == INBOUND.name:
-            yield from cut(INBOUND, data)
-            continue
-        for piece in cut(OUTBOUND, data):
-            inward = cut(INBOUND, piece[2]) if not direction and piece[1] != FRAME else []
-            yield from inward if any(kind in (FRAME, KEEPALIVE) for _, kind, _ in inward) else [piece]
-
-
-def good_packets(pieces: Iterable[tuple[Wire, str, bytes]]) -> Iterator[tuple[bytes, Packet]]:
+def good_packets(pieces: Iterable[Recorded]) -> Iterator[tuple[bytes, Packet]]:
     """The good frames among pieces, with their packets."""
-    for wire, kind, data in pieces:
+    for piece in pieces:
         with contextlib.suppress(ProtocolError):
-            if kind == FRAME:
-                yield data, decode(data, wire)
+            if piece.kind == FRAME:
+                yield piece.data, decode(piece.data, piece.wire)
+
+
+def frames_in(path: str) -> dict[bytes, Packet]:
+    """The good frames in a file with their packets; says what the file lacks. Raises StartError if there are none."""
+    notes: Notes = collections.Counter()
+    found = dict(good_packets(recorded(path, notes)))
+    if not found:
+        raise StartError(f"{called(path)}: {'; '.join(['not a single good frame in it', *missing(notes)])}")
+    for text in missing(notes):
+        print(f"{called(path)}: {text}", file=sys.stderr)
+    return found
 
 
 def told_models(packets: Iterable[Packet]) -> dict[str, str]:
@@ -5096,65 +5601,118 @@ def contents(where: Address, packet: Packet) -> dict:
     return {"blocks": shown, "values": {**values, **taken.info}}
 
 
-SAID = ["direction", "type", "serial", "model", "time", "crc_ok", "envelope", "blocks", "values", "error", "hex"]
+SAID = [
+    "direction",
+    "type",
+    "serial",
+    "model",
+    "time",
+    "captured",
+    "crc_ok",
+    "envelope",
+    "blocks",
+    "values",
+    "error",
+    "hex",
+]
 ENVELOPES = {LONG: "long", SHORT: "short", ANSWER: "answer"}
 
 
-def described(wire: Wire, kind: str, data: bytes, told: dict[str, str]) -> dict:
-    """A piece as decode prints it. told: serial number to the model name that the device gave."""
+def utc_text(seconds: float | None) -> str | None:
+    """Seconds since 1970 in ISO 8601, None for what no clock shows."""
+    with contextlib.suppress(ValueError, OverflowError, OSError):
+        return (
+            datetime.fromtimestamp(round(seconds, 6), timezone.utc).isoformat(timespec="microseconds")
+            if seconds
+            else None
+        )
+    return None
+
+
+def described(piece: Recorded, models: dict[str, str]) -> dict:
+    """A piece as decode prints it. models: serial number to the name that the device gave so far; a new one is kept."""
+    captured, wire, kind, data, _ = piece
     found: dict = dict.fromkeys(SAID)
-    found.update(direction=wire.name, type=kind, hex=data.hex())
+    found.update(direction=wire.name, type=kind, captured=utc_text(captured), hex=data.hex())
     if kind in (JUNK, KEEPALIVE):
         return {**found, "error": "no frame" if kind == JUNK else None}
     found.update(crc_ok=kind == FRAME, error=None if kind == FRAME else "bad checksum, or cut")
     try:
         where, packet = address_of(data, wire), decode(data, wire)
-        when = device_time(packet.time or packet.iv[:6] if wire is OUTBOUND else packet.iv[5::-1])
-        found.update(type=where.type, serial=where.serial, model=model(where.serial, told.get(where.serial, "")))
+        serial, when = where.serial, device_time(packet.time or packet.iv[:6] if wire is OUTBOUND else packet.iv[5::-1])
+        found.update(type=where.type, serial=serial, model=model(serial, models.get(serial, "")))
         found.update(time=when and when.isoformat(), envelope=ENVELOPES[where.form])
         found.update(contents(where, packet))
+        if wire is OUTBOUND and "model" in found["values"]:
+            models[serial] = found["values"]["model"]
+            found["model"] = model(serial, models[serial])
     except ProtocolError as error:
         found["error"] = found["error"] or str(error)
     return found
 
 
-def redacted(packets: list[Packet]) -> list[tuple[Wire, str, bytes]]:
-    """Frames of packets with other serial numbers, in clear and in cipher."""
-    serials = dict.fromkeys(packet.serial for packet in packets)
+def renamed(data: bytes, packet: Packet, aliases: dict[str, str]) -> bytes:
+    """A frame with other serial numbers. The cipher does not depend on the one in the envelope."""
+    clear, alias = packet.clear, aliases[packet.serial]
+    for serial, other in aliases.items():
+        clear = clear.replace(serial.encode(), other.encode())
+    if clear != packet.clear:
+        return encode(packet._replace(serial=alias, clear=clear))
+    at = address_of(data, packet.wire).form.serial
+    frame = data[:at] + alias.encode() + data[at + len(alias) : -2]
+    return frame + crc16(frame).to_bytes(2, packet.wire.order)
+
+
+def redacted(pieces: Iterable[Recorded]) -> list[Recorded]:
+    """The good frames among pieces with other serial numbers, in clear and in cipher; says how many others there were."""
+    kept, others = [], 0
+    for piece in pieces:
+        good = [packet for _, packet in good_packets([piece])]
+        kept += [(piece, packet) for packet in good]
+        others += not good
+    serials = dict.fromkeys(packet.serial for _, packet in kept)
     aliases = {serial: f"{serial[:8]}XXXX{number:04d}" for number, serial in enumerate(serials, 1)}
-    found = []
-    for packet in packets:
-        clear = packet.clear
-        for serial, alias in aliases.items():
-            clear = clear.replace(serial.encode(), alias.encode())
-        found.append((packet.wire, FRAME, encode(packet._replace(serial=aliases[packet.serial], clear=clear))))
-    return found
+    left_out = f"{len(kept)} good frames, {others} other pieces left out."
+    print(left_out, "XXXX0001, XXXX0002, ... count the devices up and are no real serial numbers.", file=sys.stderr)
+    return [piece._replace(data=renamed(piece.data, packet, aliases)) for piece, packet in kept]
 
 
 def decode_command(arguments: list[str]) -> int:
-    """Captured bytes, hex or capture files, as one JSON object a frame."""
+    """Recorded traffic or pasted hex as one JSON object a frame."""
     parser = Parser("decode", decode_command.__doc__)
-    sources = "capture files, files with hex, - for standard input, or hex in any spacing"
+    sources = (
+        "capture files, pcap and pcapng files, files with hex or dumps, gzipped or not, - for standard input; or hex"
+    )
     parser.add_argument("source", metavar="FILE|-|HEX", nargs="+", help=sources)
     good_only = "good frames only, with other serial numbers, for a bug report"
     parser.add_argument("--redact", action="store_true", help=good_only)
     given = parser.parse_args(arguments)
-    typed = [source for source in given.source if source != "-" and not os.path.exists(source)]
-    streams = [stream for source in given.source if source not in typed for stream in file_streams(source)]
-    if typed:
-        streams.append(("", from_hex(" ".join(typed))))
-        if not streams[-1][1]:
-            raise UsageError(f"neither a file nor whole bytes in hex: {' '.join(typed)[:40]!a}")
-    pieces = list(pieces_of(streams))
-    if given.redact:
-        packets = [packet for _, packet in good_packets(pieces)]
-        left_out = f"{len(packets)} good frames, {len(pieces) - len(packets)} other pieces left out."
-        print(left_out, "XXXX0001, XXXX0002, ... count the devices up and are no real serial numbers.", file=sys.stderr)
-        pieces = redacted(packets)
-    told = told_models(packet for _, packet in good_packets(pieces))
-    for wire, kind, data in pieces:
-        print(json.dumps(described(wire, kind, data, told)))
+    typed = " ".join(source for source in given.source if source != "-" and not os.path.exists(source))
+    files: list[tuple[str, Notes]] = [
+        (source, collections.Counter()) for source in given.source if source == "-" or os.path.exists(source)
+    ]
+    typed_pieces = list(typed_hex(typed)) if typed else []
+    pieces: Iterable[Recorded] = itertools.chain(*(recorded(path, notes) for path, notes in files), typed_pieces)
+    models: dict[str, str] = {}
+    where, good = ", ".join([called(path) for path, _ in files] + ["the hex given"] * bool(typed)), 0
+    for piece in redacted(pieces) if given.redact else pieces:
+        said = described(piece, models)
+        good += piece.kind == FRAME and said["serial"] is not None
+        print(json.dumps(said))
+    lines = [f"{called(path)}: {text}" for path, notes in files for text in missing(notes)]
+    if not good:
+        raise StartError("; ".join([f"not a single good frame in {where}", *lines]))
+    for line in lines:
+        print(line, file=sys.stderr)
     return 0
+
+
+def typed_hex(text: str) -> Iterator[Recorded]:
+    """The pieces of what stands on the command line. Raises UsageError."""
+    try:
+        yield from text_pieces(text, collections.Counter())
+    except ProtocolError:
+        raise UsageError(f"neither a file nor whole bytes in hex: {text[:40]!a}") from None
 
 
 # -------------------------------------------------------------------------------------------------------- backfill
@@ -5273,10 +5831,7 @@ def backfill(arguments: list[str]) -> int:
         raise StartError(f"{trouble}, so the times would be wrong: {step}")
     frames: dict[bytes, Packet] = {}
     for path in given.file:
-        several = dict(good_packets(pieces_of(file_streams(path))))
-        if not several:
-            raise StartError(f"{path}: not a single good frame in it")
-        frames.update(several)
+        frames.update(frames_in(path))
     extra = {"job": given.job, "instance": given.instance, **dict(given.label)}
     labels = ",".join(label(name, value) for name, value in extra.items() if value)
     now = time.time()
@@ -5323,17 +5878,40 @@ def in_container() -> bool:
     return os.path.exists("/.dockerenv") or os.path.exists("/run/.containerenv")
 
 
-def local_get(settings: Settings, path: str) -> bytes | None:
-    """What an exporter on this machine answers, None if there is none."""
+def local_answer(settings: Settings, path: str) -> bytes:
+    """What a program on this machine answers to a GET on the exporter's port, head and all; b"" if there is none."""
     host, port = settings.web_address
     host = "127.0.0.1" if host in ("", "0.0.0.0", "::") else host
-    with contextlib.suppress(OSError, http.client.HTTPException):
-        with contextlib.closing(http.client.HTTPConnection(host, port, timeout=3)) as connection:
-            connection.request("GET", path)
-            answered = connection.getresponse()
-            body = answered.read(16 << 20)
-            return body if answered.status == 200 and answered.getheader("Content-Security-Policy") else None
+    answer, deadline = b"", time.monotonic() + 10
+    with contextlib.suppress(OSError), socket.create_connection((host, port), timeout=3) as sock:
+        sock.sendall(f"GET {path} HTTP/1.0\r\nHost: localhost\r\n\r\n".encode())
+        while len(answer) < 16 << 20 and time.monotonic() < deadline and (data := sock.recv(RECV_SIZE)):
+            answer += data
+    return answer
+
+
+def local_get(settings: Settings, path: str) -> bytes | None:
+    """The body that a web server on the exporter's port answers, None without one."""
+    head, _, body = local_answer(settings, path).partition(b"\r\n\r\n")
+    return body if re.match(rb"HTTP/1\.\d 200\b", head) else None
+
+
+def running_exporter(settings: Settings) -> dict | None:
+    """What an exporter on this machine says on /api/devices, None if none runs: any web server can have its port."""
+    with contextlib.suppress(ValueError, TypeError, KeyError, RecursionError):
+        said = json.loads(local_get(settings, "/api/devices") or b"null")
+        upstream, devices = said["upstream"], said["devices"]
+        if (
+            upstream["mode"] in (FORWARD, LOCAL, SPOOL)
+            and isinstance(upstream["address"], str)
+            and isinstance(devices, list)
+        ):
+            return said if all(set(device) >= DEVICE_KEYS for device in devices) else None
     return None
+
+
+DEVICE_KEYS = {"device", "model", "full_serial", "up", "age_seconds"}  # of a device on /api/devices
+STRANGERS = {"tls": "begins TLS", "nothing": "sends nothing"}
 
 
 # fmt: off
@@ -5355,6 +5933,7 @@ def machine_findings(settings: Settings, running: dict | None) -> Iterator[Findi
             (not error, WARN, f"{port} is free, though an exporter runs", f"start doctor with the exporter's --{flag}"),
             (number != errno.EADDRINUSE, FAIL, f"{port} cannot be had: {error and error.args[-1]}", f"choose another with --{flag}"),
             (running, OK, f"{port} is in use, and an exporter runs", ""),
+            (address == settings.web_address and local_answer(settings, "/"), FAIL, f"{port} is in use: another program answers there, and no exporter", f"end that program (`ss -ltnp` shows which), or choose another port with --{flag}"),
             (True, FAIL, f"{port} is in use", f"`ss -ltnp` shows what has it: end that, or choose another with --{flag}"),
         )
     local, trouble = time.strftime("%Y-%m-%d %H:%M:%S %Z"), zone_trouble()
@@ -5382,7 +5961,11 @@ def device_findings(settings: Settings, running: dict | None) -> Iterator[Findin
             (device["device"] == "inverter", WARN, text, f"an inverter sleeps at night; otherwise {asleep}"),
             (True, WARN, text, asleep),
         )
-    if not running["devices"]:
+    strangers = running.get("strangers") or []
+    for stranger in strangers:
+        said = STRANGERS.get(stranger["said"], "sends no frame")
+        yield WARN, f"{label_text(stranger['host'])} connects and {said}: its module does not speak this protocol", "newer modules (WiFi/LAN Kit-20, \"WLA...\" on the label) speak TLS with the cloud and cannot be read here: let its names lead to the cloud again"
+    if not running["devices"] and not strangers:
         yield WARN, "no device has connected yet", "let the portal's name lead here, then power-cycle the device's module"
 
 
@@ -5413,7 +5996,7 @@ def server_finding(server: tuple[str, int], host: str) -> Finding:
     says = f"{where} says {host} is {', '.join(found or ())}"
     return first_true(
         (found is None, WARN, f"{where} does not answer for {host}", "a firewall may keep UDP port 53 closed; name another in --sems.upstream-dns"),
-        (not found, WARN, f"{where} says that {host} does not exist", "look at --sems.upstream"),
+        (not found, WARN, f"{where} says that {host} does not exist", "most likely a firewall redirects port 53 and answers in its place: exempt this machine, or give --sems.upstream as an address; else look at --sems.upstream"),
         (any(map(is_global, found or ())), OK, says, ""),
         (True, FAIL, f"{says}: overridden too", "the router redirects all DNS; exempt this machine, or give --sems.upstream as an address"),
     )
@@ -5451,8 +6034,7 @@ def portal_findings(settings: Settings, running: dict | None) -> Iterator[Findin
 def doctor(arguments: list[str]) -> int:
     """Check the set-up and say what to do next; takes the flags of serve."""
     settings = serve_settings(arguments, os.environ, "doctor", f"{doctor.__doc__} Exit code 1 if something fails.")
-    body = local_get(settings, "/api/devices")
-    running = json.loads(body) if body else None
+    running = running_exporter(settings)
     if running:  # it may have other flags
         settings.mode = running["upstream"]["mode"]
         settings.upstream = portal_endpoint(running["upstream"]["address"] or settings.upstream_text)
@@ -5509,8 +6091,13 @@ def command_line(arguments: list[str]) -> int:
     return COMMANDS[first](arguments[1:])
 
 
+STDOUT_ERRORS = (errno.EPIPE, errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run the program; the exit code: 0 fine, 1 failed, 2 wrong usage."""
+    with contextlib.suppress(AttributeError):  # a terminal without the degree sign shows its number
+        sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
     try:
         try:
             return command_line(sys.argv[1:] if argv is None else argv)
@@ -5521,7 +6108,11 @@ def main(argv: list[str] | None = None) -> int:
         return 2 if isinstance(error, UsageError) else 1
     except KeyboardInterrupt:
         return 130
-    except BrokenPipeError:  # `| head` has seen enough
+    except OSError as error:
+        if error.errno not in STDOUT_ERRORS:
+            raise
+        if error.errno != errno.EPIPE:  # else `| head` has seen enough
+            print(f"sems_mitm.py: cannot write to standard output: {error.strerror}", file=sys.stderr)
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
 
