@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import functools
 import http.client
@@ -37,13 +38,13 @@ sems = module_of(PROGRAM)
 
 METER, INVERTER = "91000HKU{:08d}", "53000DSC{:08d}"  # made-up serial numbers
 NOON = datetime(2026, 3, 21, 12, 0, 0)
-METER_RANGES = [
+METER_RANGES = [  # the first are registers that nobody knows: `numbered` needs some there
+    (5632, (2,) * 12),
     (2048, (0, 0, 1, 0, 0, 2, *[0] * 6, 0, 0, 3, *[0] * 9)),
     (2096, (2400, 2401, 0, *[0] * 6, 0, 1500, 0, 2600, 0, 0, 0, 4100)),
     (5376, (25600, 1, 0, 65)),
-    (5632, (2,) * 12),
 ]
-INVERTER_RANGES = [(30103, (3347, 31)), (30127, (0, 1051, 1)), (30144, (209, 0, 20642, 0, 1667)), (30163, (3806,) * 60)]
+INVERTER_RANGES = [(30163, (3806,) * 60), (30103, (3347, 31)), (30127, (0, 1051, 1)), (30144, (209, 0, 20642, 0, 1667))]
 ANSWER_SIZE = 58  # of the portal's ACK, NACK and clock write
 
 
@@ -56,19 +57,20 @@ def frame(packet_type: str, serial: str, when: datetime, clear: bytes) -> bytes:
 
 def meter_frame(number: int, when: datetime, volts: int = 2400, function: str = "04") -> bytes:
     """Of a HomeKit 1000, 166 bytes as in captures; volts is channel 1's, in tenths."""
-    (first, words), *more = METER_RANGES[1:]
-    ranges = [METER_RANGES[0], (first, (volts, *words[1:])), *more]
+    unknown, energies, (first, words), more = METER_RANGES
+    ranges = [unknown, energies, (first, (volts, *words[1:])), more]
     return frame(f"03{function}", METER.format(number), when, sems.payload(ranges))
 
 
 def inverter_frame(number: int, when: datetime, volts: int = 3347) -> bytes:
     """Of a DNS G3; volts is the first input's, in tenths."""
-    return frame("0104", INVERTER.format(number), when, sems.payload([(30103, (volts, 31)), *INVERTER_RANGES[1:]]))
+    unknown, (first, words), *more = INVERTER_RANGES
+    return frame("0104", INVERTER.format(number), when, sems.payload([unknown, (first, (volts, *words[1:])), *more]))
 
 
 def settings_frame(number: int, when: datetime) -> bytes:
     """A HomeKit's settings packet, which is answered with an ACK and a clock write."""
-    return frame("0303", METER.format(number), when, sems.payload(METER_RANGES[:2]))
+    return frame("0303", METER.format(number), when, sems.payload(METER_RANGES[:3]))
 
 
 def confirmation_frame(number: int, when: datetime) -> bytes:
@@ -83,10 +85,13 @@ def minute(count: int) -> datetime:
 
 
 def numbered(model: bytes, number: int) -> bytes:
-    """A data frame like model, so many seconds after noon, so that it is like no other; made much faster than model."""
+    """A meter's or inverter's frame like model, so many seconds later; made much faster than model.
+
+    The number is in the IV's last four bytes, so that no two frames begin alike; it alters two registers that nobody knows.
+    """
     when = NOON + timedelta(seconds=number)
     stamp = bytes((when.year - 2000, when.month, when.day, when.hour, when.minute, when.second))
-    body = model[:46] + stamp + model[52:-2]
+    body = model[:42] + number.to_bytes(4, "big") + stamp + model[52:-2]
     return body + sems.crc16(body).to_bytes(2, "big")
 
 
@@ -110,6 +115,8 @@ def cut(data: bytes) -> tuple[list[bytes], bytes]:
 
 
 # --------------------------------------------------------------------------------------------------- the program
+
+signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that what is registered with atexit is done then, too
 
 
 def until(condition, seconds: float = 20, pause: float = 0.005):
@@ -168,6 +175,7 @@ class Exporter:
     def start(self) -> None:
         """Start it, and wait until it is ready."""
         self.popen = subprocess.Popen(self.command, cwd=self.folder, env=self.environment)
+        atexit.register(self.popen.kill)  # which does nothing to one that has ended
         until(self.is_ready)
 
     def is_ready(self) -> bool:
