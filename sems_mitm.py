@@ -101,10 +101,8 @@ CONNECT_TIMEOUT = 10  # s for an attempt to reach the portal, all addresses toge
 ADDRESSES = 4  # of the portal that an attempt tries
 BACKOFF = (1, 60)  # s between attempts to reach the portal, doubling
 SILENCE = 30 * 60  # s before a silent device's connection is closed, and an idle spool's
-STRANGERS, STRANGER = (
-    16,
-    60,
-)  # hosts that are remembered; s without a byte after which a device's connection is named in the log
+STRANGER = 60  # s without a byte after which a device's connection is named in the log
+STRANGERS_LISTED = 16  # hosts that do not speak this protocol and are remembered
 OPENING = 1  # s after which bytes that are no good frame open a connection to the portal
 LAST_ATTEMPT = 2  # s for an attempt under way when its device closes
 LINGER = 2  # s for the portal's last words after its device has gone
@@ -1424,7 +1422,7 @@ class Store:
 
     def name_stranger(self, host: str, said: str, now: float) -> None:
         """Remember and log a host that connects and does not speak this protocol. said: tls, or nothing."""
-        if len(self.strangers) < STRANGERS or host in self.strangers:
+        if len(self.strangers) < STRANGERS_LISTED or host in self.strangers:
             self.strangers[host] = said
         what = "begins with a TLS client hello" if said == "tls" else f"has sent nothing for {STRANGER} s"
         text = (
