@@ -111,7 +111,7 @@ TICK = 1  # s between looks at deadlines
 SLOW = 1  # s in a file system after which the log names it
 LOOP_WINDOW = 2  # s in which a device's first piece that we have just sent to the portal is a loop
 RETURN_WINDOW = 60  # s in which a frame that left a spool and comes in again is a loop
-SENT_PIECES = 16 << 10  # pieces sent to the portal that are remembered for that
+REMEMBERED, SENT_PIECES = 32, 4096  # pieces that are remembered for that: of one write, in all
 DECODED = 3  # of a device's waiting packets of a function: what the jump rule needs to see
 OTHER_TYPES = 32  # packet types beyond the known with a label of their own
 UNKNOWN_REGISTERS = 128  # series of unknown registers a device
@@ -726,23 +726,21 @@ class Framer:
             end = pos + LENGTH.unpack_from(data, pos + len(prefix))[0] + overhead
             if end > size:
                 break
-            piece = data[pos:end]
-            self._at_boundary = crc16(piece[:-2]) == int.from_bytes(piece[-2:], wire.order)
-            if self._at_boundary:
-                pieces.append((FRAME, piece))
-            else:
-                inner = end if self._is_torn else min(self._start(data, pos + len(prefix)), end)
-                pieces.append((MALFORMED, data[pos:inner]))
-            self._is_torn = not self._at_boundary and inner < end
-            pos = inner if self._is_torn else end
+            is_good = crc16(data[pos : end - 2]) == int.from_bytes(data[end - 2 : end], wire.order)
+            inner = end if is_good or self._is_torn else min(self._start(data, pos + len(prefix)), end)
+            if inner < end and inner + header > size:  # whether another begins there, its length will tell
+                break
+            pieces.append((FRAME if is_good else MALFORMED, data[pos:inner]))
+            self._at_boundary, self._is_torn = is_good, inner < end
+            pos = inner
         return pieces, pos
 
     def _start(self, data: bytes, pos: int) -> int:
         """Where a frame can begin from pos on: at a prefix whose length is possible, or at the first bytes of a prefix at the end."""
         prefix, cap, start = self.wire.prefix, self.wire.cap, pos
         while (pos := data.find(prefix, pos)) >= 0:
-            length = data[pos + len(prefix) : pos + len(prefix) + 4]
-            if len(length) < 4 or int.from_bytes(length, "big") <= cap:
+            at = pos + len(prefix)
+            if at + 4 > len(data) or LENGTH.unpack_from(data, at)[0] <= cap:
                 return pos
             pos += 1
         tails = range(len(prefix) - 1, 0, -1)
@@ -2399,6 +2397,7 @@ class Connection:
             self._events = 0
         self.ended, self.error = True, self.error or ConnectionAbortedError()
         self.sock.close()
+        del self.owner
 
 
 # What a peer has sent, recognized: kind (packet type, malformed, junk, keepalive), bytes, address of a good frame or None,
@@ -2523,7 +2522,8 @@ class DevicePeer(Peer):
             self._began = math.inf
             self.reader.loop.store.name_stranger(self.host, "nothing", now)
         found = super().overdue(now)
-        if not connection.ended and (now - connection.heard >= SILENCE or connection.is_stalled(now, STALL)):
+        is_silent = not connection.ended and now - connection.heard >= SILENCE
+        if is_silent or connection.is_stalled(now, STALL):
             connection.ended, connection.error = True, TimeoutError()
             found += self.reader.recognized(self.reader.framer.close(), now)
         return found
@@ -2728,7 +2728,7 @@ class PortalLink:
         if self.state != UP or not self.peer or not self.outbox.size:
             return []
         self.has_sent = True
-        for piece in self.peer.connection.send(now):
+        for piece in self.peer.connection.send(now)[:REMEMBERED]:
             self.loop.portal.sent.note(piece, self.end, now)
         messages = self.peer.rest(now)
         self._notice_end(now)
@@ -2880,6 +2880,8 @@ class Relay:
 
     def _is_over(self, now: float) -> bool:
         """Whether nothing is left to do for a device that sends no more; takes the next step if something is."""
+        if self.link.outbox.size and not self._is_away:
+            self.link.reach(now)
         if self.link.state == IDLE:
             return True
         if self.link.state != UP:
@@ -3359,13 +3361,13 @@ class Loop:
     def __init__(self, store: Store, settings: argparse.Namespace, files: Files) -> None:
         """Raises OSError if the devices' port cannot be had, StartError for a spool file."""
         self.store, self.settings, self.files = store, settings, files
+        self.listeners = [Listener(self, listeners(*settings.listen_address), self._admit)]
         self.is_debugging = log.isEnabledFor(logging.DEBUG)
         self.selector = selectors.DefaultSelector()
         self.mailbox = Mailbox(self)
         self.owners: dict[Owner, None] = {}
         self.portal = Portal(self)
         self.spools = Spools(self, SpoolTable(settings.spool_file, store)) if settings.mode == SPOOL else None
-        self.listeners = [Listener(self, listeners(*settings.listen_address), self._admit)]
         self.every_second: list[Callable[[float], object]] = [store.look]
         self.is_stopping = False
         self._touched: dict[Owner, None] = {}  # owners that settle at the end of the round
@@ -3469,7 +3471,8 @@ class Loop:
         except Exception:
             self.store.broke(where)
             if owner:
-                owner.close()
+                self.do("the end of a connection", None, owner.close)
+                self.forget(owner)
             return False
         return True
 
