@@ -1904,6 +1904,8 @@ class SpoolTable:
         self._changed: set[str] = set()  # serial numbers whose totals are not written yet
         try:
             self._open()
+        except StartError:
+            raise
         except OSError as error:
             if error.errno not in (errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EIO):
                 raise StartError(f"--sems.spool-file={path}: {error.strerror}") from None
@@ -1921,6 +1923,8 @@ class SpoolTable:
             check_spool_file(self._path)
         db = self._sqlite.connect(self._path, isolation_level=None, timeout=2, check_same_thread=False)
         try:
+            # A frame of over a quarter of a page takes pages of its own: in memory that counts, in a file each write does.
+            db.execute(f"PRAGMA page_size = {4096 if self._path != ':memory:' else 16384}")
             for pragma in SPOOL_PRAGMAS[:-2]:
                 db.execute(f"PRAGMA {pragma}")
             if not db.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]:
@@ -1957,13 +1961,14 @@ class SpoolTable:
         new, self._new = self._new, []
         self._changed.update(serial for serial, *_ in new)
         self.is_stored = True
-        trouble = self._write(new) if new else ""
+        is_due = new or len(self._delivered) >= WINDOW  # what is delivered is not sent again after a kill, but for so many
+        trouble = self._write(new) if is_due else ""
         if trouble:
-            self.is_stored = False
+            self.is_stored = not new
             for serial, _, _, frame in new:
                 self.totals[serial].bytes -= len(frame)
                 self.size -= len(frame)
-            self._failed(f"{trouble}; what devices send is not acknowledged meanwhile", len(new))
+            self._failed(f"{trouble}; what devices send is not acknowledged meanwhile" if new else trouble, len(new))
         return new if trouble else []
 
     def _write(self, new: list[tuple[str, str, int, bytes]]) -> str:
@@ -2112,6 +2117,7 @@ class SpoolTable:
 # ------------------------------------------------------------------------------------------------- network: names
 
 Endpoint = collections.namedtuple("Endpoint", "family sockaddr")
+HOST_ERRORS = (OSError, UnicodeError)  # of a host that cannot be had, or whose name cannot be one
 
 
 def plain(host: str) -> str:
@@ -3361,13 +3367,19 @@ class Loop:
     def __init__(self, store: Store, settings: argparse.Namespace, files: Files) -> None:
         """Raises OSError if the devices' port cannot be had, StartError for a spool file."""
         self.store, self.settings, self.files = store, settings, files
-        self.listeners = [Listener(self, listeners(*settings.listen_address), self._admit)]
+        table = SpoolTable(settings.spool_file, store) if settings.mode == SPOOL else None
+        try:
+            self.listeners = [Listener(self, listeners(*settings.listen_address), self._admit)]
+        except HOST_ERRORS:
+            if table:
+                table.close()
+            raise
         self.is_debugging = log.isEnabledFor(logging.DEBUG)
         self.selector = selectors.DefaultSelector()
         self.mailbox = Mailbox(self)
         self.owners: dict[Owner, None] = {}
         self.portal = Portal(self)
-        self.spools = Spools(self, SpoolTable(settings.spool_file, store)) if settings.mode == SPOOL else None
+        self.spools = Spools(self, table) if table else None
         self.every_second: list[Callable[[float], object]] = [store.look]
         self.is_stopping = False
         self._touched: dict[Owner, None] = {}  # owners that settle at the end of the round
@@ -4627,7 +4639,6 @@ class Web:
 # The environment is read like a command line that stands before the real one; argparse does the rest.
 
 Settings = argparse.Namespace  # of serve: a value for each row of FLAGS, by its fourth column
-HOST_ERRORS = (OSError, UnicodeError)  # of a host that cannot be had, or whose name cannot be one
 
 
 class FlagType:
