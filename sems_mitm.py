@@ -3670,10 +3670,10 @@ def devices_json(seen: Seen) -> Iterator[str]:
     """/api/devices."""
     yield '{"devices": ['
     for i, device in enumerate(seen.devices):
-        told = dict(zip(("device", "model", "serial", "full_serial"), (*device.name, device.serial)))
-        told = {**told, **device.info, "up": device.up, "age_seconds": device.age, **device.member.figures}
+        name = dict(zip(("device", "model", "serial", "full_serial"), (*device.name, device.serial)))
+        about = {**name, **device.info, "up": device.up, "age_seconds": device.age, **device.member.figures}
         values = {flat(*series): number for series, number in device.values.items()}
-        yield f"{',' if i else ''}\n {json.dumps({**told, 'values': values})}"
+        yield f"{',' if i else ''}\n {json.dumps({**about, 'values': values})}"
     yield f'],\n"upstream": {json.dumps(seen.upstream)},\n"blocked": {seen.blocked}}}\n'
 
 
@@ -3869,16 +3869,16 @@ def one_a_quantity(name: str) -> tuple[Series, ...]:
 def table_rows(name: str, values: dict[Series, float]) -> list[tuple[str, str]]:
     """(what, how much) of a device of the family `name`, without channels, strings and the like of which all is 0."""
     there = {labels for (_, labels), number in values.items() if number}
-    told = [series for series in one_a_quantity(name) if series in values]
-    told = [series for series in told if not series[1] or series[1] in there or series[1].endswith('"1"')]
-    several = {labels.partition("=")[0] for _, labels in told if labels and not labels.endswith('"1"')}
-    found = []
-    for metric, labels in told:
+    known = [series for series in one_a_quantity(name) if series in values]
+    known = [series for series in known if not series[1] or series[1] in there or series[1].endswith('"1"')]
+    several = {labels.partition("=")[0] for _, labels in known if labels and not labels.endswith('"1"')}
+    rows = []
+    for metric, labels in known:
         kind, _, which = labels.replace('"', "").partition("=")
         which = which if kind in quantity(metric).lower() else f"{kind} {which}"
         what = f"{quantity(metric)}, {which}" if kind in several else quantity(metric)
-        found.append((what, amount(metric, values[metric, labels])))
-    return found
+        rows.append((what, amount(metric, values[metric, labels])))
+    return rows
 
 
 def table(device: Shown) -> str:
@@ -3923,7 +3923,7 @@ LEGENDS = (
 )
 SWATCH = '<li><svg viewBox="0 0 32 12" aria-hidden="true"><path class="{}" d="{}"/></svg>{}</li>'
 FIGURE = """<figure><svg role="img" aria-labelledby="title desc">
-<title id="title">Power of the house in the last 24 hours</title><desc id="desc">{told}</desc>
+<title id="title">Power of the house in the last 24 hours</title><desc id="desc">{now}</desc>
 <svg width="100%" height="100%" viewBox="{box}" preserveAspectRatio="none">
 <linearGradient id="grid" gradientUnits="userSpaceOnUse" x1="0" x2="0" y1="{top}" y2="{bottom}">
 <stop offset="{zero}" class="bought" stop-color="currentColor"/><stop offset="{zero}" class="sold" stop-color="currentColor"/>
@@ -3998,9 +3998,9 @@ def time_texts(axes: Axes, hours: list[datetime]) -> Iterator[str]:
 
 def present(figures: dict) -> str:
     """The present figures in a sentence."""
-    told = [in_words(NOW_TILES, key, figures[key]) for key in NOW_TILES if key in figures]
-    text = "; ".join(f"{title} {number} {unit_name}" for title, _, number, unit_name in told)
-    return f"Now: {text}." if told else "Nothing is known now."
+    known = [in_words(NOW_TILES, key, figures[key]) for key in NOW_TILES if key in figures]
+    text = "; ".join(f"{title} {number} {unit_name}" for title, _, number, unit_name in known)
+    return f"Now: {text}." if known else "Nothing is known now."
 
 
 def picture(points: list[Point], figures: dict) -> str:
@@ -4019,7 +4019,7 @@ def picture(points: list[Point], figures: dict) -> str:
     scale = [axis_text(0, 100 * (axes.high - level) / height, "level", f"{level / 1000:g} kW") for level in levels]
     legend = [(css, text, i) for i in drawn for css, text in LEGENDS[i][1].items()]
     figure = FIGURE.format(
-        told=present(figures),
+        now=present(figures),
         box=f"0 {-axes.high:g} {width:.2f} {height:g}",
         top=f"{-axes.high:g}",
         bottom=f"{-axes.low:g}",
@@ -4038,8 +4038,8 @@ def html_page(seen: Seen, points: list[Point], settings: argparse.Namespace, add
         yield SECTION.format("The house", tile_row(NOW_TILES, seen.house, "now") or SILENT_HOUSE)
         yield picture(points, seen.house)
         row, since = tile_row(TODAY_TILES, seen.house, "today"), seen.house.get("today_since", "")[11:16]
-        told = f"Today <small>since {since}</small>" if since not in ("", "00:00") else "Today"
-        yield row and SECTION.format(told, row)
+        title = f"Today <small>since {since}</small>" if since not in ("", "00:00") else "Today"
+        yield row and SECTION.format(title, row)
     else:
         now = f" (now {html.escape(address)})" if address else ""
         steps = SET_UP.format(now=now, host=html.escape(settings.upstream[0]), port=settings.listen_address[1])
@@ -4122,15 +4122,15 @@ def sensor(path: tuple[str, ...], name: str, key: str) -> dict[str, object]:
     device_class, state_class = CLASSES.get(key) or CLASSES[unit_word]
     steps = "".join(f".get('{part}', {{}})" for part in path)
     number = f"value_json{steps}.get('{key}')"
-    found: dict[str, object] = {"name": sensor_name(name, key), "unique_id": f"{path[-1]}_{key}"}
-    found.update({"device_class": device_class} if device_class else {})
-    found.update(state_class=state_class, unit_of_measurement=UNIT_OF[unit_word][0], icon=f"mdi:{SENSORS[key][1]}")
-    found["value_template"] = f"{{{{ {number} if value_json is mapping else none }}}}"
-    found["availability"] = f"{{{{ value_json is mapping and {number} is not none }}}}"
+    fields: dict[str, object] = {"name": sensor_name(name, key), "unique_id": f"{path[-1]}_{key}"}
+    fields.update({"device_class": device_class} if device_class else {})
+    fields.update(state_class=state_class, unit_of_measurement=UNIT_OF[unit_word][0], icon=f"mdi:{SENSORS[key][1]}")
+    fields["value_template"] = f"{{{{ {number} if value_json is mapping else none }}}}"
+    fields["availability"] = f"{{{{ value_json is mapping and {number} is not none }}}}"
     if "_today_" in key:
-        found["json_attributes_path"] = "$" + "".join(f"['{part}']" for part in path)
-        found["json_attributes"] = ["today_since"]
-    return found
+        fields["json_attributes_path"] = "$" + "".join(f"['{part}']" for part in path)
+        fields["json_attributes"] = ["today_since"]
+    return fields
 
 
 def named_for_home(devices: Sequence[Shown]) -> list[tuple[Shown, str]]:
@@ -4169,9 +4169,9 @@ def energy_fields(named: list[tuple[Shown, str]], of_house: Iterable[str]) -> It
 def keys_of_house(members: Sequence[Member]) -> set[str]:
     """The keys that a house of these devices has when none is silent and the day is not young."""
     awake = [one._replace(figures=dict.fromkeys(one.told - {"today_since"}, 1)) for one in members]
-    found = set(house(awake))
-    has_day = found.issuperset(f"{word}_today_kilowatt_hours" for word in ("generated", "imported", "exported"))
-    return found.union(("used_today_kilowatt_hours", *SHARES) if has_day else ())
+    keys = set(house(awake))
+    has_day = keys.issuperset(f"{word}_today_kilowatt_hours" for word in ("generated", "imported", "exported"))
+    return keys.union(("used_today_kilowatt_hours", *SHARES) if has_day else ())
 
 
 def home_assistant(seen: Seen, address: str) -> str:
