@@ -3960,7 +3960,7 @@ def axes_of(points: list[Point]) -> Axes:
     begin, end = points[0].time // 60 * 60, points[-1].time
     known = [0.0, *(watts for point in points for watts in point.watts if watts is not None)]
     lowest, highest = min(known), max(known)
-    wanted = (highest - lowest or 500) / 7  # at least: seven steps, or a few less
+    wanted = max(highest - lowest, 500) / 7  # W a step, at least: seven steps, or a few less
     size = 10 ** math.floor(math.log10(wanted))
     step = next(size * factor for factor in (1, 2, 5, 10) if size * factor >= wanted)
     low = step * math.floor(lowest / step)
