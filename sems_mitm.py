@@ -4091,7 +4091,8 @@ PACKAGE = """# sems_mitm in Home Assistant: a package. Devices in it, as known o
 # Restart Home Assistant the first time; later, when the file is new, call the action rest.reload. Fetch the file again when a
 # device is new, and by day if an inverter is missing: it sleeps at night, and after a restart the exporter does not know it.
 #
-# Energy dashboard, which sensor for which field:
+# Energy dashboard, which sensor for which field (take the devices' energies: those of the house are sums, which are others
+# for as long as a device is not known after a restart):
 {fields}
 """
 # Fields of the Energy dashboard, and the key that goes there: powers of the house, energies of devices, since the counters of
@@ -4120,6 +4121,10 @@ def sensor(path: tuple[str, ...], name: str, key: str) -> dict[str, object]:
     """A sensor of Home Assistant for a key under path in /api/household; what is not known there is unavailable."""
     unit_word = key.rpartition("_")[2]
     device_class, state_class = CLASSES.get(key) or CLASSES[unit_word]
+    if path[-1] == "house" and unit_word == "hours" and "_today_" not in key:
+        state_class = (
+            "total"  # while a device is not known yet, after a restart, the sum is another: a fall is no reset
+        )
     steps = "".join(f".get('{part}', {{}})" for part in path)
     number = f"value_json{steps}.get('{key}')"
     fields: dict[str, object] = {"name": sensor_name(name, key), "unique_id": f"{path[-1]}_{key}"}

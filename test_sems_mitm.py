@@ -5020,7 +5020,11 @@ class HomeAssistantTest(unittest.TestCase):
             kind = word.rpartition("_")[2]
             wanted = {
                 "watts": ("power", "measurement", "W"),
-                "hours": ("energy", "total_increasing", "kWh"),
+                "hours": (
+                    "energy",
+                    "total" if owner == "house" and "_today_" not in key else "total_increasing",
+                    "kWh",
+                ),
                 "percent": (None, "measurement", "%"),
             }
             fields = ("device_class", "state_class", "unit_of_measurement")
