@@ -3391,13 +3391,13 @@ SOLAR = {  # what a device of a family knows of the roof
     "HK1000": "meter_power_generation_watts", "HK3000": "",
     "GRID": "inverter_power_output_watts", "HYBRID": "inverter_string_power_watts",
 }  # fmt: skip
-FLOWS = ("generation_watts", "house_watts", "export_watts", "battery_watts", "battery_charge_percent", "grid_watts")
+FLOWS = ("generation_watts", "house_watts", "export_watts", "battery_watts", "battery_charge_percent")
 TODAY = tuple(
     f"{word}_today_kilowatt_hours"
     for word in ("generated", "used", "imported", "exported", "battery_charged", "battery_discharged")
 )
 SHARES = ("self_sufficiency_percent", "self_consumption_percent")
-KEYS = (*FLOWS, *TODAY, *SHARES, *(f"{word}_kilowatt_hours" for word in COUNTED))
+KEYS = (*FLOWS[:3], "grid_watts", *FLOWS[3:], *TODAY, *SHARES, *(f"{word}_kilowatt_hours" for word in COUNTED))
 SERIES: dict[str, list[Series]] = collections.defaultdict(list)  # of a metric, for all its labels
 for _series in dict.fromkeys(value.series for values in VALUES.values() for value in values):
     SERIES[_series[0]].append(_series)
@@ -5185,18 +5185,24 @@ def utc_seconds(times: list[datetime]) -> list[float]:
     return found
 
 
-def held_back(readings: list[tuple[float, Reading]]) -> set[tuple[float, Series]]:
-    """Which values of a device's readings, in the order of their times, the counter rules hold back."""
-    counters, found = HeldCounters(), set()
+def kept_values(readings: list[tuple[float, Reading]]) -> tuple[dict[float, dict[Series, float]], int]:
+    """Time to the values of a device's readings, which stand in the order of their times, without what the counter rules
+    hold back; and how many values that are.
+    """
+    counters, held = HeldCounters(), 0
+    found: dict[float, dict[Series, float]] = {}
     first: dict[Series, float] = {}
     for seconds, one in readings:
-        for series, why in counters.take(one.values, seconds).items():
+        said = counters.take(one.values, seconds)
+        shown = {series for series in one.values if metric_type(series[0]) == "gauge"}
+        shown.update(series for series, why in said.items() if why not in HELD_BACK)
+        found[seconds] = {series: number for series, number in one.values.items() if series in shown}
+        for series, why in said.items():
             first.setdefault(series, seconds)
-            if why in HELD_BACK:
-                found.add((seconds, series))
-            elif why == WRONG_FIRST:
-                found.add((first[series], series))
-    return found
+            if why == WRONG_FIRST:
+                del found[first[series]][series]
+            held += why in (*HELD_BACK, WRONG_FIRST)
+    return found, held
 
 
 def readings_of(
@@ -5232,14 +5238,11 @@ def samples_of(packets: list[Packet], extra: str, now: float) -> Backfilled:
     by_device, later = readings_of(packets, now)
     for (cls, serial), readings in by_device.items():
         labels_of_device = device_labels(identity(kind_of(cls), serial, told.get(serial, "")))
-        in_order = sorted(readings.items(), key=lambda item: item[0])
-        left_out = held_back(in_order)
-        held[serial] += len(left_out)
-        for seconds, one in in_order:
-            for (metric, labels), number in one.values.items():
-                if (seconds, (metric, labels)) not in left_out:
-                    series = ",".join(filter(None, (labels_of_device, labels, extra)))
-                    found[metric].setdefault(series, {})[seconds] = number
+        values, held[serial] = kept_values(sorted(readings.items(), key=lambda item: item[0]))
+        for seconds, one in values.items():
+            for (metric, labels), number in one.items():
+                series = ",".join(filter(None, (labels_of_device, labels, extra)))
+                found[metric].setdefault(series, {})[seconds] = number
     return Backfilled(found, later, held)
 
 

@@ -574,6 +574,13 @@ class Registers(unittest.TestCase):
             ("a kind there is not", [row._replace(read={"GRID": "u17 1"})], "in GRID: there is no kind u17"),
             ("a register too few", [two], "1 registers for 2 labels"),
             ("a register too many", [row._replace(read={"GRID": "u16 1 2"})], "2 registers for 1 labels"),
+            (
+                "a condition too few",
+                [row._replace(labels="a 1 2 3", read={"GRID": "u16 1 2 3 if 4=1 5=1"})],
+                "2 conditions for 3 registers",
+            ),
+            ("no condition", [row._replace(read={"GRID": "u16 1 if 4"})], "meter_new_volts in GRID: "),
+            ("another place twice", [row._replace(read={"GRID": "u16 1, u16 2, u16 3"})], "stands twice"),
             ("no number", [row._replace(read={"GRID": "u16 1a"})], "meter_new_volts in GRID: "),
         ):
             with self.subTest(name), self.assertRaises(ValueError) as caught:
@@ -591,19 +598,25 @@ class Registers(unittest.TestCase):
         """What a row says is what its values hold."""
         row = sems.Quantity("a_total", "string 1 2 3", "A.", {"GRID": "u32*10 5 7? - if 9=1", "HK3000": "s16/10 1 2 3"})
         channels = [
-            (5, (6,), 0xFFFFFFFF, int, 10, 1, ("a_total", 'string="1"'), True, (9, 1)),
-            (7, (8,), 0xFFFFFFFF, int, 10, 1, ("a_total", 'string="2"'), True, (9, 1)),
+            (5, (6,), 0xFFFFFFFF, int, 10, 1, ("a_total", 'string="1"'), True, (9, 1), False),
+            (7, (8,), 0xFFFFFFFF, int, 10, 1, ("a_total", 'string="2"'), True, (9, 1), False),
         ]
         self.assertEqual([*sems.row_values(row, "GRID")], channels)
         self.assertEqual(sems.evidence(row, "GRID"), [sems.SEEN, sems.MAP])
         later = [(value.register, value.later, value.divide, value.when) for value in sems.row_values(row, "HK3000")]
         self.assertEqual(later, [(1, (), 10, None), (2, (), 10, None), (3, (), 10, None)])
         self.assertEqual(sems.evidence(row, "HK3000"), [sems.GUESS] * 3)
+        row = sems.Quantity("a", "battery 1 2", "A.", {"HYBRID": "u16 1 2? if 8>0 9=4, u32 5? 7 if 8>0"})
+        places = [(value.register, value.when, value.instead) for value in sems.row_values(row, "HYBRID")]
+        self.assertEqual(
+            places, [(1, (8, None), False), (2, (9, 4), False), (5, (8, None), True), (7, (8, None), True)]
+        )
+        self.assertEqual(sems.evidence(row, "HYBRID"), [sems.SEEN, sems.MAP, sems.MAP, sems.SEEN])
 
     def test_rows(self):
         """Each value of each family can be read: its registers, all of them known, set to 1 give one unit of it."""
         self.assertEqual({family for row in sems.QUANTITIES for family in row.read}, set(sems.FAMILIES))
-        self.assertEqual(sum(map(len, sems.VALUES.values())), 189)
+        self.assertEqual(sum(map(len, sems.VALUES.values())), 200)
         for family, values in sems.VALUES.items():
             for value in values:
                 words = dict.fromkeys((value.register, *value.later), 0)
@@ -611,7 +624,8 @@ class Registers(unittest.TestCase):
                 if value.number is sems.KINDS["f32"].number:
                     words.update({value.register: 0x3F80, max(words): 0})
                 self.assertLessEqual(set(words), sems.KNOWN[family])
-                words.update([value.when] if value.when else [])
+                register, word = value.when or (0, 0)
+                words[register] = 1 if word is None else word
                 with self.subTest(family, series=value.series):
                     self.assertEqual(sems.reading(family, words).values[value.series], value.multiply / value.divide)
 
@@ -642,8 +656,31 @@ class Registers(unittest.TestCase):
             ("GRID", {30137: 0, 30138: minus}, "inverter_input_power_watts", "", 65534),
             ("GRID", {30195: 0, 30196: 9, 30209: 1}, "inverter_meter_power_watts", "", 9),
             ("GRID", {30195: 0, 30196: 9, 30209: 2}, "inverter_meter_power_watts", "", None),
-            ("HYBRID", {35181: none}, "battery_current_amperes", 'battery="1"', -0.1),
-            ("HYBRID", {35180: none}, "battery_voltage_volts", 'battery="1"', None),
+            ("GRID", {30141: 0x7FFF}, "inverter_internal_temperature_decidegrees_celsius", "", None),
+            ("GRID", {30210: 0x7FFF}, "inverter_leakage_current_amperes", "", None),
+            ("GRID", {30197: 1, 30198: 2, 30209: 1}, "inverter_meter_energy_export_watthours_total", "", 65538),
+            ("GRID", {30197: 1, 30198: 2, 30209: 0}, "inverter_meter_energy_export_watthours_total", "", None),
+            ("GRID", {30160: 0, 30161: 7}, "inverter_string_power_watts", 'string="6"', 7),
+            ("HYBRID", {35175: 0x7FFF}, "inverter_module_temperature_celsius", "", None),
+            ("HYBRID", {35175: 0xFFF6}, "inverter_module_temperature_celsius", "", -1),
+            ("HYBRID", {35130: none}, "inverter_phase_power_watts", 'phase="2"', None),
+            ("HYBRID", {35130: minus}, "inverter_phase_power_watts", 'phase="2"', -2),
+            ("HYBRID", {35138: none}, "inverter_power_output_watts", "", -1),
+            ("HYBRID", {35181: none, 35184: 1}, "battery_current_amperes", 'battery="1"', -0.1),
+            ("HYBRID", {35181: none, 35184: 0}, "battery_current_amperes", 'battery="1"', None),
+            ("HYBRID", {35181: none, 35184: none}, "battery_current_amperes", 'battery="1"', None),
+            ("HYBRID", {35181: none, 35266: 1}, "battery_current_amperes", 'battery="1"', None),
+            ("HYBRID", {39005: 50, 35266: 1}, "battery_state_of_charge_ratio", 'battery="2"', 0.5),
+            ("HYBRID", {39005: 50, 35184: 1}, "battery_state_of_charge_ratio", 'battery="2"', None),
+            ("HYBRID", {35180: none, 35184: 1}, "battery_voltage_volts", 'battery="1"', None),
+            ("HYBRID", {36015: 0, 36016: 0, 36004: 1}, wh, "", None),
+            ("HYBRID", {36015: 0x8000, 36016: 0, 36004: 1}, wh, "", None),
+            ("HYBRID", {36104: 0, 36105: 1, 36106: 0, 36107: 5, 36004: 1}, wh, "", 2**32 + 5),
+            ("HYBRID", {36104: 0, 36105: 1, 36106: 0, 36107: 5, 36004: 0}, wh, "", None),
+            ("HYBRID", {36104: 0, 36105: 0, 36106: 0, 36107: 0, 36004: 1}, wh, "", None),
+            ("HYBRID", {36104: 0, 36105: 0, 36106: 0, 36107: 0, 36015: 0x447A, 36016: 0, 36004: 1}, wh, "", 100),
+            ("HYBRID", {36104: 0, 36105: 0, 36106: 0, 36107: 5, 36015: 0x447A, 36016: 0, 36004: 1}, wh, "", 5),
+            ("HYBRID", {36104: none, 36105: none, 36106: none, 36107: none, 36015: 0x447A, 36016: 0, 36004: 1}, wh, "", 100),
             ("HYBRID", {36015: 0x447A, 36016: 0, 36004: 1}, wh, "", 100),
             ("HYBRID", {36015: 0x7FC0, 36016: 0, 36004: 1}, wh, "", "bad"),
             ("HYBRID", {36015: 0xC47A, 36016: 0, 36004: 1}, wh, "", "bad"),
@@ -1372,7 +1409,7 @@ class HeldCountersTest(unittest.TestCase):
                     said += held.take(dict(zip((solar, hours, grid), numbers)), i * HOUR).values()
                 self.assertEqual([held.shown().get(series) for series in (solar, hours, grid)], [*wanted])
                 self.assertEqual(said.count(sems.FALL), falls)
-        for family, values in sems.VALUES.items():  # the name says the group
+        for values in sems.VALUES.values():  # the name says the group
             for value in values:
                 if value.counter and value.register >= 30000:
                     self.assertEqual(value.series[0].startswith("meter_"), value.register >= 36000, value.series)
@@ -1501,36 +1538,77 @@ class StoreTest(SocketCase):
                 self.assertEqual(counts, {wanted: 2, **buffered} if wanted else {})
                 self.assertLessEqual(only(store).counts.keys(), {series.partition("{")[0] for series in shown(store)})
 
-    def test_old_packets(self):
-        """A buffered packet, and a live one older than the newest, change nothing but packet counters."""
+    def test_buffered_packets(self):
+        """A buffered packet changes nothing but packet counters; a live one of an older time counts as any other."""
         store = sems.Store(clock=clock)
         meet(store, frame(when=minute(9)))
         before = shown(store)
-        other = [(2107, (0, 7))]
-        meet(store, frame(when=minute(1), ranges=other), frame(sems.BUFFERED, when=minute(20), ranges=other))
+        other = [(2048, (0, 0, 9)), (2107, (0, 7))]
+        for _ in range(5):
+            meet(store, frame(sems.BUFFERED, when=minute(20), ranges=other))
         changed = {series.partition("{")[0] for series, number in shown(store).items() if before.get(series) != number}
         counters = {"meter_metrics_packets_total", "sems_mitm_buffered_packets_total"}
         self.assertEqual({name for name in changed if not name.startswith("process_")}, counters)
+        meet(store, frame(when=minute(1), ranges=other))
+        self.assertEqual(value(store, "meter_power_generation_watts"), 7)
+        self.assertEqual(value(store, "meter_energy_export_decawatt_hours_total"), 9)
 
     def test_last_three(self):
-        """Of the waiting live packets that count as new the last three are decoded, with the settings, at the latest at a scrape."""
+        """Of the waiting live packets the last three are decoded, of the settings and buffered ones likewise, at the latest at a scrape."""
         store = sems.Store(clock=clock)
-        kept, counts = sems.text_words("02053-05-000Me05", 8), (9, 5, 5, 1, 2, 3)
-        rows = [frame(when=minute(i), ranges=[(2048, (0, 0, n)), (2107, (0, i))]) for i, n in enumerate(counts)]
-        meet(store, *rows, rows[1], frame(sems.SETTINGS, ranges=[(4864, kept)]))
+        kept, counts = sems.text_words("02053-05-000Me05", 8), (90000, 5, 5, 6, 4, 6)
+        rows = [
+            frame(when=minute(i), ranges=[(2048, (0, 0, n & 0xFFFF)), (2107, (0, i))]) for i, n in enumerate(counts)
+        ]
+        meet(store, *rows, frame(sems.SETTINGS, ranges=[(4864, kept)]))
         self.assertEqual((store.readings, len(store.undecoded)), (0, 1))
         self.assertEqual(value(store, "meter_power_generation_watts"), 5)
-        self.assertEqual(value(store, "meter_energy_export_decawatt_hours_total"), 3)
+        self.assertEqual(value(store, "meter_energy_export_decawatt_hours_total"), 6)
         self.assertEqual(
             (store.readings, len(store.undecoded), only(store).info["firmware"]), (3, 0, "02053-05-000Me05")
         )
-        meet(store, frame(when=minute(7), ranges=[(2048, (0, 0, 2))]))
         self.assertEqual(
-            value(store, "sems_mitm_rejected_values_total", reason="dip"), 2
-        )  # one register is two counters
+            value(store, "sems_mitm_rejected_values_total", reason="fall"), 2
+        )  # one register, two counters
+        meet(store, frame(when=minute(7), ranges=[(2048, (0, 1, 2))]))
+        self.assertEqual(value(store, "sems_mitm_rejected_values_total", reason="jump"), 2)
         for i in range(100):
-            meet(store, frame(sems.SETTINGS) if i % 2 else frame(when=minute(8)))
-        self.assertEqual([len(waiting) for waiting in only(store).waiting.values()], [sems.DECODED] * 2)
+            meet(store, frame((sems.SETTINGS, sems.BUFFERED, sems.LIVE)[i % 3], when=minute(8)))
+        self.assertEqual([len(waiting) for waiting in only(store).waiting.values()], [sems.DECODED] * 3)
+
+    def test_unreadable(self):
+        """Payloads that do not parse are counted, of live, buffered and settings packets; no other function's."""
+        store = sems.Store(clock=clock)
+        for function, wanted in (
+            (sems.LIVE, 1),
+            (sems.BUFFERED, 2),
+            (sems.SETTINGS, 3),
+            (0x16, 3),
+            (sems.CONFIRMATION, 3),
+        ):
+            meet(store, frame(function), frame(function, clear=b"\x05" * 16))
+            self.assertEqual(value(store, "sems_mitm_unreadable_packets_total", serial="00000042"), wanted)
+
+    def test_stuck(self):
+        """A counter that has been held for a day is said once a day, with what to do."""
+        store = sems.Store(clock=clock)
+        for hour in range(80):
+            count = 100 if hour else 900
+            meet(store, frame(ranges=[(2069, (0, 0, count))]), now=hour * 3600.0)
+            store.look(hour * 3600.0)
+        said = [line for line in self.lines if "stays at 900" in line]
+        self.assertEqual(len(said), 3)
+        self.assertIn(
+            f"of {METER} stays at 900: the device has counted less for a day. If that is right, restart", said[0]
+        )
+
+    def test_rules_clock(self):
+        """The counter rules go by the clock that is handed in."""
+        for speed, wanted in ((1, 1000), (3600, 5000)):
+            store = sems.Store(clock=clock, rules_clock=lambda now: now * speed)
+            for now, count in ((0.0, 1000), (1.0, 5000)):
+                meet(store, frame(ranges=[(2048, (0, 0, count))]), now=now)
+            self.assertEqual(value(store, "meter_energy_export_decawatt_hours_total", 1.0), wanted)
 
     def test_left_out(self):
         """A payload that cannot be read, and a fault of our own in a reading, leave out that packet and nothing else."""
@@ -1549,7 +1627,7 @@ class StoreTest(SocketCase):
         self.assertEqual(value(store, "sems_mitm_suppressed_log_lines_total"), 2)
 
     def test_silence(self):
-        """Gauges go when the last new live packet is too old, device_up is 0 when the last good frame is; the rest stays."""
+        """Gauges go when the last live packet is too old, device_up is 0 when the last good frame is; the rest stays."""
         stay = {"meter_energy_export_decawatt_hours_total", "sems_mitm_device_info", "meter_metrics_packets_total"}
         go = {"meter_power_generation_watts", "meter_unknown_register", "sems_mitm_device_clock_offset_seconds"}
         ranges = [*METER_RANGES, (9000, (5,))]
@@ -1557,7 +1635,6 @@ class StoreTest(SocketCase):
             with self.subTest(stale_after=stale_after, at=at):
                 store = sems.Store(stale_after=stale_after, clock=clock)
                 meet(store, frame(ranges=ranges))
-                meet(store, frame(when=minute(-1), ranges=ranges), now=50.0)  # an old one
                 meet(store, frame(sems.BUFFERED, ranges=ranges), now=100.0)
                 with mock.patch.object(sems, "wall_clock", lambda now: 1000.0 + now):
                     found = {series.partition("{")[0]: number for series, number in shown(store, at).items()}
@@ -1567,36 +1644,21 @@ class StoreTest(SocketCase):
                 self.assertEqual(found["sems_mitm_device_last_packet_timestamp_seconds"], 1100)
 
     def test_offset(self):
-        """The device's clock less this machine's, from new live packets that have a date."""
+        """The device's clock less this machine's, from live packets that have a date."""
         store = sems.Store(clock=clock)
         no_date = with_crc(FRAME[:46] + bytes(6) + FRAME[52:])
-        for data, now, wanted in ((frame(when=minute(2)), 0, 120), (frame(when=minute(1)), 0, 120), (no_date, 0, 120), (frame(when=minute(3)), 60, 120), (frame(when=minute(3)), 180, 0)):  # fmt: skip
+        for data, now, wanted in ((frame(when=minute(2)), 0, 120), (no_date, 0, 120), (frame(when=minute(1)), 0, 60), (frame(when=minute(3)), 60, 120), (frame(when=minute(3)), 180, 0)):  # fmt: skip
             meet(store, data, now=now)
             self.assertEqual(value(store, "sems_mitm_device_clock_offset_seconds", now), wanted)
 
     def test_max_devices(self):
-        """When full, the stale device silent longest gives way with all its series; while none is stale the newcomer gets none."""
+        """When full, a newcomer gets no series, however long the others are silent."""
         store = sems.Store(stale_after=100, max_devices=2)
         meet(store, self.A, now=0.0)
         meet(store, self.B, now=10.0)
-        meet(store, self.C, self.C, self.C, now=100.0)
+        meet(store, self.C, self.C, self.C, now=1e9)
         self.assertEqual((serials(store), len(self.lines)), (["A", "B"], 1))
         self.assertEqual(value(store, "sems_mitm_unlisted_device_packets_total"), 3)
-        meet(store, self.C, now=111.0)
-        self.assertEqual(serials(store), ["B", "C"])
-        self.assertFalse([series for series in shown(store) if "0000000A" in series])
-        meet(store, self.A, now=111.0)
-        self.assertEqual(serials(store), ["A", "C"])
-        store = sems.Store(stale_after=100, max_devices=1)
-        meet(store, self.A)
-        meet(store, self.B, now=101.0)
-        self.assertEqual(
-            [device.serial[-1] for device in store.undecoded], ["B"]
-        )  # nothing of A may come to light again
-        store = sems.Store(stale_after=0, max_devices=1)
-        meet(store, self.A)
-        meet(store, self.B, now=1e9)
-        self.assertEqual(serials(store), ["A"])
 
     def test_same_name(self):
         """A device with the device, model and last eight characters of another gets no series, and a warning."""
@@ -1789,15 +1851,21 @@ class Rules(unittest.TestCase):
                 self.assertLessEqual({(packet.iv, packet.serial) for packet in packets}, {(stamp, METER)})
 
     def test_zones(self):
-        """The zone is known if TZ is unset and there is a local time, or TZ is a zone that the system has, or a POSIX rule."""
-        there = {"/usr/share/zoneinfo/Europe/Berlin", "/usr/share/zoneinfo/UTC", "/etc/localtime"}
+        """The zone is known if TZ is unset and there is a local time, or TZ is a zone that the system has, or a whole POSIX rule."""
+        files = dict.fromkeys(("Europe/Berlin", "UTC", "EST5EDT", "CET"), b"TZif")
+        files.update({"zone.tab": b"# tz", "short": b"TZ", "empty": b""})
+        there = {f"/usr/share/zoneinfo/{name}": begin for name, begin in files.items()}
+        there.update({"/etc/localtime": b"TZif", "/etc/passwd": b"root"})
         for zone, wanted in (
-            (None, True), ("Europe/Berlin", True), (":Europe/Berlin", True), ("UTC", True), (BERLIN, True), ("UTC0", True), ("EST5EDT", True),
-            ("<+03>-3", True), ("<-03>3<-02>,M3.5.0/-2,M10.5.0/-1", True), ("IST-5:30", True), ("EST5EDT,J60/2,J300", True),
-            ("Europe/Berlim", False), ("Berlin", False), ("CET", False), ("+2", False), ("", False), (":", False), ("EST5EDT,M3.5", False),
+            (None, True), ("Europe/Berlin", True), (":Europe/Berlin", True), ("UTC", True), ("CET", True), (BERLIN, True), ("UTC0", True),
+            ("<+03>-3", True), ("<-03>3<-02>,M3.5.0/-2,M10.5.0/-1", True), ("IST-5:30", True), ("EST5EDT,J60/2,J300", True), ("EST5EDT4,M3.2.0,M11.1.0", True),
+            ("EST5EDT", False), ("CET-1CEST", False), ("CET-1CEST-2", False), ("<+01>-1<+02>", False), (":EST5EDT", True),
+            ("zone.tab", False), ("short", False), ("empty", False), ("/etc/passwd", False), (":/etc/passwd", False), ("../../../etc/passwd", False),
+            ("Europe/Berlim", False), ("Berlin", False), ("+2", False), ("", False), (":", False), ("EST5EDT,M3.5", False), ("EST5EDT,M3.2.0", False),
         ):  # fmt: skip
-            self.assertEqual(sems.zone_is_known(zone, there.__contains__), wanted, zone)
-        self.assertFalse(sems.zone_is_known(None, lambda path: False))
+            with self.subTest(zone):
+                self.assertEqual(sems.zone_is_known(zone, lambda path: there.get(os.path.normpath(path), b"")), wanted)
+        self.assertFalse(sems.zone_is_known(None, lambda path: b""))
 
     def test_good_frames(self):
         """What of a stream that did not leave is worth to be kept."""
@@ -4242,6 +4310,8 @@ def of_family(
 
     device.live.gauges = {series(metric): number for metric, number in gauges.items()}
     device.live.counters = {series(metric): number for metric, number in (counters or {}).items()}
+    for name, number in device.live.counters.items():
+        device.live.held.counters[name] = sems.HeldCounter(name[0], number, fresh)
     device.live.fresh, device.live.day = fresh, day
     return device
 
@@ -4258,9 +4328,10 @@ def dns(power: float, **more):
     return of_family("GRID", {"inverter_power_output_watts": power}, **more)
 
 
-def hybrid(solar: float, battery: float | None = None, export: float | None = None, load: float = 7, **more):
-    """Its load is on the grid side; what passes its terminals is what is left."""
+def hybrid(solar: float, battery: float | None = None, export: float | None = None, load: float | None = None, **more):
+    """Its load is on the grid side; what passes its terminals is what is left. Without one, what its meter leaves, or 7 W."""
     power = solar + (battery or 0)
+    load = load if load is not None else 7 if export is None else power - export
     told = {"inverter_string_power_watts#1": solar / 4, "inverter_string_power_watts#2": solar * 3 / 4}
     told.update(inverter_power_output_watts=power, inverter_active_power_watts=power - load)
     told.update({} if battery is None else {"battery_power_watts#1": battery, "battery_state_of_charge_ratio#1": 0.5})
@@ -4297,7 +4368,7 @@ class HouseholdTest(unittest.TestCase):
             ("two HomeKit 1000s, one silent", [kit1000(1000, 100), kit1000(500, -200, **SILENT), dns(9)], u, u, u, u),
             ("a silent hybrid beside a HomeKit 1000", [kit1000(500, 100), hybrid(1, 5, **SILENT)], 500, 400, 100, u),
             ("a silent hybrid beside an inverter", [dns(1000), hybrid(1, 5, **SILENT)], u, u, u, u),
-            ("a hybrid beside a silent inverter", [dns(1000, **SILENT), hybrid(800, 0, 50)], u, 7, 50, 0),
+            ("a hybrid beside a silent inverter", [dns(1000, **SILENT), hybrid(800, 0, 50)], u, 750, 50, 0),
             ("two hybrids", [hybrid(800, 100, 50, 850), hybrid(200, -50, 25, 125)], 1000, 975, 75, 50),
             ("two hybrids, one meter", [hybrid(800, export=900, load=50), hybrid(200, load=50)], 1000, 100, 900, u),
             ("two hybrids, one silent", [hybrid(800, export=900), hybrid(200, **SILENT)], u, u, 900, u),
@@ -4659,7 +4730,7 @@ class PageTest(unittest.TestCase):
         rows = (
             (kit1000(2000, 500), "Solar 2,000 W House 1,500 W To the grid 500 W"),
             (kit1000(-7, -300), "Solar 0 W House 293 W From the grid 300 W"),
-            (hybrid(800, -250, 300), "Solar 800 W House 7 W To the grid 300 W Into the battery 250 W Battery 50 %"),
+            (hybrid(800, -250, 300), "Solar 800 W House 250 W To the grid 300 W Into the battery 250 W Battery 50 %"),
             (hybrid(800, 250, 300), "From the battery 250 W"),
             (kit3000(-1), "The house From the grid 1 W"),
             (kit1000(1, 1, **SILENT), "Nothing is known now"),
@@ -5754,6 +5825,60 @@ class BackfillTest(SocketCase):
         self.assertIn(f"meter_power_generation_watts{{{labels}}} 2600 {self.START}\n", out)
         self.assertIn("# TYPE meter_energy_generation_decawatt_hours counter\n", out)
         self.assertIn('model="GW3000-DNS-30"', out)
+
+    def test_counters(self) -> None:
+        """What the counter rules hold back is left out, in the order of the readings' own times, and counted; live and buffered together."""
+        series = "inverter_energy_output_hectowatt_hours_total"
+        for name, counts, wanted, held in (
+            ("rising", (5, 6, 6, 9), (5, 6, 6, 9), 0),
+            ("a fall", (500, 499, 501), (500, None, 501), 1),
+            ("a jump", (500, 9999, 501), (500, None, 501), 1),
+            ("jumps that agree", (500, 9999, 10000, 10002), (500, None, None, 10002), 2),
+            ("a first that was wrong", (9999, 500, 501), (None, None, 501), 2),
+            ("zeros of a controller that boots", (500, 0, 0, 501), (500, None, None, 501), 0),
+        ):
+            with self.subTest(name):
+                rows = [(i, frame((sems.BUFFERED, sems.LIVE)[i % 2], 1, INVERTER, minute(i), [(30145, (0, count)), (30172, (59,))])) for i, count in enumerate(counts)]  # fmt: skip
+                random.Random(name).shuffle(rows)
+                path = written(self.directory(), *(data for _, data in rows))
+                code, out, err = called("backfill", path, env={"TZ": "UTC0"})
+                found = re.findall(rf"(?m)^{series}\{{.*\}} (\S+) (\S+)$", out)
+                by_time = {int(seconds): int(count) for count, seconds in found}
+                self.assertEqual(tuple(by_time.get(self.START + 60 * i) for i in range(len(counts))), wanted)
+                self.assertEqual(out.count("inverter_rssi_percent{"), len(counts))
+                told = f"{INVERTER}: left out {held} values of counters" if held else ""
+                self.assertEqual((code, told in err, "left out" in err), (0, True, bool(held)), err)
+
+    def test_later_than_now(self) -> None:
+        """What is later than now is left out and counted by device; what nothing is left of is exit code 1."""
+        now = datetime.now(timezone.utc).replace(tzinfo=None)
+        with mock.patch.object(sems.time, "time", lambda: now.replace(tzinfo=timezone.utc).timestamp()):
+            for name, times, kept, left_out in (
+                ("old", (NOON,), 1, 0),
+                ("a minute ahead", (NOON, now + timedelta(minutes=1)), 1, 1),
+                ("this second", (NOON, now), 2, 0),
+                ("two days, and a century", (NOON, now + timedelta(days=2), datetime(2099, 12, 31, 23, 59, 59)), 1, 2),
+                ("nothing left", (datetime(2098, 1, 1), datetime(2098, 1, 2)), 0, 2),
+            ):
+                with self.subTest(name):
+                    path = written(self.directory(), *(self.reading(when, i) for i, when in enumerate(times)))
+                    code, out, err = called("backfill", path, env={"TZ": "UTC0"})
+                    self.assertEqual((code, out.count("\nmeter_power_generation_watts{")), (int(not kept), kept), err)
+                    told = f"{METER}: left out {left_out} readings that are later than now"
+                    self.assertEqual(told in err, bool(left_out), err)
+
+    def test_when_to_move_the_blocks(self) -> None:
+        """Readings younger than three hours: until when to wait, and why."""
+        now = 1774180800  # 2026-03-22 12:00 UTC
+        for age, wanted in ((3 * 3600 + 1, None), (3 * 3600 - 1, "12:01"), (60, "15:00"), (0, "15:01")):
+            with self.subTest(age=age), mock.patch.object(sems.time, "time", lambda: now):
+                when = datetime.fromtimestamp(now - age, timezone.utc).replace(tzinfo=None)
+                path = written(self.directory(), self.reading(NOON, 1), self.reading(when, 2))
+                code, _, err = called("backfill", path, env={"TZ": "UTC0"})
+                self.assertEqual((code, "before you move the blocks" in err), (0, wanted is not None), err)
+                if wanted:
+                    self.assertIn(f"Wait until 2026-03-22 {wanted}", err)
+                    self.assertIn("drops the live samples of all series", err)
 
     def test_refused(self) -> None:
         """A zone that the system does not know, a file without a frame, no readings: exit code 1, one line, no text."""
