@@ -1170,9 +1170,10 @@ class HeldCounters:
         return {series: counter.gained for series, counter in self.counters.items()}
 
 
-# A day of a device: its date; when counting began, None for midnight; what the counters had gained at that time, and at the
-# times at which other devices began, so that gains of several can be compared over one window.
-Day = collections.namedtuple("Day", "date since marks")
+# A day of a device: its date; when counting began, None for midnight, and the same on the clock of the counter rules; what
+# the counters had gained at that time, and at the times at which other devices began, so that gains of several can be
+# compared over one window.
+Day = collections.namedtuple("Day", "date since at marks")
 MARKS = 16  # times of a day that are kept for a device
 OWN_DAY = ("inverter_energy_output_hectowatt_hours_day", "")  # an inverter's own count of the day
 OWN_TOTAL = ("inverter_energy_output_hectowatt_hours_total", "")
@@ -1189,24 +1190,41 @@ class Live:
         self.held = HeldCounters()
         self.unknown: dict[int, int] = {}
         self.fresh = -math.inf  # when the last reading came, monotonic
-        self.at = -math.inf  # the same on the clock of the counter rules
-        self.came: datetime | None = None  # the same in local time
+        self.at = -math.inf  # when the last one came that had a counter, on the clock of the counter rules
         self.stamp: datetime | None = None  # the device's own time of the last reading that had one
         self.offset: float | None = None
         self.day: Day | None = None
 
-    def take(self, found: Reading, now: float, at: float) -> dict[Series, str]:
-        """Take a reading that came at `now`, which is `at` for the counter rules; what became of its counters."""
+    def take(self, found: Reading, now: float, at: float) -> tuple[dict[Series, str], bool]:
+        """Take a reading that came at `now`, which is `at` for the counter rules.
+
+        What became of its counters, and whether what they gained can be of an earlier day: behind a silence over midnight,
+        or a confirmed jump.
+        """
+        before = {series: counter.shown for series, counter in self.held.counters.items()}
         said = self.held.take(found.values, at)
-        self.fresh, self.at = now, at
+        unsure = not {RESET, RISEN, WRONG_FIRST}.isdisjoint(said.values()) or self._is_over_midnight(before, said, at)
+        self.fresh, self.at = now, at if said else self.at
         self.unknown = dict(itertools.islice(found.unknown.items(), UNKNOWN_REGISTERS))
         self.gauges = {series: number for series, number in found.values.items() if metric_type(series[0]) == "gauge"}
         self.counters = self.held.shown()
-        return said
+        return said, unsure
 
-    def begin(self, when: datetime, since: datetime | None) -> None:
-        """Begin to count the day of `when` anew, at midnight or `since`."""
-        self.day = Day(when.date(), since, {since: self.held.gained()})
+    def _is_over_midnight(self, before: dict[Series, Count], said: dict[Series, str], at: float) -> bool:
+        """Whether the device, or a counter that has now gained much, was silent for an hour over the day's begin."""
+        if not self.day or not said:
+            return False
+        silent = [self.at]
+        for series, why in said.items():
+            counter = self.held.counters[series]
+            if why == TAKEN and series in before:
+                much = counter.shown.number - before[series].number > counter.could_make(0)
+                silent += [before[series].at] if much else []
+        return any(last < self.day.at and at - last >= LONGEST for last in silent)
+
+    def begin(self, when: datetime, since: datetime | None, at: float) -> None:
+        """Begin to count the day of `when` anew, at midnight or `since`, which is `at` for the counter rules."""
+        self.day = Day(when.date(), since, at, {since: self.held.gained()})
 
     def mark(self, since: datetime) -> None:
         """Remember what was gained when another device began to count."""
@@ -1469,9 +1487,7 @@ class Store:
     def _take(self, device: Device, found: Reading, stamp: datetime | None, came: float) -> None:
         """Take a device's reading of its own time `stamp`, which came at `came`."""
         live, at, local = device.live, self.rules_clock(came), datetime.fromtimestamp(self.clock(came))
-        silent, before = at - live.at, live.came
-        said = live.take(found, came, at)
-        live.came = local
+        said, unsure = live.take(found, came, at)
         if stamp:
             live.stamp, live.offset = stamp, (stamp - local).total_seconds()
         for reason, count in collections.Counter(said.values()).items():
@@ -1479,12 +1495,8 @@ class Store:
                 self.add("sems_mitm_rejected_values_total", count, label("reason", reason))
         self.add("sems_mitm_rejected_values_total", found.not_finite, label("reason", "not_finite"))
         self._say_stuck(device, at, came)
-        # What was made in a silence over midnight, or before a jump, is of no known day.
-        overslept = (
-            live.day and before and before.date() < live.day.date and silent >= LONGEST and not self._slept(device)
-        )
-        if not live.day or overslept or {RESET, RISEN, WRONG_FIRST}.intersection(said.values()):
-            self._begin_counting(device, local if self._looked is None else datetime.fromtimestamp(self._looked[0]))
+        if not live.day or unsure and not self._slept(device):
+            self._begin_counting(device, local if self._looked is None else datetime.fromtimestamp(self._looked[0]), at)
         self.readings += 1
         self._learn(device, found.info, came)
 
@@ -1507,9 +1519,9 @@ class Store:
                 )
                 self.troubles.say(f"held {device.serial} {metric} {labels}", text, now, DAY)
 
-    def _begin_counting(self, device: Device, local: datetime) -> None:
+    def _begin_counting(self, device: Device, local: datetime, at: float) -> None:
         """Count a device's day from now on, and mark the moment in the days of the others."""
-        device.live.begin(local, local)
+        device.live.begin(local, local, at)
         for other in self.devices.values():
             if other is not device:
                 other.live.mark(local)
@@ -1528,7 +1540,7 @@ class Store:
         for device in self.devices.values():
             day = device.live.day
             if day and (day.date != local.date() or day.since):
-                device.live.begin(local, None if is_midnight else local)
+                device.live.begin(local, None if is_midnight else local, rules)
             elif day:
                 device.live.mark(local)
 

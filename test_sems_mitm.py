@@ -1470,6 +1470,14 @@ class DayTest(unittest.TestCase):
             ("a day without a reading", [(0, 0, 7), (11.9, 0, 9), (36.1, 0, 10)], 36.1, 0),
             ("two midnights", [(11.9, 0, 9), (12.1, 0, 10), (35.9, 0, 15), (36.1, 0, 16)], None, 1),
             (
+                "a fall over midnight",
+                [(0, 0, 7), (11, 0, 6), (11.5, 0, 6), (12.1, 0, 6), (12.5, 0, 6), (13, 0, 8)],
+                None,
+                1,
+            ),
+            ("a silence that ends in zeros", [(0, 0, 7), (11, 0, 9), (13, 0, 0), (13.1, 0, 50)], 13.1, 0),
+            ("a fall that ends in much", [(0, 0, 7), (11, 0, 6), (11.5, 0, 6), (12.1, 0, 6), (13, 0, 800)], 13, 0),
+            (
                 "a jump that is taken",
                 [(0, 0, 7), (0.1, 0, 90007), (0.2, 0, 90008), (0.3, 0, 90009), (0.4, 0, 90010)],
                 0.3,
@@ -4574,6 +4582,7 @@ class HouseholdTest(unittest.TestCase):
             # the HomeKit 3000 buys 6 kWh an hour from noon on; the inverter stops at 16:00 and wakes (hours after noon), with these counts
             ("it slept", 19, 102, 2, 0, 42.3, None),
             ("it was away, and made more than today", 19, 140, 2, 0, 0, "2026-03-22T07:00:00"),
+            ("it was away for a jump", 19, 9000, 2, 0, 42.1, None),
             ("its clock is wrong", 19, 102, 2, 700, 0, "2026-03-22T07:00:00"),
         ):
             with self.subTest(name), time_zone("UTC0"):
