@@ -5222,7 +5222,7 @@ def demo(arguments: list[str]) -> int:
 PORTAL_PORT = (20001).to_bytes(2, "big")
 BEGINNINGS = (b"POSTGW\0\0", b"GW\0\0")  # of frames: the caps of the length fields leave their first two bytes 0
 LONGEST_LINE = 1 << 20  # bytes
-LONGEST = 16 << 20  # bytes of a record: a larger number is damage
+LONGEST_RECORD = 16 << 20  # bytes of a record: a larger number is damage
 CUT_END = "the file ends inside a record"
 DAMAGED = "damaged records: {}"
 SNAPPED = "packets that the snap length has cut: {}; record them whole, with -s 0"
@@ -5273,7 +5273,7 @@ def pcap_packets(file: BinaryIO, notes: Notes) -> Iterator[RecordedPacket]:
     link = struct.unpack_from(order + "I", header, 16)[0] & 0xFFFF  # above it: whether checksums follow the packets
     while len(head := file.read(16)) == 16:
         seconds, fraction, size, length = record.unpack(head)
-        if size > LONGEST:
+        if size > LONGEST_RECORD:
             notes[DAMAGED] += 1
             return
         data = file.read(size)
@@ -5319,7 +5319,7 @@ def pcapng_packets(file: BinaryIO, notes: Notes) -> Iterator[RecordedPacket]:
         if magic:
             order, interfaces = ">" if magic == BIG_ENDIAN else "<", []
         kind, size = struct.unpack(order + "2I", head) if len(head) == 8 else (0, 12)
-        if not 12 <= size <= LONGEST or magic not in (b"", LITTLE_ENDIAN, BIG_ENDIAN):
+        if not 12 <= size <= LONGEST_RECORD or magic not in (b"", LITTLE_ENDIAN, BIG_ENDIAN):
             notes[DAMAGED] += 1
             return
         body = magic + file.read(size - 8 - len(magic))
