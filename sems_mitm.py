@@ -1168,9 +1168,10 @@ class HeldCounters:
         return {series: counter.gained for series, counter in self.counters.items()}
 
 
-# A day of a device: its date; when counting began, None for midnight; what the counters had gained at that time, and at the
-# times at which other devices began, so that gains of several can be compared over one window.
-Day = collections.namedtuple("Day", "date since marks")
+# A day of a device: its date; when counting began, None for midnight, and the same on the clock of the counter rules; what
+# the counters had gained at that time, and at the times at which other devices began, so that gains of several can be
+# compared over one window.
+Day = collections.namedtuple("Day", "date since at marks")
 MARKS = 16  # times of a day that are kept for a device
 OWN_DAY = ("inverter_energy_output_hectowatt_hours_day", "")  # an inverter's own count of the day
 OWN_TOTAL = ("inverter_energy_output_hectowatt_hours_total", "")
@@ -1187,24 +1188,41 @@ class Live:
         self.held = HeldCounters()
         self.unknown: dict[int, int] = {}
         self.fresh = -math.inf  # when the last reading came, monotonic
-        self.at = -math.inf  # the same on the clock of the counter rules
-        self.came: datetime | None = None  # the same in local time
+        self.at = -math.inf  # when the last one came that had a counter, on the clock of the counter rules
         self.stamp: datetime | None = None  # the device's own time of the last reading that had one
         self.offset: float | None = None
         self.day: Day | None = None
 
-    def take(self, found: Reading, now: float, at: float) -> dict[Series, str]:
-        """Take a reading that came at `now`, which is `at` for the counter rules; what became of its counters."""
+    def take(self, found: Reading, now: float, at: float) -> tuple[dict[Series, str], bool]:
+        """Take a reading that came at `now`, which is `at` for the counter rules.
+
+        What became of its counters, and whether what they gained can be of an earlier day: behind a silence over midnight,
+        or a confirmed jump.
+        """
+        before = {series: counter.shown for series, counter in self.held.counters.items()}
         said = self.held.take(found.values, at)
-        self.fresh, self.at = now, at
+        unsure = not {RESET, RISEN, WRONG_FIRST}.isdisjoint(said.values()) or self._is_over_midnight(before, said, at)
+        self.fresh, self.at = now, at if said else self.at
         self.unknown = dict(itertools.islice(found.unknown.items(), UNKNOWN_REGISTERS))
         self.gauges = {series: number for series, number in found.values.items() if metric_type(series[0]) == "gauge"}
         self.counters = self.held.shown()
-        return said
+        return said, unsure
 
-    def begin(self, when: datetime, since: datetime | None) -> None:
-        """Begin to count the day of `when` anew, at midnight or `since`."""
-        self.day = Day(when.date(), since, {since: self.held.gained()})
+    def _is_over_midnight(self, before: dict[Series, Count], said: dict[Series, str], at: float) -> bool:
+        """Whether the device, or a counter that has now gained much, was silent for an hour over the day's begin."""
+        if not self.day or not said:
+            return False
+        silent = [self.at]
+        for series, why in said.items():
+            counter = self.held.counters[series]
+            if why == TAKEN and series in before:
+                much = counter.shown.number - before[series].number > counter.could_make(0)
+                silent += [before[series].at] if much else []
+        return any(last < self.day.at and at - last >= LONGEST for last in silent)
+
+    def begin(self, when: datetime, since: datetime | None, at: float) -> None:
+        """Begin to count the day of `when` anew, at midnight or `since`, which is `at` for the counter rules."""
+        self.day = Day(when.date(), since, at, {since: self.held.gained()})
 
     def mark(self, since: datetime) -> None:
         """Remember what was gained when another device began to count."""
@@ -1467,9 +1485,7 @@ class Store:
     def _take(self, device: Device, found: Reading, stamp: datetime | None, came: float) -> None:
         """Take a device's reading of its own time `stamp`, which came at `came`."""
         live, at, local = device.live, self.rules_clock(came), datetime.fromtimestamp(self.clock(came))
-        silent, before = at - live.at, live.came
-        said = live.take(found, came, at)
-        live.came = local
+        said, unsure = live.take(found, came, at)
         if stamp:
             live.stamp, live.offset = stamp, (stamp - local).total_seconds()
         for reason, count in collections.Counter(said.values()).items():
@@ -1477,12 +1493,8 @@ class Store:
                 self.add("sems_mitm_rejected_values_total", count, label("reason", reason))
         self.add("sems_mitm_rejected_values_total", found.not_finite, label("reason", "not_finite"))
         self._say_stuck(device, at, came)
-        # What was made in a silence over midnight, or before a jump, is of no known day.
-        overslept = (
-            live.day and before and before.date() < live.day.date and silent >= LONGEST and not self._slept(device)
-        )
-        if not live.day or overslept or {RESET, RISEN, WRONG_FIRST}.intersection(said.values()):
-            self._begin_counting(device, local if self._looked is None else datetime.fromtimestamp(self._looked[0]))
+        if not live.day or unsure and not self._slept(device):
+            self._begin_counting(device, local if self._looked is None else datetime.fromtimestamp(self._looked[0]), at)
         self.readings += 1
         self._learn(device, found.info, came)
 
@@ -1505,9 +1517,9 @@ class Store:
                 )
                 self.troubles.say(f"held {device.serial} {metric} {labels}", text, now, DAY)
 
-    def _begin_counting(self, device: Device, local: datetime) -> None:
+    def _begin_counting(self, device: Device, local: datetime, at: float) -> None:
         """Count a device's day from now on, and mark the moment in the days of the others."""
-        device.live.begin(local, local)
+        device.live.begin(local, local, at)
         for other in self.devices.values():
             if other is not device:
                 other.live.mark(local)
@@ -1526,7 +1538,7 @@ class Store:
         for device in self.devices.values():
             day = device.live.day
             if day and (day.date != local.date() or day.since):
-                device.live.begin(local, None if is_midnight else local)
+                device.live.begin(local, None if is_midnight else local, rules)
             elif day:
                 device.live.mark(local)
 
@@ -3884,10 +3896,10 @@ def devices_json(seen: Seen) -> Iterator[str]:
     """/api/devices."""
     yield '{"devices": ['
     for i, device in enumerate(seen.devices):
-        told = dict(zip(("device", "model", "serial", "full_serial"), (*device.name, device.serial)))
-        told = {**told, **device.info, "up": device.up, "age_seconds": device.age, **device.member.figures}
+        name = dict(zip(("device", "model", "serial", "full_serial"), (*device.name, device.serial)))
+        about = {**name, **device.info, "up": device.up, "age_seconds": device.age, **device.member.figures}
         values = {flat(*series): number for series, number in device.values.items()}
-        yield f"{',' if i else ''}\n {json.dumps({**told, 'values': values})}"
+        yield f"{',' if i else ''}\n {json.dumps({**about, 'values': values})}"
     strangers = [{"host": host, "said": said} for host, said in seen.strangers.items()]
     rest = {"upstream": seen.upstream, "blocked": seen.blocked, "strangers": strangers}
     yield "],\n" + json.dumps(rest)[1:] + "\n"
@@ -4085,16 +4097,16 @@ def one_a_quantity(name: str) -> tuple[Series, ...]:
 def table_rows(name: str, values: dict[Series, float]) -> list[tuple[str, str]]:
     """(what, how much) of a device of the family `name`, without channels, strings and the like of which all is 0."""
     there = {labels for (_, labels), number in values.items() if number}
-    told = [series for series in one_a_quantity(name) if series in values]
-    told = [series for series in told if not series[1] or series[1] in there or series[1].endswith('"1"')]
-    several = {labels.partition("=")[0] for _, labels in told if labels and not labels.endswith('"1"')}
-    found = []
-    for metric, labels in told:
+    known = [series for series in one_a_quantity(name) if series in values]
+    known = [series for series in known if not series[1] or series[1] in there or series[1].endswith('"1"')]
+    several = {labels.partition("=")[0] for _, labels in known if labels and not labels.endswith('"1"')}
+    rows = []
+    for metric, labels in known:
         kind, _, which = labels.replace('"', "").partition("=")
         which = which if kind in quantity(metric).lower() else f"{kind} {which}"
         what = f"{quantity(metric)}, {which}" if kind in several else quantity(metric)
-        found.append((what, amount(metric, values[metric, labels])))
-    return found
+        rows.append((what, amount(metric, values[metric, labels])))
+    return rows
 
 
 def table(device: Shown) -> str:
@@ -4139,7 +4151,7 @@ LEGENDS = (
 )
 SWATCH = '<li><svg viewBox="0 0 32 12" aria-hidden="true"><path class="{}" d="{}"/></svg>{}</li>'
 FIGURE = """<figure><svg role="img" aria-labelledby="title desc">
-<title id="title">Power of the house in the last 24 hours</title><desc id="desc">{told}</desc>
+<title id="title">Power of the house in the last 24 hours</title><desc id="desc">{now}</desc>
 <svg width="100%" height="100%" viewBox="{box}" preserveAspectRatio="none">
 <linearGradient id="grid" gradientUnits="userSpaceOnUse" x1="0" x2="0" y1="{top}" y2="{bottom}">
 <stop offset="{zero}" class="bought" stop-color="currentColor"/><stop offset="{zero}" class="sold" stop-color="currentColor"/>
@@ -4176,7 +4188,7 @@ def axes_of(points: list[Point]) -> Axes:
     begin, end = points[0].time // 60 * 60, points[-1].time
     known = [0.0, *(watts for point in points for watts in point.watts if watts is not None)]
     lowest, highest = min(known), max(known)
-    wanted = (highest - lowest or 500) / 7  # at least: seven steps, or a few less
+    wanted = max(highest - lowest, 500) / 7  # W a step, at least: seven steps, or a few less
     size = 10 ** math.floor(math.log10(wanted))
     step = next(size * factor for factor in (1, 2, 5, 10) if size * factor >= wanted)
     low = step * math.floor(lowest / step)
@@ -4214,9 +4226,9 @@ def time_texts(axes: Axes, hours: list[datetime]) -> Iterator[str]:
 
 def present(figures: dict) -> str:
     """The present figures in a sentence."""
-    told = [in_words(NOW_TILES, key, figures[key]) for key in NOW_TILES if key in figures]
-    text = "; ".join(f"{title} {number} {unit_name}" for title, _, number, unit_name in told)
-    return f"Now: {text}." if told else "Nothing is known now."
+    known = [in_words(NOW_TILES, key, figures[key]) for key in NOW_TILES if key in figures]
+    text = "; ".join(f"{title} {number} {unit_name}" for title, _, number, unit_name in known)
+    return f"Now: {text}." if known else "Nothing is known now."
 
 
 def picture(points: list[Point], figures: dict) -> str:
@@ -4235,7 +4247,7 @@ def picture(points: list[Point], figures: dict) -> str:
     scale = [axis_text(0, 100 * (axes.high - level) / height, "level", f"{level / 1000:g} kW") for level in levels]
     legend = [(css, text, i) for i in drawn for css, text in LEGENDS[i][1].items()]
     figure = FIGURE.format(
-        told=present(figures),
+        now=present(figures),
         box=f"0 {-axes.high:g} {width:.2f} {height:g}",
         top=f"{-axes.high:g}",
         bottom=f"{-axes.low:g}",
@@ -4254,8 +4266,8 @@ def html_page(seen: Seen, points: list[Point], settings: argparse.Namespace, add
         yield SECTION.format("The house", tile_row(NOW_TILES, seen.house, "now") or SILENT_HOUSE)
         yield picture(points, seen.house)
         row, since = tile_row(TODAY_TILES, seen.house, "today"), seen.house.get("today_since", "")[11:16]
-        told = f"Today <small>since {since}</small>" if since not in ("", "00:00") else "Today"
-        yield row and SECTION.format(told, row)
+        title = f"Today <small>since {since}</small>" if since not in ("", "00:00") else "Today"
+        yield row and SECTION.format(title, row)
     else:
         now = f" (now {html.escape(address)})" if address else ""
         steps = SET_UP.format(now=now, host=html.escape(settings.upstream[0]), port=settings.listen_address[1])
@@ -4307,7 +4319,8 @@ PACKAGE = """# sems_mitm in Home Assistant: a package. Devices in it, as known o
 # Restart Home Assistant the first time; later, when the file is new, call the action rest.reload. Fetch the file again when a
 # device is new, and by day if an inverter is missing: it sleeps at night, and after a restart the exporter does not know it.
 #
-# Energy dashboard, which sensor for which field:
+# Energy dashboard, which sensor for which field (take the devices' energies: those of the house are sums, which are others
+# for as long as a device is not known after a restart):
 {fields}
 """
 # Fields of the Energy dashboard, and the key that goes there: powers of the house, energies of devices, since the counters of
@@ -4336,17 +4349,21 @@ def sensor(path: tuple[str, ...], name: str, key: str) -> dict[str, object]:
     """A sensor of Home Assistant for a key under path in /api/household; what is not known there is unavailable."""
     unit_word = key.rpartition("_")[2]
     device_class, state_class = CLASSES.get(key) or CLASSES[unit_word]
+    if path[-1] == "house" and unit_word == "hours" and "_today_" not in key:
+        state_class = (
+            "total"  # while a device is not known yet, after a restart, the sum is another: a fall is no reset
+        )
     steps = "".join(f".get('{part}', {{}})" for part in path)
     number = f"value_json{steps}.get('{key}')"
-    found: dict[str, object] = {"name": sensor_name(name, key), "unique_id": f"{path[-1]}_{key}"}
-    found.update({"device_class": device_class} if device_class else {})
-    found.update(state_class=state_class, unit_of_measurement=UNIT_OF[unit_word][0], icon=f"mdi:{SENSORS[key][1]}")
-    found["value_template"] = f"{{{{ {number} if value_json is mapping else none }}}}"
-    found["availability"] = f"{{{{ value_json is mapping and {number} is not none }}}}"
+    fields: dict[str, object] = {"name": sensor_name(name, key), "unique_id": f"{path[-1]}_{key}"}
+    fields.update({"device_class": device_class} if device_class else {})
+    fields.update(state_class=state_class, unit_of_measurement=UNIT_OF[unit_word][0], icon=f"mdi:{SENSORS[key][1]}")
+    fields["value_template"] = f"{{{{ {number} if value_json is mapping else none }}}}"
+    fields["availability"] = f"{{{{ value_json is mapping and {number} is not none }}}}"
     if "_today_" in key:
-        found["json_attributes_path"] = "$" + "".join(f"['{part}']" for part in path)
-        found["json_attributes"] = ["today_since"]
-    return found
+        fields["json_attributes_path"] = "$" + "".join(f"['{part}']" for part in path)
+        fields["json_attributes"] = ["today_since"]
+    return fields
 
 
 def named_for_home(devices: Sequence[Shown]) -> list[tuple[Shown, str]]:
@@ -4385,9 +4402,9 @@ def energy_fields(named: list[tuple[Shown, str]], of_house: Iterable[str]) -> It
 def keys_of_house(members: Sequence[Member]) -> set[str]:
     """The keys that a house of these devices has when none is silent and the day is not young."""
     awake = [one._replace(figures=dict.fromkeys(one.told - {"today_since"}, 1)) for one in members]
-    found = set(house(awake))
-    has_day = found.issuperset(f"{word}_today_kilowatt_hours" for word in ("generated", "imported", "exported"))
-    return found.union(("used_today_kilowatt_hours", *SHARES) if has_day else ())
+    keys = set(house(awake))
+    has_day = keys.issuperset(f"{word}_today_kilowatt_hours" for word in ("generated", "imported", "exported"))
+    return keys.union(("used_today_kilowatt_hours", *SHARES) if has_day else ())
 
 
 def home_assistant(seen: Seen, address: str) -> str:
@@ -5219,7 +5236,7 @@ def demo(arguments: list[str]) -> int:
 PORTAL_PORT = (20001).to_bytes(2, "big")
 BEGINNINGS = (b"POSTGW\0\0", b"GW\0\0")  # of frames: the caps of the length fields leave their first two bytes 0
 LONGEST_LINE = 1 << 20  # bytes
-LONGEST = 16 << 20  # bytes of a record: a larger number is damage
+LONGEST_RECORD = 16 << 20  # bytes of a record: a larger number is damage
 CUT_END = "the file ends inside a record"
 DAMAGED = "damaged records: {}"
 SNAPPED = "packets that the snap length has cut: {}; record them whole, with -s 0"
@@ -5270,7 +5287,7 @@ def pcap_packets(file: BinaryIO, notes: Notes) -> Iterator[RecordedPacket]:
     link = struct.unpack_from(order + "I", header, 16)[0] & 0xFFFF  # above it: whether checksums follow the packets
     while len(head := file.read(16)) == 16:
         seconds, fraction, size, length = record.unpack(head)
-        if size > LONGEST:
+        if size > LONGEST_RECORD:
             notes[DAMAGED] += 1
             return
         data = file.read(size)
@@ -5316,7 +5333,7 @@ def pcapng_packets(file: BinaryIO, notes: Notes) -> Iterator[RecordedPacket]:
         if magic:
             order, interfaces = ">" if magic == BIG_ENDIAN else "<", []
         kind, size = struct.unpack(order + "2I", head) if len(head) == 8 else (0, 12)
-        if not 12 <= size <= LONGEST or magic not in (b"", LITTLE_ENDIAN, BIG_ENDIAN):
+        if not 12 <= size <= LONGEST_RECORD or magic not in (b"", LITTLE_ENDIAN, BIG_ENDIAN):
             notes[DAMAGED] += 1
             return
         body = magic + file.read(size - 8 - len(magic))
@@ -5950,18 +5967,24 @@ def utc_seconds(times: list[datetime]) -> list[float]:
     return found
 
 
-def held_back(readings: list[tuple[float, Reading]]) -> set[tuple[float, Series]]:
-    """Which values of a device's readings, in the order of their times, the counter rules hold back."""
-    counters, found = HeldCounters(), set()
+def kept_values(readings: list[tuple[float, Reading]]) -> tuple[dict[float, dict[Series, float]], int]:
+    """Time to the values of a device's readings, which stand in the order of their times, without what the counter rules
+    hold back; and how many values that are.
+    """
+    counters, held = HeldCounters(), 0
+    found: dict[float, dict[Series, float]] = {}
     first: dict[Series, float] = {}
     for seconds, one in readings:
-        for series, why in counters.take(one.values, seconds).items():
+        said = counters.take(one.values, seconds)
+        shown = {series for series in one.values if metric_type(series[0]) == "gauge"}
+        shown.update(series for series, why in said.items() if why not in HELD_BACK)
+        found[seconds] = {series: number for series, number in one.values.items() if series in shown}
+        for series, why in said.items():
             first.setdefault(series, seconds)
-            if why in HELD_BACK:
-                found.add((seconds, series))
-            elif why == WRONG_FIRST:
-                found.add((first[series], series))
-    return found
+            if why == WRONG_FIRST:
+                del found[first[series]][series]
+            held += why in (*HELD_BACK, WRONG_FIRST)
+    return found, held
 
 
 def readings_of(
@@ -5997,14 +6020,11 @@ def samples_of(packets: list[Packet], extra: str, now: float) -> Backfilled:
     by_device, later = readings_of(packets, now)
     for (cls, serial), readings in by_device.items():
         labels_of_device = device_labels(identity(kind_of(cls), serial, told.get(serial, "")))
-        in_order = sorted(readings.items(), key=lambda item: item[0])
-        left_out = held_back(in_order)
-        held[serial] += len(left_out)
-        for seconds, one in in_order:
-            for (metric, labels), number in one.values.items():
-                if (seconds, (metric, labels)) not in left_out:
-                    series = ",".join(filter(None, (labels_of_device, labels, extra)))
-                    found[metric].setdefault(series, {})[seconds] = number
+        values, held[serial] = kept_values(sorted(readings.items(), key=lambda item: item[0]))
+        for seconds, one in values.items():
+            for (metric, labels), number in one.items():
+                series = ",".join(filter(None, (labels_of_device, labels, extra)))
+                found[metric].setdefault(series, {})[seconds] = number
     return Backfilled(found, later, held)
 
 

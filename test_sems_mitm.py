@@ -1470,6 +1470,14 @@ class DayTest(unittest.TestCase):
             ("a day without a reading", [(0, 0, 7), (11.9, 0, 9), (36.1, 0, 10)], 36.1, 0),
             ("two midnights", [(11.9, 0, 9), (12.1, 0, 10), (35.9, 0, 15), (36.1, 0, 16)], None, 1),
             (
+                "a fall over midnight",
+                [(0, 0, 7), (11, 0, 6), (11.5, 0, 6), (12.1, 0, 6), (12.5, 0, 6), (13, 0, 8)],
+                None,
+                1,
+            ),
+            ("a silence that ends in zeros", [(0, 0, 7), (11, 0, 9), (13, 0, 0), (13.1, 0, 50)], 13.1, 0),
+            ("a fall that ends in much", [(0, 0, 7), (11, 0, 6), (11.5, 0, 6), (12.1, 0, 6), (13, 0, 800)], 13, 0),
+            (
                 "a jump that is taken",
                 [(0, 0, 7), (0.1, 0, 90007), (0.2, 0, 90008), (0.3, 0, 90009), (0.4, 0, 90010)],
                 0.3,
@@ -4574,6 +4582,7 @@ class HouseholdTest(unittest.TestCase):
             # the HomeKit 3000 buys 6 kWh an hour from noon on; the inverter stops at 16:00 and wakes (hours after noon), with these counts
             ("it slept", 19, 102, 2, 0, 42.3, None),
             ("it was away, and made more than today", 19, 140, 2, 0, 0, "2026-03-22T07:00:00"),
+            ("it was away for a jump", 19, 9000, 2, 0, 42.1, None),
             ("its clock is wrong", 19, 102, 2, 700, 0, "2026-03-22T07:00:00"),
         ):
             with self.subTest(name), time_zone("UTC0"):
@@ -5091,7 +5100,11 @@ class HomeAssistantTest(unittest.TestCase):
             kind = word.rpartition("_")[2]
             wanted = {
                 "watts": ("power", "measurement", "W"),
-                "hours": ("energy", "total_increasing", "kWh"),
+                "hours": (
+                    "energy",
+                    "total" if owner == "house" and "_today_" not in key else "total_increasing",
+                    "kWh",
+                ),
                 "percent": (None, "measurement", "%"),
             }
             fields = ("device_class", "state_class", "unit_of_measurement")
@@ -5824,6 +5837,60 @@ class BackfillTest(SocketCase):
         self.assertIn(f"meter_power_generation_watts{{{labels}}} 2600 {self.START}\n", out)
         self.assertIn("# TYPE meter_energy_generation_decawatt_hours counter\n", out)
         self.assertIn('model="GW3000-DNS-30"', out)
+
+    def test_counters(self) -> None:
+        """What the counter rules hold back is left out, in the order of the readings' own times, and counted; live and buffered together."""
+        series = "inverter_energy_output_hectowatt_hours_total"
+        for name, counts, wanted, held in (
+            ("rising", (5, 6, 6, 9), (5, 6, 6, 9), 0),
+            ("a fall", (500, 499, 501), (500, None, 501), 1),
+            ("a jump", (500, 9999, 501), (500, None, 501), 1),
+            ("jumps that agree", (500, 9999, 10000, 10002), (500, None, None, 10002), 2),
+            ("a first that was wrong", (9999, 500, 501), (None, None, 501), 2),
+            ("zeros of a controller that boots", (500, 0, 0, 501), (500, None, None, 501), 0),
+        ):
+            with self.subTest(name):
+                rows = [(i, frame((sems.BUFFERED, sems.LIVE)[i % 2], 1, INVERTER, minute(i), [(30145, (0, count)), (30172, (59,))])) for i, count in enumerate(counts)]  # fmt: skip
+                random.Random(name).shuffle(rows)
+                path = written(self.directory(), *(data for _, data in rows))
+                code, out, err = called("backfill", path, env={"TZ": "UTC0"})
+                found = re.findall(rf"(?m)^{series}\{{.*\}} (\S+) (\S+)$", out)
+                by_time = {int(seconds): int(count) for count, seconds in found}
+                self.assertEqual(tuple(by_time.get(self.START + 60 * i) for i in range(len(counts))), wanted)
+                self.assertEqual(out.count("inverter_rssi_percent{"), len(counts))
+                told = f"{INVERTER}: left out {held} values of counters" if held else ""
+                self.assertEqual((code, told in err, "left out" in err), (0, True, bool(held)), err)
+
+    def test_later_than_now(self) -> None:
+        """What is later than now is left out and counted by device; what nothing is left of is exit code 1."""
+        now = datetime.now(timezone.utc).replace(tzinfo=None)
+        with mock.patch.object(sems.time, "time", lambda: now.replace(tzinfo=timezone.utc).timestamp()):
+            for name, times, kept, left_out in (
+                ("old", (NOON,), 1, 0),
+                ("a minute ahead", (NOON, now + timedelta(minutes=1)), 1, 1),
+                ("this second", (NOON, now), 2, 0),
+                ("two days, and a century", (NOON, now + timedelta(days=2), datetime(2099, 12, 31, 23, 59, 59)), 1, 2),
+                ("nothing left", (datetime(2098, 1, 1), datetime(2098, 1, 2)), 0, 2),
+            ):
+                with self.subTest(name):
+                    path = written(self.directory(), *(self.reading(when, i) for i, when in enumerate(times)))
+                    code, out, err = called("backfill", path, env={"TZ": "UTC0"})
+                    self.assertEqual((code, out.count("\nmeter_power_generation_watts{")), (int(not kept), kept), err)
+                    told = f"{METER}: left out {left_out} readings that are later than now"
+                    self.assertEqual(told in err, bool(left_out), err)
+
+    def test_when_to_move_the_blocks(self) -> None:
+        """Readings younger than three hours: until when to wait, and why."""
+        now = 1774180800  # 2026-03-22 12:00 UTC
+        for age, wanted in ((3 * 3600 + 1, None), (3 * 3600 - 1, "12:01"), (60, "15:00"), (0, "15:01")):
+            with self.subTest(age=age), mock.patch.object(sems.time, "time", lambda: now):
+                when = datetime.fromtimestamp(now - age, timezone.utc).replace(tzinfo=None)
+                path = written(self.directory(), self.reading(NOON, 1), self.reading(when, 2))
+                code, _, err = called("backfill", path, env={"TZ": "UTC0"})
+                self.assertEqual((code, "before you move the blocks" in err), (0, wanted is not None), err)
+                if wanted:
+                    self.assertIn(f"Wait until 2026-03-22 {wanted}", err)
+                    self.assertIn("drops the live samples of all series", err)
 
     def test_refused(self) -> None:
         """A zone that the system does not know, a file without a frame, no readings: exit code 1, one line, no text."""
