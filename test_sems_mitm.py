@@ -1607,7 +1607,7 @@ class StoreTest(SocketCase):
         said = [line for line in self.lines if "stays at 900" in line]
         self.assertEqual(len(said), 3)
         self.assertIn(
-            f"of {METER} stays at 900: the device has counted less for a day. If that is right, restart", said[0]
+            f"of {METER} stays at 900: the device has counted less for a day; if that is right, restart", said[0]
         )
 
     def test_rules_clock(self):
