@@ -138,8 +138,8 @@ class StartError(OSError):
 #     u16/10 35103 35107 35111? -     a kind (see KINDS), divided by 10 (* is multiplied) for the metric's unit; then the
 #                                     first register for each label value: ? is from register maps alone, - is not there
 #     s32 36025 if 36004=1            there only while that register of the same packet holds that word
-#     u16 1 2 if 35184>0 35266>0      there only while that register is there and neither 0 nor FFFF; conditions are one for
-#                                     all label values, or one for each
+#     u16 1 2 if 35184>0 35266>0      there only while that register is there and neither 0 nor FFFF; one condition is for
+#                                     all label values, or each has its own
 #     f32 36015, u64 36104            another place of the same number, which counts instead while it is above 0
 #
 # The words of a value follow one another, the high one first. A metric whose name ends with _total is a counter, any other
@@ -219,16 +219,16 @@ TABLES = (
         ("inverter_backup_current_amperes", "phase 1 2 3", "u16/10 35146 35152 35158",  "Current of a phase of the backup output."),
         ("inverter_backup_frequency_hertz", "phase 1 2 3", "u16/100 35147 35153 35159", "Frequency of a phase of the backup output."),
         ("inverter_backup_power_watts",     "phase 1 2 3", "n16 35150 35156 35162",     "Power of a phase of the backup output."),
-        ("battery_mode",                    "battery 1 2", "u16 35184 35266?",          "Battery mode: 0 none, 1 standby, 2 discharging, 3 charging, 4 to be charged, 5 to be discharged."),
-        ("battery_power_watts",              "battery 1 2", "s32 35182 35264? if 35184>0 35266>0","Battery power; positive is discharging."),
-        ("battery_voltage_volts",            "battery 1 2", "u16/10 35180 35262? if 35184>0 35266>0","Battery voltage."),
-        ("battery_current_amperes",          "battery 1 2", "s16/10 35181 35263? if 35184>0 35266>0","Battery current; positive is discharging."),
-        ("battery_state_of_charge_ratio",    "battery 1 2", "u16/100 37007 39005? if 35184>0 35266>0","Battery state of charge, 0 to 1."),
-        ("battery_state_of_health_ratio",    "battery 1 2", "u16/100 37008 39006? if 35184>0 35266>0","Battery state of health, 0 to 1."),
-        ("battery_temperature_celsius",      "battery 1 2", "n16/10 37003 39001? if 35184>0 35266>0","Battery temperature."),
-        ("battery_charge_limit_amperes",     "battery 1 2", "u16 37004 39002? if 35184>0 35266>0","Charge current limit set by the battery management system."),
-        ("battery_discharge_limit_amperes",  "battery 1 2", "u16 37005 39003? if 35184>0 35266>0","Discharge current limit set by the battery management system."),
-        ("battery_modules",                  "battery 1 2", "u16 37009 39007? if 35184>0 35266>0","Number of battery modules."),
+        ("battery_mode",                     "battery 1 2", "u16 35184 35266?",                                       "Battery mode: 0 none, 1 standby, 2 discharging, 3 charging, 4 to be charged, 5 to be discharged."),
+        ("battery_power_watts",              "battery 1 2", "s32 35182 35264? if 35184>0 35266>0",                    "Battery power; positive is discharging."),
+        ("battery_voltage_volts",            "battery 1 2", "u16/10 35180 35262? if 35184>0 35266>0",                 "Battery voltage."),
+        ("battery_current_amperes",          "battery 1 2", "s16/10 35181 35263? if 35184>0 35266>0",                 "Battery current; positive is discharging."),
+        ("battery_state_of_charge_ratio",    "battery 1 2", "u16/100 37007 39005? if 35184>0 35266>0",                "Battery state of charge, 0 to 1."),
+        ("battery_state_of_health_ratio",    "battery 1 2", "u16/100 37008 39006? if 35184>0 35266>0",                "Battery state of health, 0 to 1."),
+        ("battery_temperature_celsius",      "battery 1 2", "n16/10 37003 39001? if 35184>0 35266>0",                 "Battery temperature."),
+        ("battery_charge_limit_amperes",     "battery 1 2", "u16 37004 39002? if 35184>0 35266>0",                    "Charge current limit set by the battery management system."),
+        ("battery_discharge_limit_amperes",  "battery 1 2", "u16 37005 39003? if 35184>0 35266>0",                    "Discharge current limit set by the battery management system."),
+        ("battery_modules",                  "battery 1 2", "u16 37009 39007? if 35184>0 35266>0",                    "Number of battery modules."),
         ("inverter_active_power_watts",              "", "s16 35140",     "Active power at the grid connection; positive is export."),
         ("inverter_energy_export_watthours_total",   "", "u32*100 35195", "Cumulative energy that left the inverter at its grid terminals; not what the house exported."),
         ("inverter_energy_import_watthours_total",   "", "u32*100 35200", "Cumulative energy that the inverter took at its grid terminals; not what the house imported."),
@@ -1079,7 +1079,7 @@ DAY = 86400
 STRONGEST = 100_000  # W: more than any house makes or takes
 LONGEST = 3600  # s without a reading for which that counts at most
 
-# What became of a counter's reading. Shown as it is: TAKEN, and three by which nobody knows when the difference was made:
+# What became of a counter's reading. Shown as it is: TAKEN, and three that do not say when the difference was made:
 # RESET (the counter began again at 0), RISEN (a jump that three readings confirm), WRONG_FIRST (the first was wrong).
 # Held back: FALL, JUMP.
 TAKEN, RESET, RISEN, WRONG_FIRST, FALL, JUMP = "", "reset", "risen", "wrong first", "fall", "jump"
@@ -1533,8 +1533,8 @@ class Store:
         for (metric, labels), counter in device.live.held.counters.items():
             if counter.is_stuck(at):
                 text = (
-                    f"{metric} of {device.serial} stays at {counter.shown.number}: the device has counted less for a day; "
-                    "if that is right, restart the exporter, which then shows the device's own value"
+                    f"{metric} of {device.serial} stays at {counter.shown.number}: the device has counted less for a day; if "
+                    " that is right, restart the exporter, which then shows the device's own value"
                 )
                 self.troubles.say(f"held {device.serial} {metric} {labels}", text, now, DAY)
 
@@ -3484,8 +3484,8 @@ def today(live: Live) -> dict:
     return {**{f"{word}_today_kilowatt_hours": number for word, number in gained.items()}, **since}
 
 
-# A device of the house. told: the keys of what it knows while it is not silent; figures: what is known of it now; metered:
-# a meter of its own speaks; day: its gains by the moments of Day.marks; since: the moment since which it counts.
+# A device of the house. told: the keys of what it knows while it is not silent; figures: what is known of it now;
+# metered: a meter of its own speaks; day: its gains by the moments of Day.marks; since: the moment since which it counts.
 Member = collections.namedtuple("Member", "family told figures metered day since", defaults=(False, {}, None))
 
 
@@ -5160,6 +5160,25 @@ extra_label = Reader("", "NAME=VALUE with a name that no series has", NEW_LABEL,
 HEAD_SPAN = 3 * 3600  # s that Prometheus keeps in its head before they become a block
 
 
+def report(found: Backfilled, first: float, last: float, count: int, now: float) -> None:
+    """Say on stderr what of `count` times is there, and what its user has to know before the blocks are moved."""
+    begin, end, safe = (
+        time.strftime("%Y-%m-%d %H:%M %Z", time.localtime(seconds)) for seconds in (first, last, last + HEAD_SPAN + 60)
+    )
+    lines = [f"readings of {count} times, {begin} to {end}"]
+    lines += [
+        f"{serial}: left out {held} values of counters that fell, or rose more than is possible"
+        for serial, held in sorted(found.held.items())
+        if held
+    ]
+    if now < last + HEAD_SPAN:
+        lines.append(
+            f"Wait until {safe} before you move the blocks into Prometheus's data: at its next start it drops the live "
+            "samples of all series from before a block's end, and the last three hours are in no block of its own yet"
+        )
+    print("\n".join(lines), file=sys.stderr)
+
+
 def backfill(arguments: list[str]) -> int:
     """Capture files as OpenMetrics text for promtool tsdb create-blocks-from openmetrics."""
     parser = Parser("backfill", backfill.__doc__)
@@ -5185,27 +5204,11 @@ def backfill(arguments: list[str]) -> int:
     found = samples_of([packet for packet in frames.values() if packet.wire is OUTBOUND], labels, now)
     for serial, count in sorted(found.later.items()):
         print(f"{serial}: left out {count} readings that are later than now", file=sys.stderr)
-    for serial, count in sorted(found.held.items()):
-        if count:
-            print(
-                f"{serial}: left out {count} values of counters that fell, or rose more than is possible",
-                file=sys.stderr,
-            )
     times = sorted({seconds for series in found.samples.values() for samples in series.values() for seconds in samples})
     if not times:
         raise StartError(f"{' '.join(given.file)}: no readings in it")
     sys.stdout.writelines(openmetrics(found.samples))
-    first, last, safe = (
-        time.strftime("%Y-%m-%d %H:%M %Z", time.localtime(seconds))
-        for seconds in (times[0], times[-1], times[-1] + HEAD_SPAN + 60)
-    )
-    print(f"readings of {len(times)} times, {first} to {last}", file=sys.stderr)
-    if now < times[-1] + HEAD_SPAN:
-        print(
-            f"Wait until {safe} before you move the blocks into Prometheus's data: at its next start it drops the live "
-            "samples of all series from before a block's end, and the last three hours are in no block of its own yet",
-            file=sys.stderr,
-        )
+    report(found, times[0], times[-1], len(times), now)
     return 0
 
 
