@@ -150,8 +150,8 @@ class StartError(OSError):
 #     u16/10 35103 35107 35111? -     a kind (see KINDS), divided by 10 (* is multiplied) for the metric's unit; then the
 #                                     first register for each label value: ? is from register maps alone, - is not there
 #     s32 36025 if 36004=1            there only while that register of the same packet holds that word
-#     u16 37009 39007? if 35184>0 35266>0    there only while that register is there and neither 0 nor FFFF; a condition for
-#                                     each label value, or one for all
+#     u16 1 2 if 35184>0 35266>0      there only while that register is there and neither 0 nor FFFF; one condition is for
+#                                     all label values, or each has its own
 #     f32 36015, u64 36104            another place of the same number, which counts instead while it is above 0
 #
 # The words of a value follow one another, the high one first. A metric whose name ends with _total is a counter, any other
@@ -231,16 +231,16 @@ TABLES = (
         ("inverter_backup_current_amperes", "phase 1 2 3", "u16/10 35146 35152 35158",  "Current of a phase of the backup output."),
         ("inverter_backup_frequency_hertz", "phase 1 2 3", "u16/100 35147 35153 35159", "Frequency of a phase of the backup output."),
         ("inverter_backup_power_watts",     "phase 1 2 3", "n16 35150 35156 35162",     "Power of a phase of the backup output."),
-        ("battery_mode",                    "battery 1 2", "u16 35184 35266?",          "Battery mode: 0 none, 1 standby, 2 discharging, 3 charging, 4 to be charged, 5 to be discharged."),
-        ("battery_power_watts",              "battery 1 2", "s32 35182 35264? if 35184>0 35266>0","Battery power; positive is discharging."),
-        ("battery_voltage_volts",            "battery 1 2", "u16/10 35180 35262? if 35184>0 35266>0","Battery voltage."),
-        ("battery_current_amperes",          "battery 1 2", "s16/10 35181 35263? if 35184>0 35266>0","Battery current; positive is discharging."),
-        ("battery_state_of_charge_ratio",    "battery 1 2", "u16/100 37007 39005? if 35184>0 35266>0","Battery state of charge, 0 to 1."),
-        ("battery_state_of_health_ratio",    "battery 1 2", "u16/100 37008 39006? if 35184>0 35266>0","Battery state of health, 0 to 1."),
-        ("battery_temperature_celsius",      "battery 1 2", "n16/10 37003 39001? if 35184>0 35266>0","Battery temperature."),
-        ("battery_charge_limit_amperes",     "battery 1 2", "u16 37004 39002? if 35184>0 35266>0","Charge current limit set by the battery management system."),
-        ("battery_discharge_limit_amperes",  "battery 1 2", "u16 37005 39003? if 35184>0 35266>0","Discharge current limit set by the battery management system."),
-        ("battery_modules",                  "battery 1 2", "u16 37009 39007? if 35184>0 35266>0","Number of battery modules."),
+        ("battery_mode",                     "battery 1 2", "u16 35184 35266?",                                       "Battery mode: 0 none, 1 standby, 2 discharging, 3 charging, 4 to be charged, 5 to be discharged."),
+        ("battery_power_watts",              "battery 1 2", "s32 35182 35264? if 35184>0 35266>0",                    "Battery power; positive is discharging."),
+        ("battery_voltage_volts",            "battery 1 2", "u16/10 35180 35262? if 35184>0 35266>0",                 "Battery voltage."),
+        ("battery_current_amperes",          "battery 1 2", "s16/10 35181 35263? if 35184>0 35266>0",                 "Battery current; positive is discharging."),
+        ("battery_state_of_charge_ratio",    "battery 1 2", "u16/100 37007 39005? if 35184>0 35266>0",                "Battery state of charge, 0 to 1."),
+        ("battery_state_of_health_ratio",    "battery 1 2", "u16/100 37008 39006? if 35184>0 35266>0",                "Battery state of health, 0 to 1."),
+        ("battery_temperature_celsius",      "battery 1 2", "n16/10 37003 39001? if 35184>0 35266>0",                 "Battery temperature."),
+        ("battery_charge_limit_amperes",     "battery 1 2", "u16 37004 39002? if 35184>0 35266>0",                    "Charge current limit set by the battery management system."),
+        ("battery_discharge_limit_amperes",  "battery 1 2", "u16 37005 39003? if 35184>0 35266>0",                    "Discharge current limit set by the battery management system."),
+        ("battery_modules",                  "battery 1 2", "u16 37009 39007? if 35184>0 35266>0",                    "Number of battery modules."),
         ("inverter_active_power_watts",              "", "s16 35140",     "Active power at the grid connection; positive is export."),
         ("inverter_energy_export_watthours_total",   "", "u32*100 35195", "Cumulative energy that left the inverter at its grid terminals; not what the house exported."),
         ("inverter_energy_import_watthours_total",   "", "u32*100 35200", "Cumulative energy that the inverter took at its grid terminals; not what the house imported."),
@@ -302,8 +302,8 @@ INFO = {
 SILENT = ((30034, 30039), (30100, 30102), (35000, 35032), (35100, 35102))
 
 # A series of a family as it is read. later: its registers behind the first; missing: the raw number that means "not
-# available"; series: (metric, labels); when: (register, word), word None is any but 0 and FFFF, or None; instead: whether
-# it stands in place of an earlier value of the series while it is above 0.
+# available"; series: (metric, labels); when: None, or (register, word), where None as a word is any but 0 and FFFF;
+# instead: it counts in place of an earlier value of the series while it is above 0.
 Value = collections.namedtuple("Value", "register later missing number multiply divide series counter when instead")
 
 
@@ -1063,9 +1063,9 @@ DAY = 86400
 STRONGEST = 100_000  # W: more than any house makes or takes
 LONGEST = 3600  # s without a reading for which that counts at most
 
-# What became of a counter's reading. Shown as it is: TAKEN, and three that tell nothing of what was made in the meantime:
-# RESET (the counter began again at 0), RISEN (a jump that three readings confirm), WRONG_FIRST (the first was wrong). Held
-# back: FALL, JUMP.
+# What became of a counter's reading. Shown as it is: TAKEN, and three that do not say when the difference was made:
+# RESET (the counter began again at 0), RISEN (a jump that three readings confirm), WRONG_FIRST (the first was wrong).
+# Held back: FALL, JUMP.
 TAKEN, RESET, RISEN, WRONG_FIRST, FALL, JUMP = "", "reset", "risen", "wrong first", "fall", "jump"
 HELD_BACK = (FALL, JUMP)
 Count = collections.namedtuple("Count", "number at")  # a reading of a counter: its value, and its time in s
@@ -1074,9 +1074,9 @@ Count = collections.namedtuple("Count", "number at")  # a reading of a counter: 
 class HeldCounter:
     """One counter of a device, protected from falls and jumps.
 
-    Prometheus, Home Assistant and `today` take any fall for a reset, after which they add the whole new value. So a value
-    is shown when a house could have made the difference since the last one that was shown, and else held back until other
-    readings confirm it. The clock is handed in; it must not go back.
+    Prometheus, Home Assistant and `today` take any fall for a reset, after which they add the whole new value. So a
+    value is shown when a house could have made the difference since the last one that was shown, and else held back
+    until other readings confirm it. The clock is handed in; it must not go back.
     """
 
     def __init__(self, metric: str, number: float, now: float) -> None:
@@ -1088,7 +1088,7 @@ class HeldCounter:
         self._row: list[Count] = []
 
     def could_make(self, seconds: float) -> float:
-        """How much of the counter's unit is possible in a time; hours of operation run twice as fast as the clock at most."""
+        """How much of the counter's unit is possible in a time; hours run twice as fast as the clock at most."""
         if not self._wh:
             return 2 * seconds / 3600 + 1
         return (STRONGEST * min(seconds, LONGEST) / 3600 + 1000) / self._wh
@@ -1100,7 +1100,7 @@ class HeldCounter:
         """What becomes of the next reading: TAKEN, RESET, RISEN, WRONG_FIRST, FALL or JUMP."""
         new, row = Count(number, now), self._row
         self._readings += 1
-        # Behind readings that were held back, the shown value can be the wrong one: it must not carry a second wrong one.
+        # Behind readings that were held back, the shown value can be a wrong one: it must not carry a second one.
         if self._agree(self.shown, new) and (not row or self._agree(self.sure, new)):
             return self._show(new, number - self.shown.number, TAKEN, self.sure if row else self.shown)
         is_fall = number < self.shown.number
@@ -1144,8 +1144,8 @@ class HeldCounters:
     def take(self, values: Mapping[Series, float], now: float) -> dict[Series, str]:
         """What became of each counter of a reading.
 
-        Where all of a group are 0 they are left out, and say nothing: so reads an inverter's controller while it boots. The
-        meter of a hybrid is a group of its own.
+        Where all of a group are 0 they are left out, and say nothing: so reads an inverter's controller while it boots.
+        The meter of a hybrid is a group of its own.
         """
         found: dict[Series, str] = {}
         counted = {series: number for series, number in values.items() if metric_type(series[0]) == "counter"}
@@ -1168,9 +1168,9 @@ class HeldCounters:
         return {series: counter.gained for series, counter in self.counters.items()}
 
 
-# A day of a device: its date; when counting began, None for midnight, and the same on the clock of the counter rules; what
-# the counters had gained at that time, and at the times at which other devices began, so that gains of several can be
-# compared over one window.
+# A day of a device: its date; when counting began, None for midnight, and the same on the clock of the counter rules;
+# what the counters had gained at that time, and at the times at which other devices began, so that gains of several can
+# be compared over one window.
 Day = collections.namedtuple("Day", "date since at marks")
 MARKS = 16  # times of a day that are kept for a device
 OWN_DAY = ("inverter_energy_output_hectowatt_hours_day", "")  # an inverter's own count of the day
@@ -1196,8 +1196,8 @@ class Live:
     def take(self, found: Reading, now: float, at: float) -> tuple[dict[Series, str], bool]:
         """Take a reading that came at `now`, which is `at` for the counter rules.
 
-        What became of its counters, and whether what they gained can be of an earlier day: behind a silence over midnight,
-        or a confirmed jump.
+        What became of its counters, and whether what they gained can be of an earlier day: behind a silence over
+        midnight, or a confirmed jump.
         """
         before = {series: counter.shown for series, counter in self.held.counters.items()}
         said = self.held.take(found.values, at)
@@ -1343,7 +1343,7 @@ class Store:
         clock: Clock = wall_clock,
         rules_clock: Clock = lambda now: now,
     ) -> None:
-        """clock: from monotonic seconds to the time of day that is shown; rules_clock: to the time of the counter rules."""
+        """clock: monotonic seconds to the time of day that is shown; rules_clock: to the time of the counter rules."""
         self.stale_after, self.max_devices, self.batsignal = stale_after, max_devices, batsignal
         self.clock, self.rules_clock = clock, rules_clock
         self._looked: tuple[float, float] | None = None  # both clocks at the last look
@@ -1499,7 +1499,7 @@ class Store:
         self._learn(device, found.info, came)
 
     def _slept(self, device: Device) -> bool:
-        """Whether all that a device counted over a silence is of today: of a grid-tied inverter, which sleeps at night."""
+        """Whether a device counted nothing but today's over a silence: a grid-tied inverter, which sleeps at night."""
         live, own = device.live, device.live.own_count()
         metered = any(metric.startswith("inverter_meter_") for metric, _ in live.counters)
         if device.family != "GRID" or metered or own is None or live.day is None:
@@ -1512,8 +1512,8 @@ class Store:
         for (metric, labels), counter in device.live.held.counters.items():
             if counter.is_stuck(at):
                 text = (
-                    f"{metric} of {device.serial} stays at {counter.shown.number}: the device has counted less for a day. "
-                    "If that is right, restart the exporter, which then shows the device's own value"
+                    f"{metric} of {device.serial} stays at {counter.shown.number}: the device has counted less for a day; if "
+                    " that is right, restart the exporter, which then shows the device's own value"
                 )
                 self.troubles.say(f"held {device.serial} {metric} {labels}", text, now, DAY)
 
@@ -1632,8 +1632,8 @@ ZONE_DIRECTORIES = (
 def zone_is_known(zone: str | None, begins: Callable[[str], bytes]) -> bool:
     """Whether the TZ variable is one that the system understands; the C library takes any other for UTC, in silence.
 
-    begins: the first bytes of the file at a path, none if there is no file. A rule with a summer time must say when it is:
-    without, musl has it all year, and glibc by the dates of the United States.
+    begins: the first bytes of the file at a path, none if there is no file. A rule with a summer time must say when it
+    is: without, musl has it all year, and glibc by the dates of the United States.
     """
     if zone is None:
         return bool(begins("/etc/localtime"))  # a bare container has none, and its UTC is nobody's time
@@ -3600,8 +3600,8 @@ class Loop:
 # ------------------------------------------------------------------------------------------------------- household
 #
 # What a house makes and takes, in keys that do not depend on the model. Figures are key to number, and without what is
-# not known. Flows are in W (generation_watts, house_watts; export_watts, negative while importing, and grid_watts, the same
-# the other way round; battery_watts, positive while discharging) and %; energies in kWh.
+# not known. Flows are in W (generation_watts, house_watts; export_watts, negative while importing, and grid_watts, the
+# same the other way round; battery_watts, positive while discharging) and %; energies in kWh.
 
 COUNTED = {  # energies: the counters of which the first that there is counts
     "generated": ("meter_energy_generation_decawatt_hours_total", "inverter_energy_output_hectowatt_hours_total"),
@@ -3695,8 +3695,8 @@ def today(live: Live) -> dict:
     return {**{f"{word}_today_kilowatt_hours": number for word, number in gained.items()}, **since}
 
 
-# A device of the house. told: the keys of what it knows while it is not silent; figures: what is known of it now; day: its
-# gains of the day, by the moments of Day.marks, and the one since which it counts; metered: a meter of its own speaks.
+# A device of the house. told: the keys of what it knows while it is not silent; figures: what is known of it now;
+# metered: a meter of its own speaks; day: its gains by the moments of Day.marks; since: the moment since which it counts.
 Member = collections.namedtuple("Member", "family told figures metered day since", defaults=(False, {}, None))
 
 
@@ -3727,8 +3727,8 @@ def member(device: Device, store: Store, now: float) -> Member:
 def sources(key: str, members: Sequence[Member]) -> Iterator[list[Member]]:
     """The groups of devices that know a figure of the house; the first of which any is known counts, so each flow once.
 
-    HomeKit 1000s measure the roof, and an inverter beside them adds nothing; but their second channel sees what a hybrid
-    gives and takes, the battery's share included. A hybrid without a meter knows what passes its own terminals alone.
+    HomeKit 1000s measure the roof, and an inverter beside them adds nothing; but their second channel sees what a
+    hybrid gives and takes, the battery's share included. A hybrid without a meter knows its own terminals alone.
     """
     roofs, kits, hybrids, grid_tied = (
         [one for one in members if one.family == name] for name in ("HK1000", "HK3000", "HYBRID", "GRID")
@@ -3772,17 +3772,12 @@ def day_of_house(members: Sequence[Member]) -> dict:
     made, bought, sold = (gained(word, groups[word]) if groups[word] else None for word in words)
     parts = [gained(word, roofs) for word in words] if roofs else [made, bought, sold]
     parts += [gained(f"battery_{word}", batteries) for word in ("discharged", "charged")]
-    if made is None or bought is None or sold is None or None in parts:
-        return {}
-    used = max(sum(sign * (part or 0) for sign, part in zip((1, 1, -1, 1, -1), parts)), 0)
-    found = {
-        "used_today_kilowatt_hours": round(used, 3),
-        "today_since": since.isoformat(timespec="seconds") if since else "",
-    }
+    used = None if None in parts else sum(sign * (part or 0) for sign, part in zip((1, 1, -1, 1, -1), parts))
+    found: dict = {} if used is None else {"used_today_kilowatt_hours": max(round(used, 3), 0)}
     for key, whole, other in zip(SHARES, (used, made), (bought, sold)):
-        if whole > 0:
+        if whole is not None and whole > 0 and other is not None:
             found[key] = round(min(max(100 * (whole - other) / whole, 0), 100), 1)
-    return found
+    return {**found, "today_since": since.isoformat(timespec="seconds")} if found and since else found
 
 
 def house(members: Sequence[Member], keys: Iterable[str] = KEYS) -> dict:
@@ -5968,8 +5963,9 @@ def utc_seconds(times: list[datetime]) -> list[float]:
 
 
 def kept_values(readings: list[tuple[float, Reading]]) -> tuple[dict[float, dict[Series, float]], int]:
-    """Time to the values of a device's readings, which stand in the order of their times, without what the counter rules
-    hold back; and how many values that are.
+    """Time to values of a device's readings, without what the counter rules hold back; and how many values that is.
+
+    The readings are in the order of their times.
     """
     counters, held = HeldCounters(), 0
     found: dict[float, dict[Series, float]] = {}
@@ -5990,7 +5986,7 @@ def kept_values(readings: list[tuple[float, Reading]]) -> tuple[dict[float, dict
 def readings_of(
     packets: list[Packet], now: float
 ) -> tuple[dict[tuple[int, str], dict[float, Reading]], collections.Counter]:
-    """The readings in packets by class and serial number, and time; and how many of a serial number are later than now."""
+    """The readings in packets by class, serial number and time; and how many of a serial number are later than now."""
     times, later = collections.defaultdict(list), collections.Counter()  # type: ignore[var-annotated]
     local = datetime.fromtimestamp(now)
     for packet in packets:
@@ -6014,7 +6010,7 @@ def readings_of(
 
 
 def samples_of(packets: list[Packet], extra: str, now: float) -> Backfilled:
-    """The readings in packets but those later than now, without what the counter rules hold back. No packet stands there twice."""
+    """The readings in packets, none of which stands there twice, but what is later than now or held back."""
     found: Samples = {metric: {} for metric in sorted(METRICS)}
     told, held = told_models(packets), collections.Counter()  # type: ignore[var-annotated]
     by_device, later = readings_of(packets, now)
@@ -6050,6 +6046,25 @@ extra_label = FlagType(
 HEAD_SPAN = 3 * 3600  # s that Prometheus keeps in its head before they become a block
 
 
+def report(found: Backfilled, first: float, last: float, count: int, now: float) -> None:
+    """Say on stderr what of `count` times is there, and what its user has to know before the blocks are moved."""
+    begin, end, safe = (
+        time.strftime("%Y-%m-%d %H:%M %Z", time.localtime(seconds)) for seconds in (first, last, last + HEAD_SPAN + 60)
+    )
+    lines = [f"readings of {count} times, {begin} to {end}"]
+    lines += [
+        f"{serial}: left out {held} values of counters that fell, or rose more than is possible"
+        for serial, held in sorted(found.held.items())
+        if held
+    ]
+    if now < last + HEAD_SPAN:
+        lines.append(
+            f"Wait until {safe} before you move the blocks into Prometheus's data: at its next start it drops the live "
+            "samples of all series from before a block's end, and the last three hours are in no block of its own yet"
+        )
+    print("\n".join(lines), file=sys.stderr)
+
+
 def backfill(arguments: list[str]) -> int:
     """Capture files as OpenMetrics text for promtool tsdb create-blocks-from openmetrics."""
     parser = Parser("backfill", backfill.__doc__)
@@ -6072,27 +6087,11 @@ def backfill(arguments: list[str]) -> int:
     found = samples_of([packet for packet in frames.values() if packet.wire is OUTBOUND], labels, now)
     for serial, count in sorted(found.later.items()):
         print(f"{serial}: left out {count} readings that are later than now", file=sys.stderr)
-    for serial, count in sorted(found.held.items()):
-        if count:
-            print(
-                f"{serial}: left out {count} values of counters that fell, or rose more than is possible",
-                file=sys.stderr,
-            )
     times = sorted({seconds for series in found.samples.values() for samples in series.values() for seconds in samples})
     if not times:
         raise StartError(f"{' '.join(given.file)}: no readings in it")
     sys.stdout.writelines(openmetrics(found.samples))
-    first, last, safe = (
-        time.strftime("%Y-%m-%d %H:%M %Z", time.localtime(seconds))
-        for seconds in (times[0], times[-1], times[-1] + HEAD_SPAN + 60)
-    )
-    print(f"readings of {len(times)} times, {first} to {last}", file=sys.stderr)
-    if now < times[-1] + HEAD_SPAN:
-        print(
-            f"Wait until {safe} before you move the blocks into Prometheus's data: when it starts anew it drops the live "
-            "samples of all series from before the end of a block, and the last three hours are in no block of its own yet",
-            file=sys.stderr,
-        )
+    report(found, times[0], times[-1], len(times), now)
     return 0
 
 

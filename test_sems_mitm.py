@@ -1607,7 +1607,7 @@ class StoreTest(SocketCase):
         said = [line for line in self.lines if "stays at 900" in line]
         self.assertEqual(len(said), 3)
         self.assertIn(
-            f"of {METER} stays at 900: the device has counted less for a day. If that is right, restart", said[0]
+            f"of {METER} stays at 900: the device has counted less for a day; if that is right, restart", said[0]
         )
 
     def test_rules_clock(self):
@@ -5829,7 +5829,8 @@ class BackfillTest(SocketCase):
         inverter = frame(sems.BUFFERED, 1, INVERTER, ranges=INVERTER_RANGES)
         path = written(self.directory(), frame(), inverter, frame(sems.SETTINGS, when=minute(9)))
         flags = ("--job=sems", "--instance=pi:14028", "--label=house=1")
-        code, out, err = called("backfill", path, *flags, env={"TZ": "UTC0"})
+        with time_zone("UTC0"):
+            code, out, err = called("backfill", path, *flags, env={"TZ": "UTC0"})
         self.assertEqual((code, err), (0, "readings of 1 times, 2026-03-21 12:00 UTC to 2026-03-21 12:00 UTC\n"))
         labels = (
             'device="meter",model="HomeKit 1000 Smart Meter",serial="00000042",job="sems",instance="pi:14028",house="1"'
@@ -5849,7 +5850,7 @@ class BackfillTest(SocketCase):
             ("a first that was wrong", (9999, 500, 501), (None, None, 501), 2),
             ("zeros of a controller that boots", (500, 0, 0, 501), (500, None, None, 501), 0),
         ):
-            with self.subTest(name):
+            with self.subTest(name), time_zone("UTC0"):
                 rows = [(i, frame((sems.BUFFERED, sems.LIVE)[i % 2], 1, INVERTER, minute(i), [(30145, (0, count)), (30172, (59,))])) for i, count in enumerate(counts)]  # fmt: skip
                 random.Random(name).shuffle(rows)
                 path = written(self.directory(), *(data for _, data in rows))
@@ -5872,7 +5873,7 @@ class BackfillTest(SocketCase):
                 ("two days, and a century", (NOON, now + timedelta(days=2), datetime(2099, 12, 31, 23, 59, 59)), 1, 2),
                 ("nothing left", (datetime(2098, 1, 1), datetime(2098, 1, 2)), 0, 2),
             ):
-                with self.subTest(name):
+                with self.subTest(name), time_zone("UTC0"):
                     path = written(self.directory(), *(self.reading(when, i) for i, when in enumerate(times)))
                     code, out, err = called("backfill", path, env={"TZ": "UTC0"})
                     self.assertEqual((code, out.count("\nmeter_power_generation_watts{")), (int(not kept), kept), err)
@@ -5883,7 +5884,7 @@ class BackfillTest(SocketCase):
         """Readings younger than three hours: until when to wait, and why."""
         now = 1774180800  # 2026-03-22 12:00 UTC
         for age, wanted in ((3 * 3600 + 1, None), (3 * 3600 - 1, "12:01"), (60, "15:00"), (0, "15:01")):
-            with self.subTest(age=age), mock.patch.object(sems.time, "time", lambda: now):
+            with self.subTest(age=age), time_zone("UTC0"), mock.patch.object(sems.time, "time", lambda: now):
                 when = datetime.fromtimestamp(now - age, timezone.utc).replace(tzinfo=None)
                 path = written(self.directory(), self.reading(NOON, 1), self.reading(when, 2))
                 code, _, err = called("backfill", path, env={"TZ": "UTC0"})
