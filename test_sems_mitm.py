@@ -6027,6 +6027,29 @@ class SimulatorTest(SocketCase):
         self.assertAlmostEqual(clock(now + 240) - clock(now), 86400, places=3)
 
 
+class WebServer(threading.Thread):
+    """A program that gives the same answer to everything, and hangs up."""
+
+    def __init__(self, answer: bytes) -> None:
+        super().__init__(daemon=True)
+        self.answer, self.listening = answer, socket.create_server((LOCAL, 0))
+        self.port = self.listening.getsockname()[1]
+        self.start()
+
+    def run(self) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                sock, _ = self.listening.accept()
+                with sock, contextlib.suppress(OSError):
+                    sock.recv(4096)
+                    sock.sendall(self.answer)
+
+    def close(self) -> None:
+        self.listening.shutdown(socket.SHUT_RDWR)
+        self.listening.close()
+        self.join()
+
+
 class DoctorTest(SocketCase):
     """sems_mitm.py doctor."""
 
@@ -6124,6 +6147,53 @@ class DoctorTest(SocketCase):
                     self.assertRegex(next_step, step or "^$")
         with mock.patch.object(sems, "in_container", return_value=True):
             self.assertIn("-p 20001:20001 -p 14028:14028", next(sems.machine_findings(settings, None))[2])
+
+    def test_another_program(self) -> None:
+        """A web server on the exporter's port is no exporter, whatever it answers; nor is one that says nothing."""
+        ours = {"devices": [], "upstream": {"mode": "local", "address": ""}}
+        device = {"device": "meter", "model": "m", "full_serial": METER, "up": True, "age_seconds": 1}
+        policy = "Content-Security-Policy: default-src 'self'\r\n"
+        for name, body, is_ours in (
+            ("an exporter", ours, True), ("with a device", {**ours, "devices": [device]}, True), ("a page", "<html>", False), ("nothing", None, False), ("other JSON", {"devices": []}, False),
+            ("a list", [ours], False), ("a number", 5, False), ("other types", {"devices": 3, "upstream": {"mode": "local", "address": ""}}, False), ("an upstream that is a text", {**ours, "upstream": "mode address"}, False),
+            ("an unknown mode", {**ours, "upstream": {"mode": "proxy", "address": ""}}, False), ("other devices", {**ours, "devices": [{"id": 1}]}, False), ("devices that are texts", {**ours, "devices": ["a"]}, False), ("deep", "[" * 100000, False),
+        ):  # fmt: skip
+            text = body if isinstance(body, str) else json.dumps(body)
+            server = WebServer(b"" if body is None else f"HTTP/1.1 200 OK\r\n{policy}\r\n{text}".encode())
+            self.addCleanup(server.close)
+            settings = sems.serve_settings([f"--web.listen-address={LOCAL}:{server.port}"], {})
+            with self.subTest(name):
+                self.assertEqual(sems.running_exporter(settings), body if is_ours else None)
+                if not is_ours:
+                    code, out = self.doctor(
+                        "--sems.mode=local", self.free()[0], f"--web.listen-address={LOCAL}:{server.port}"
+                    )
+                    self.assertEqual((code, "warn  no exporter runs" in out), (1, True), out)
+                    self.assertIn("another program answers there" if body is not None else "is in use", out)
+
+    def test_strangers(self) -> None:
+        """Modules that speak something else are named, with what they said."""
+        settings = sems.serve_settings([], {})
+        for said, words in (
+            ("tls", "begins TLS"),
+            ("nothing", "sends nothing"),
+            ("other", "sends no frame"),
+            ("new", "sends no frame"),
+        ):
+            with self.subTest(said):
+                running = {"devices": [], "strangers": [{"host": "192.168.1.7", "said": said}]}
+                with mock.patch.object(sems, "local_get", return_value=b""):
+                    found = list(sems.device_findings(settings, running))
+                self.assertEqual([state for state, _, _ in found], ["warn"])
+                self.assertIn(f"192.168.1.7 connects and {words}", found[0][1])
+                self.assertIn("WLA", found[0][2])
+
+    def test_redirected_dns(self) -> None:
+        """A name that does not exist points to a firewall first."""
+        with mock.patch.object(sems, "ask_dns", return_value=[]):
+            state, text, step = sems.server_finding(("1.1.1.1", 53), "portal.test")
+        self.assertEqual((state, text), ("warn", "1.1.1.1:53 says that portal.test does not exist"))
+        self.assertRegex(step, "^most likely a firewall redirects port 53")
 
     def test_wrong_clock(self) -> None:
         """A clock before the version's release is wrong."""
