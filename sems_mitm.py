@@ -29,7 +29,9 @@ The file reads as a packet travels:
     loop                         rounds of events, and a look at deadlines once a second
     household, page, HTTP        what a house makes and takes; /, /api, /metrics, /home-assistant.yaml
     settings, serve              the flags; how the parts above are put together
-    simulator, demo, decode, backfill, doctor, metrics, command line
+    simulator, demo              a house without hardware
+    recordings                   packets, dumps and captures to the pieces of their streams
+    decode, backfill, doctor, metrics, command line
 """
 
 from __future__ import annotations
@@ -5224,14 +5226,17 @@ def demo(arguments: list[str]) -> int:
 
 # ------------------------------------------------------------------------------------------------------ recordings
 #
-# A recording of packets becomes what its GoodWe connections carried: records of pcap or pcapng become packets, packets
-# TCP segments, segments in the order of their sequence numbers streams, and streams pieces in the order of their time.
-# Addresses serve to keep connections apart, and are in nothing that leaves this section. `notes` counts what is missing.
+# A file becomes pieces of streams, each with the time at which it was recorded. A recording of packets becomes what its
+# GoodWe connections carried: records of pcap or pcapng become packets, packets become TCP segments, segments by their
+# sequence numbers streams. Addresses keep connections apart here, and are in nothing that leaves this section.
 
 PORTAL_PORT = (20001).to_bytes(2, "big")
 BEGINNINGS = (b"POSTGW\0\0", b"GW\0\0")  # of frames: the caps of the length fields leave their first two bytes 0
-LONGEST_LINE = 1 << 20  # bytes
-LONGEST_RECORD = 16 << 20  # bytes of a record: a larger number is damage
+MOST_BYTES = {"record": 16 << 20, "line": 1 << 20, "fold": 64 << 10}  # bytes; above it a record is damage
+SHORTEST = 16  # bytes that an array or a literal inside a text must have
+
+# What a file lacks, each to how often.
+Notes = collections.Counter[str]
 CUT_END = "the file ends inside a record"
 DAMAGED = "damaged records: {}"
 SNAPPED = "packets that the snap length has cut: {}; record them whole, with -s 0"
@@ -5240,37 +5245,32 @@ TORN = "frames that are not whole at gaps, or where the recording begins or ends
 FRAGMENTS = "fragments of IP packets, which are not put together: {}"
 OLD_BLOCKS = "packet blocks of an old kind, which are not read: {}; save the file as pcap"
 LINK = "packets of link type {link}, which is not read: {{}}"
-LEFT_OUT = "pieces between good frames that can hold anything, left out: {}"
-FOREIGN_LINES = "lines that are no whole lines of a capture, passed over: {}"
 FOREIGN = "connections of port 20001 without a frame of GoodWe's, left out: {}"
+FOREIGN_LINES = "lines that are no whole lines of a capture, passed over: {}"
+LEFT_OUT = "pieces between good frames that can hold anything, left out: {}"
 
-Notes = collections.Counter[str]
 # captured: seconds since 1970, None if not known; wire, kind, data: of a piece; where: a sequence number
 Recorded = collections.namedtuple("Recorded", "captured wire kind data where", defaults=(0,))
-# time: seconds since 1970, or less than a day's for what has none, in order; size: of the packet before it was cut
+# time: seconds since 1970, None if not known; link: the type of its link; size: before the snap length cut it
 RecordedPacket = collections.namedtuple("RecordedPacket", "time link data size")
-# source, target: address and port; seq: of data's first byte; syn: 1 or 0; cut: bytes that the snap length took, if above 0
+# source, target: address and port; seq: the sequence number of data's first byte; syn: 1 or 0; cut: bytes missing, if > 0
 Segment = collections.namedtuple("Segment", "source target seq syn data cut")
 
+# fmt: off
 PCAP = {  # the first four bytes: byte order, seconds of a unit of the fraction
     b"\xd4\xc3\xb2\xa1": ("<", 1e-6), b"\xa1\xb2\xc3\xd4": (">", 1e-6), b"\x4d\x3c\xb2\xa1": ("<", 1e-9), b"\xa1\xb2\x3c\x4d": (">", 1e-9),
-}  # fmt: skip
+}
 MODIFIED_PCAP = (b"\x34\xcd\xb2\xa1", b"\xa1\xb2\xcd\x34")
-PCAPNG, LITTLE_ENDIAN, BIG_ENDIAN = b"\n\r\r\n", b"\x4d\x3c\x2b\x1a", b"\x1a\x2b\x3c\x4d"
+PCAPNG, ORDERS = b"\n\r\r\n", {b"\x4d\x3c\x2b\x1a": "<", b"\x1a\x2b\x3c\x4d": ">"}
 INTERFACE_BLOCK, OLD_BLOCK, SIMPLE_BLOCK, ENHANCED_BLOCK = 1, 2, 3, 6
 LINKS = {  # link type: where the type of its contents stands (-1: nowhere), where they begin
     1: (12, 14), 113: (14, 16), 276: (0, 20), 0: (-1, 4), 108: (-1, 4), **dict.fromkeys((12, 14, 101, 228, 229), (-1, 0)),
-}  # fmt: skip
+}
 VLAN_TAGS, IP_TYPES, ARP = (b"\x81\0", b"\x88\xa8", b"\x91\0"), (b"\x08\0", b"\x86\xdd"), b"\x08\6"
-ADDRESS_FAMILIES = (b"\2", b"\x0a", b"\x18", b"\x1c", b"\x1e")  # of a loopback header: IPv4, and IPv6 by system
-IPV4, TCP_HEADER = struct.Struct(">BxH2xHxB2x4s4s"), struct.Struct(">2s2sI4xBB")
-IPV6_EXTENSIONS = {
-    0: (8, 8),
-    43: (8, 8),
-    60: (8, 8),
-    51: (4, 8),
-    44: (0, 8),
-}  # bytes a unit of the length, and beside it
+LOOPBACK_FAMILIES = (b"\2", b"\x0a", b"\x18", b"\x1c", b"\x1e")  # in a loopback header: IPv4, and IPv6 of several systems
+IPV4, IPV6, TCP = struct.Struct(">BxH2xHxB2x4s4s"), struct.Struct(">4xHBx16s16s"), struct.Struct(">2s2sI4xBB")
+IPV6_EXTENSIONS = {0: (8, 8), 43: (8, 8), 60: (8, 8), 51: (4, 8), 44: (0, 8)}  # bytes a unit of its length, and beside it
+# fmt: on
 
 
 def pcap_packets(file: BinaryIO, notes: Notes) -> Iterator[RecordedPacket]:
@@ -5282,13 +5282,39 @@ def pcap_packets(file: BinaryIO, notes: Notes) -> Iterator[RecordedPacket]:
     link = struct.unpack_from(order + "I", header, 16)[0] & 0xFFFF  # above it: whether checksums follow the packets
     while len(head := file.read(16)) == 16:
         seconds, fraction, size, length = record.unpack(head)
-        if size > LONGEST_RECORD:
+        if size > MOST_BYTES["record"]:
             notes[DAMAGED] += 1
             return
         data = file.read(size)
         if len(data) < size:
             break
         yield RecordedPacket(seconds + fraction * unit, link, data, length)
+    notes.update([CUT_END] if head else [])
+
+
+def pcapng_packets(file: BinaryIO, notes: Notes) -> Iterator[RecordedPacket]:
+    """The packets of a pcapng file: of all its sections and interfaces."""
+    order, interfaces = "<", []  # type: ignore[var-annotated]
+    while len(head := file.read(8)) == 8:
+        magic = file.read(4) if head.startswith(PCAPNG) else b""
+        if magic:
+            order, interfaces = ORDERS.get(magic, ""), []
+        kind, size = struct.unpack(order + "2I", head)
+        if not order or not 12 <= size <= MOST_BYTES["record"]:
+            notes[DAMAGED] += 1
+            return
+        body = magic + file.read(size - 8 - len(magic))
+        if len(body) < size - 8:
+            break
+        try:
+            if kind == INTERFACE_BLOCK:
+                interfaces.append(interface(body, order))
+            elif kind in (ENHANCED_BLOCK, SIMPLE_BLOCK):
+                yield block_packet(kind, body, order, interfaces)
+            elif kind == OLD_BLOCK:
+                notes[OLD_BLOCKS] += 1
+        except (IndexError, struct.error):
+            notes[DAMAGED] += 1
     notes.update([CUT_END] if head else [])
 
 
@@ -5307,43 +5333,15 @@ def interface(body: bytes, order: str) -> tuple[int, int, float, int]:
     return link, snap_length, unit, seconds
 
 
-def block_packet(kind: int, body: bytes, order: str, interfaces: list, number: int) -> RecordedPacket:
-    """The packet of a pcapng block, the number-th of its file. Raises IndexError, struct.error for nonsense."""
+def block_packet(kind: int, body: bytes, order: str, interfaces: list) -> RecordedPacket:
+    """The packet of a pcapng block. Raises IndexError, struct.error for nonsense."""
     if kind == SIMPLE_BLOCK:
         (length,) = struct.unpack_from(order + "I", body)
         link, snap_length, _, _ = interfaces[0]
-        data = body[4 : 4 + min(length, snap_length or length, len(body) - 8)]
-        return RecordedPacket(number * 1e-9, link, data, length)
+        return RecordedPacket(None, link, body[4 : min(4 + min(length, snap_length or length), len(body) - 4)], length)
     which, high, low, size, length = struct.unpack_from(order + "5I", body)
     link, _, unit, seconds = interfaces[which]
     return RecordedPacket((high << 32 | low) * unit + seconds, link, body[20 : min(20 + size, len(body) - 4)], length)
-
-
-def pcapng_packets(file: BinaryIO, notes: Notes) -> Iterator[RecordedPacket]:
-    """The packets of a pcapng file: of all its sections and interfaces."""
-    order, interfaces = "<", []  # type: ignore[var-annotated]
-    for number in itertools.count():
-        head = file.read(8)
-        magic = file.read(4) if head.startswith(PCAPNG) else b""
-        if magic:
-            order, interfaces = ">" if magic == BIG_ENDIAN else "<", []
-        kind, size = struct.unpack(order + "2I", head) if len(head) == 8 else (0, 12)
-        if not 12 <= size <= LONGEST_RECORD or magic not in (b"", LITTLE_ENDIAN, BIG_ENDIAN):
-            notes[DAMAGED] += 1
-            return
-        body = magic + file.read(size - 8 - len(magic))
-        if len(body) < size - 8:
-            notes.update([CUT_END] if head else [])
-            return
-        try:
-            if kind == INTERFACE_BLOCK:
-                interfaces.append(interface(body, order))
-            elif kind in (ENHANCED_BLOCK, SIMPLE_BLOCK):
-                yield block_packet(kind, body, order, interfaces, number)
-            elif kind == OLD_BLOCK:
-                notes[OLD_BLOCKS] += 1
-        except (IndexError, struct.error):
-            notes[DAMAGED] += 1
 
 
 def ip_start(link: int, data: bytes) -> int:
@@ -5362,18 +5360,16 @@ def segment(packet: RecordedPacket, notes: Notes) -> Segment | None:
         first, size, fragment, protocol, source, target = IPV4.unpack_from(data, at)
         at, end, fragment = at + (first & 15) * 4, at + size if size else packet.size, fragment & 0x1FFF
     elif version == 6:
-        size, protocol, source, target = struct.unpack_from(">4xHBx16s16s", data, at)
+        size, protocol, source, target = IPV6.unpack_from(data, at)
         at, end, fragment = at + 40, at + 40 + size if size else packet.size, 0
         while protocol in IPV6_EXTENSIONS and not fragment:
             unit, more = IPV6_EXTENSIONS[protocol]
             fragment = struct.unpack_from(">2xH", data, at)[0] & 0xFFF8 if protocol == 44 else 0
             protocol, at = data[at], at + more + unit * data[at + 1]
-    else:
+    if version not in (4, 6) or protocol != socket.IPPROTO_TCP or fragment:
+        notes[FRAGMENTS] += version in (4, 6) and protocol == socket.IPPROTO_TCP
         return None
-    if protocol != socket.IPPROTO_TCP or fragment:
-        notes[FRAGMENTS] += protocol == socket.IPPROTO_TCP
-        return None
-    source_port, target_port, seq, header, flags = TCP_HEADER.unpack_from(data, at)
+    source_port, target_port, seq, header, flags = TCP.unpack_from(data, at)
     syn = flags >> 1 & 1  # it has a sequence number of its own, before the data's
     payload = data[at + (header >> 4) * 4 : end]
     return Segment(source + source_port, target + target_port, (seq + syn) & 0xFFFFFFFF, syn, payload, end - len(data))
@@ -5382,29 +5378,28 @@ def segment(packet: RecordedPacket, notes: Notes) -> Segment | None:
 class Flow:
     """What one end of a connection sent: bytes as they came, and of each segment its place in the stream, size and time."""
 
-    def __init__(self, found: Segment) -> None:
-        self.source, self.target, self.is_whole = found.source, found.target, found.syn
-        self.first = found.seq  # the sequence number of place 0
+    def __init__(self, source: bytes, target: bytes, first: int, is_whole: bool) -> None:
+        self.source, self.target = source, target
+        self.first, self.is_whole = first, is_whole  # the sequence number of place 0; whether that is the first byte
         self.data, self.places, self.sizes, self.times = bytearray(), array("q"), array("I"), array("d")
         self._end = 0  # of the segment that is furthest on
 
-    def add(self, found: Segment, time: float) -> None:
+    def add(self, seq: int, data: bytes, time: float) -> None:
         """Keep a segment. Sequence numbers wrap around: it belongs where it is nearest to what came before."""
-        place = self._end + ((found.seq - self.first - self._end + (1 << 31)) & 0xFFFFFFFF) - (1 << 31)
-        self._end = max(self._end, place + len(found.data))
-        self.is_whole |= found.syn
-        self.data += found.data
+        place = self._end + ((seq - self.first - self._end + (1 << 31)) & 0xFFFFFFFF) - (1 << 31)
+        self._end = max(self._end, place + len(data))
+        self.data += data
         self.places.append(place)
-        self.sizes.append(len(found.data))
+        self.sizes.append(len(data))
         self.times.append(time)
 
     def wire(self) -> Wire:
-        """The direction: towards port 20001 or away from it, or else, or between two such ports, as the frames say."""
+        """The direction: towards port 20001 or away from it; otherwise, or between two of them, as the frames say."""
         to, back = (name.endswith(PORTAL_PORT) for name in (self.target, self.source))
         return OUTBOUND if (to if to != back else BEGINNINGS[0] in self.data) else INBOUND
 
     def stretches(self) -> Iterator[tuple[int, bytearray, list[int], list[float]]]:
-        """Runs of bytes without a gap: place, bytes, where in them each segment ended, when all up to there had come."""
+        """Runs of bytes without a gap: place, bytes, where in them segments end, when all up to there had come."""
         starts = [0, *itertools.accumulate(self.sizes)]
         order = sorted(range(len(self.places)), key=self.places.__getitem__)
         place = self.places[order[0]]
@@ -5441,47 +5436,52 @@ class Flow:
             notes[GAPS] += number > 0
 
 
-def flows_of(packets: Iterable[RecordedPacket], notes: Notes) -> Iterable[list[Flow]]:
-    """Of each connection to or from port 20001, or that holds what begins like a frame, the flows."""
-    flows: dict[tuple[bytes, bytes], Flow] = {}
-    connections: dict[frozenset, list[Flow]] = collections.defaultdict(list)
+def connections(packets: Iterable[RecordedPacket], notes: Notes) -> Iterable[list[Flow]]:
+    """The flows of each connection to or from port 20001, or with a segment that begins like a frame."""
+    flows: dict[bytes, Flow] = {}
+    begun: dict[bytes, int] = {}  # after a SYN, until data comes: the sequence number of the first byte
+    found: dict[bytes, list[Flow]] = collections.defaultdict(list)
     elsewhere = False  # such a connection has other ports: its packets cannot be picked out at a glance
-    for packet in packets:
+    for number, packet in enumerate(packets):
         if packet.link not in LINKS:
             notes[LINK.format(link=packet.link)] += 1
-        elif elsewhere or PORTAL_PORT in packet.data or BEGINNINGS[1] in packet.data:
-            try:
-                found = segment(packet, notes)
-            except (IndexError, struct.error):  # the packet ends inside its headers
-                notes[SNAPPED] += packet.size > len(packet.data)
-                continue
-            if found is None:
-                continue
-            names = found.source, found.target
-            is_portal, flow = PORTAL_PORT in (names[0][-2:], names[1][-2:]), flows.get(names)
-            if not (is_portal or flow or names[::-1] in flows or found.data.startswith(BEGINNINGS)):
-                continue
-            elsewhere |= not is_portal
-            notes[SNAPPED] += found.cut > 0
-            if not found.data and not found.syn:
-                continue
-            if flow is None or (found.syn and found.seq != flow.first):  # the port is new, or used again
-                flow = flows[names] = Flow(found)
-                connections[frozenset(names)].append(flow)
-            flow.add(found, packet.time)
-    return connections.values()
+        if packet.link not in LINKS or not (elsewhere or PORTAL_PORT in packet.data or BEGINNINGS[1] in packet.data):
+            continue
+        try:
+            part = segment(packet, notes)
+        except (IndexError, struct.error):  # the packet ends inside its headers
+            notes[SNAPPED] += packet.size > len(packet.data)
+            continue
+        if not part:
+            continue
+        way, back = part.source + part.target, part.target + part.source
+        at_port = PORTAL_PORT in (part.source[-2:], part.target[-2:])
+        if at_port or way in flows or back in flows or part.data.startswith(BEGINNINGS):
+            elsewhere |= not at_port
+            notes[SNAPPED] += part.cut > 0
+            if part.syn:
+                begun[way] = part.seq
+            if part.data:
+                first, flow = begun.pop(way, None), flows.get(way)
+                if flow is None or first not in (None, flow.first):  # the port is new, or used again
+                    flow = flows[way] = Flow(
+                        part.source, part.target, part.seq if first is None else first, first is not None
+                    )
+                    found[min(way, back)].append(flow)
+                flow.add(part.seq, part.data, number * 1e-9 if packet.time is None else packet.time)
+    return found.values()
 
 
 def conversations(packets: Iterable[RecordedPacket], notes: Notes) -> Iterator[Recorded]:
     """What devices and the portal said in packets, in the order of time; what was recorded twice, once."""
     found: list[Recorded] = []
-    for flows in flows_of(packets, notes):
+    for flows in connections(packets, notes):
         lacks: Notes = collections.Counter()
         pieces = [piece for flow in flows for piece in flow.pieces(lacks)]
         if any(piece.kind != JUNK for piece in pieces) or any(BEGINNINGS[1] in flow.data for flow in flows):
             found += pieces
             notes.update(lacks)
-        elif any(flow.data for flow in flows):
+        else:
             notes[FOREIGN] += 1
     recent: collections.deque[tuple[int, bytes]] = collections.deque(maxlen=64)  # another interface's, behind NAT too
     for piece in sorted(found, key=lambda piece: piece.captured):
@@ -5509,6 +5509,12 @@ def merged(pieces: Iterable[Piece]) -> list[Piece]:
     return [(kind, b"".join(parts)) for kind, parts in found]
 
 
+def whole(wire: Wire, data: bytes) -> list[Piece]:
+    """All pieces of bytes."""
+    pieces, unfinished = cut(wire, data)
+    return merged(pieces + unfinished)
+
+
 def pieces_of(direction: str, data: bytes, captured: float | None = None) -> Iterator[Recorded]:
     """The pieces of captured bytes: of their direction, or of both if that is not known ("")."""
     if direction == INBOUND.name:
@@ -5521,64 +5527,50 @@ def pieces_of(direction: str, data: bytes, captured: float | None = None) -> Ite
             yield Recorded(captured, INBOUND if is_inward else OUTBOUND, kind, part)
 
 
-def whole(wire: Wire, data: bytes) -> list[Piece]:
-    """All pieces of bytes."""
-    pieces, unfinished = cut(wire, data)
-    return merged(pieces + unfinished)
-
-
-# Text. A line of a dump is an offset, hex and often the same as text; xxd and tcpdump put a colon behind the offset.
+# Text. A line of a dump is an offset, hex, and often the bytes as text; xxd and tcpdump put a colon behind the offset.
 DUMP_LINE = re.compile(r"(\s*)(?:0x)?([0-9a-f]{4,8})(?:(:)(?=\s)|(?=\s|$))\s*(.*)", re.I)
-DUMP_BYTES = re.compile(r"(?:(?:[0-9a-f]{2})+(?: (?!\s)|(?=\s|$)))*", re.I)
-SECOND_HALF = re.compile(r" {1,2}([0-9a-f]{2}(?: [0-9a-f]{2}){0,7})(?=\s|$)", re.I)
+DUMP_BYTES = re.compile(
+    r"((?:(?:[0-9a-f]{2})+(?: (?!\s)|(?=\s|$)))*)(?: {1,2}([0-9a-f]{2}(?: [0-9a-f]{2}){0,7})(?=\s|$))?", re.I
+)
 ONLY_HEX = re.compile(r"\s*[0-9a-f]{2,}(\s+[0-9a-f]{2,})*\s*", re.I)
-HEX_RUN = re.compile(r"(?<!\w)[0-9a-f]{2}(?:[\s,:;-]*[0-9a-f]{2}){11,}", re.I)  # no sentence looks like that
+HEX_RUN = re.compile(r"(?<!\w)[0-9a-f]{2}(?:[\s,:;-]*[0-9a-f]{2}){11,}", re.I)
+LITERAL = re.compile(r"""(["'])((?:\\.|(?!\1)[^\\])*)(?:\1|$)""", re.S)
 ESCAPE = re.compile(r"\\(?:x([0-9a-f]{2})|([0-7]{1,3})|(.))", re.S | re.I)
 ESCAPED = dict(zip("abfnrtv", "\a\b\f\n\r\t\v"))
-LITERAL = re.compile(r"""(["'])((?:\\.|(?!\1)[^\\])*)\1""", re.S)
-SHORTEST = 16  # bytes that a literal or an array in a text must have
-BIGGEST_FOLD = 64 << 10  # bytes that a `*` in a dump stands for
 
 
 def line_bytes(text: str) -> bytes:
-    """The bytes in a line of a dump behind its offset: they end at two blanks, or behind those between two halves."""
-    text = re.split(r"[|>]", text)[0]
-    first = DUMP_BYTES.match(text)
-    found = bytes.fromhex(first[0]) if first else b""
-    second = SECOND_HALF.match(text, first.end()) if first and len(found) == 8 else None
-    return found + (bytes.fromhex(second[1]) if second else b"")
+    """The bytes in a line of a dump, behind its offset: up to two blanks, which can also stand between two halves."""
+    first, second = DUMP_BYTES.match(re.split(r"[|>]", text)[0]).groups()  # type: ignore[union-attr]
+    found = bytes.fromhex(first)
+    return found + bytes.fromhex(second) if second and len(found) == 8 else found
+
+
+def number_of(offset: str, base: int) -> int:
+    """An offset in a dump as a number, -1 if it has other digits than the base."""
+    return int(offset, base) if max(int(digit, 16) for digit in offset) < base else -1
 
 
 def dumps(text: str) -> list[bytes]:
     """What the dumps in a text hold: an offset of 0 begins another, indented or not; [] if it is no text with dumps.
 
-    An offset is in hex, octal or decimal: what the bytes so far are in. Equal lines can be folded to a `*`.
+    An offset is hex, octal or decimal: the base in which it is the number of bytes so far. A `*` stands for equal lines.
     """
     found: list[bytearray] = []
     current: dict[str, bytearray] = {}  # by indentation: a dump of both directions indents one
-    last, is_folded = b"", False
-    for line in text.splitlines():
+    base, last, is_folded = 0, b"", False
+    for line in re.findall(r"[^\r\n]+", text):
         match = DUMP_LINE.match(line)
-        indent, offset, colon, rest = match.groups() if match else ("", "", "", "")
+        indent, offset, colon, rest = match.groups("") if match else ("", "", "", "")
         part, dump = line_bytes(rest), current.get(indent)
-        places = [
-            int(offset, base)
-            for base in (16, 8, 10)
-            if re.fullmatch("[0-7]+" if base == 8 else r"\d+" if base == 10 else r"\w+", offset)
-        ]
-        if match and is_folded and dump and last:
-            more = next(
-                (
-                    n - len(dump)
-                    for n in places
-                    if len(dump) < n <= len(dump) + BIGGEST_FOLD and not (n - len(dump)) % len(last)
-                ),
-                0,
-            )
-            dump += last * (more // len(last))
-        if match and dump is not None and len(dump) in places and len(dump):
+        if offset and dump and is_folded:
+            place = number_of(offset, base or (8 if len(offset) == 7 else 16))
+            dump += last * ((min(place, MOST_BYTES["fold"]) - len(dump)) // len(last))
+        bases = [each for each in (16, 8, 10) if offset and dump and number_of(offset, each) == len(dump)]
+        if bases and dump:
             dump += part
-        elif match and part and (colon or not int(offset, 16)):
+            base = bases[0]
+        elif part and (colon or not int(offset, 16)):
             current[indent] = bytearray(part)
             found.append(current[indent])
         elif not found and ONLY_HEX.fullmatch(line):
@@ -5587,14 +5579,10 @@ def dumps(text: str) -> list[bytes]:
     return [bytes(dump) for dump in found]
 
 
-def unescaped(text: str) -> bytes:
-    r"""The bytes of a text with escapes, as C and Python have them: \x0a, \12, \n."""
-
-    def character(match: re.Match) -> str:
-        digits, octal, other = match.groups()
-        return chr(int(digits, 16)) if digits else chr(int(octal, 8) & 0xFF) if octal else ESCAPED.get(other, other)
-
-    return ESCAPE.sub(character, text).encode("latin-1", "replace")
+def unescaped(match: re.Match) -> str:
+    r"""The character of an escape, as C and Python have them: \x0a, \12, \n."""
+    digits, octal, other = match.groups()
+    return chr(int(digits, 16)) if digits else chr(int(octal, 8) & 0xFF) if octal else ESCAPED.get(other, other)
 
 
 def from_hex(text: str) -> bytes:
@@ -5605,20 +5593,16 @@ def from_hex(text: str) -> bytes:
 
 
 def from_text(text: str) -> list[bytes]:
-    """The bytes that people paste, one after another: hex, literals with escapes, arrays of C, hex in a text."""
+    """The bytes in a text without dumps, one after another: hex, literals with escapes, arrays of C, hex in sentences."""
     plain = from_hex(text)
-    if not plain and "\\x" in text:
-        literals = [match[2] for match in LITERAL.finditer(text)] or text.split("\n")
-        found = b"".join(unescaped(literal.strip("\r")) for literal in literals if "\\x" in literal)
-        plain = found if len(found) >= SHORTEST else b""
     if plain:
         return [plain]
-    arrays = re.sub(r"/\*.*?\*/|//[^\n]*", "", text, flags=re.S).split("}")
-    numbers = [
-        bytes(int(digits, 16) for digits in re.findall(r"\b0x([0-9a-f]{1,2})\b", array, re.I)) for array in arrays
-    ]
-    runs = [bytes.fromhex(re.sub("[^0-9a-fA-F]", "", run)) for run in HEX_RUN.findall(text)]
-    return [data for data in numbers if len(data) >= SHORTEST] or [data for data in runs if BEGINNINGS[1] in data]
+    literals = [match[2] for match in LITERAL.finditer(text) if "\\x" in match[2]] if "\\x" in text else []
+    arrays = re.sub(r"/\*.*?\*/|//[^\n]*", "", text, flags=re.S).split("}") if re.search("0x", text, re.I) else []
+    found = [ESCAPE.sub(unescaped, "".join(literals)).encode("latin-1", "replace")]
+    found += (bytes(int(digits, 16) for digits in re.findall(r"\b0x([0-9a-f]{1,2})\b", part, re.I)) for part in arrays)
+    found += filter(lambda data: BEGINNINGS[1] in data, map(from_hex, HEX_RUN.findall(text)))
+    return [data for data in found if len(data) >= SHORTEST]
 
 
 def is_ip(data: bytes) -> bool:
@@ -5628,23 +5612,23 @@ def is_ip(data: bytes) -> bool:
 
 
 def link_of(data: bytes) -> int | None:
-    """The link type of the packet that a dump shows, from what stands where; None if it is no packet."""
+    """The link type of a packet in a dump, from what stands where; None for what is no packet."""
     if data.startswith(BEGINNINGS):
         return None
-    types = (*IP_TYPES, *VLAN_TAGS, ARP)
-    return next(itertools.compress((101, 1, 113, 276, 0), (
-        is_ip(data), data[12:14] in types, data[14:16] in types, data[:2] in types and data[2:4] == b"\0\0",
-        data[:4].strip(b"\0") in ADDRESS_FAMILIES and is_ip(data[4:]),
-    )), None)  # fmt: skip
+    for link in (1, 113, 276):
+        at = LINKS[link][0]
+        if data[at : at + 2] in (*IP_TYPES, *VLAN_TAGS, ARP) and (at or data[2:4] == b"\0\0"):
+            return link
+    return 101 if is_ip(data) else 0 if data[:4].strip(b"\0") in LOOPBACK_FAMILIES and is_ip(data[4:]) else None
 
 
 def text_pieces(text: str, notes: Notes) -> Iterator[Recorded]:
-    """The pieces of what people paste. Raises ProtocolError if there is nothing of the kind."""
+    """The pieces in what people paste. Raises ProtocolError if there is nothing of the kind."""
     dumped, packets, streams = dumps(text), [], []
-    for number, data in enumerate(dumped or from_text(text)):
+    for data in dumped or from_text(text):
         link = link_of(data)
         if link is not None:
-            packets.append(RecordedPacket(number * 1e-9, link, data, len(data)))
+            packets.append(RecordedPacket(None, link, data, len(data)))
         elif not dumped or BEGINNINGS[1] in data:
             streams.append(data)
     if not packets and not streams and not dumped:
@@ -5663,34 +5647,10 @@ def shown_pieces(data: bytes, notes: Notes, is_known: bool) -> Iterator[Recorded
             notes[LEFT_OUT] += 1
 
 
-class Rewound(io.RawIOBase):
-    """A file whose head was read already, from the beginning; where a gzipped one is cut or damaged, it ends."""
-
-    def __init__(self, head: bytes, read: Callable[[int], bytes], notes: Notes) -> None:
-        super().__init__()
-        self._head, self._read, self._notes = head, read, notes
-
-    def readable(self) -> bool:
-        """Yes."""
-        return True
-
-    def readinto(self, buffer) -> int:
-        """Fill a buffer, or a part of it."""
-        data, self._head = self._head[: len(buffer)], self._head[len(buffer) :]
-        try:
-            data = data or self._read(len(buffer))
-        except (EOFError, OSError, zlib.error) as error:
-            if getattr(error, "errno", None):  # the system's, not gzip's
-                raise
-            self._notes[CUT_END] = 1
-        buffer[: len(data)] = data
-        return len(data)
-
-
 def capture_pieces(file: BinaryIO, notes: Notes) -> Iterator[Recorded]:
-    """The pieces in the lines of a capture file, or in what decode printed. Raises ProtocolError if no line is whole."""
+    """The pieces in the lines of a capture file, or of what decode printed. Raises ProtocolError if no line is whole."""
     is_empty = True
-    while line := file.readline(LONGEST_LINE):
+    while line := file.readline(MOST_BYTES["line"]):
         line = line.strip(b"\0\xef\xbb\xbf\r\n")
         try:
             entry = json.loads(line)
@@ -5712,37 +5672,62 @@ def captured_at(entry: dict) -> float | None:
     return None
 
 
-def recording(file: BinaryIO, notes: Notes) -> Iterator[Recorded]:
+class Unzipped(io.RawIOBase):
+    """A gzipped file as it was; where it is cut or damaged, it ends."""
+
+    def __init__(self, file: BinaryIO, notes: Notes) -> None:
+        super().__init__()
+        import gzip  # the exporter never needs it
+
+        self._file, self._notes = gzip.GzipFile(fileobj=file), notes
+
+    def readable(self) -> bool:
+        """As io.BufferedReader asks."""
+        return True
+
+    def readinto(self, buffer) -> int:
+        """Fill a buffer, or a part of it; how much."""
+        data = b""
+        try:
+            data = self._file.read1(len(buffer))
+        except (EOFError, OSError, zlib.error) as error:
+            if getattr(error, "errno", None):  # the system's, not gzip's
+                raise
+            self._notes[CUT_END] = 1
+        buffer[: len(data)] = data
+        return len(data)
+
+
+def recording(raw: BinaryIO, notes: Notes) -> Iterator[Recorded]:
     """The pieces in a file: packets, lines of a capture, frames as they are, or text; gzipped or not.
 
     Raises ProtocolError if it is nothing of the kind.
     """
-    head = file.read(RECV_SIZE)
-    source: BinaryIO = io.BufferedReader(Rewound(head, file.read, notes), RECV_SIZE)  # type: ignore[assignment]
-    if head.startswith(b"\x1f\x8b"):
-        import gzip  # the exporter never needs it
-
-        unzipped = gzip.GzipFile(fileobj=source)
-        source = io.BufferedReader(Rewound(b"", unzipped.read1, notes), RECV_SIZE)  # type: ignore[assignment]
-        head = source.read(RECV_SIZE)
-        source = io.BufferedReader(Rewound(head, source.read, notes), RECV_SIZE)  # type: ignore[assignment]
-    if head[:4] in PCAP:
-        yield from conversations(pcap_packets(source, notes), notes)
-    elif head[:4] == PCAPNG:
-        yield from conversations(pcapng_packets(source, notes), notes)
-    elif head[:4] in MODIFIED_PCAP:
-        raise ProtocolError("a modified pcap file, which is not read: save it as pcap")
-    elif re.search(rb'(?m)^[\0\xef\xbb\xbf\s]*\{.*"hex"', head):
-        yield from capture_pieces(source, notes)
-    else:
-        data = source.read()
-        is_utf16, is_stream = data[:2] in (b"\xff\xfe", b"\xfe\xff"), BEGINNINGS[1] in data
-        if is_utf16 or not re.search(rb"[\0-\x08\x0e-\x1a\x1c-\x1f]", data):
-            yield from text_pieces(data.decode("utf-16" if is_utf16 else "latin-1", "replace"), notes)
-        elif is_stream:
-            yield from shown_pieces(data, notes, is_known=data.startswith(BEGINNINGS))
+    with io.BufferedReader(raw, RECV_SIZE) as plain:  # type: ignore[type-var]
+        is_zipped = plain.peek().startswith(b"\x1f\x8b")
+        file = io.BufferedReader(Unzipped(plain, notes), RECV_SIZE) if is_zipped else plain
+        head = file.peek()
+        if head[:4] in PCAP:
+            yield from conversations(pcap_packets(file, notes), notes)
+        elif head.startswith(PCAPNG):
+            yield from conversations(pcapng_packets(file, notes), notes)
+        elif head.startswith(MODIFIED_PCAP):
+            raise ProtocolError("a modified pcap file, which is not read: save it as pcap")
+        elif re.search(rb'(?m)^[\0\xef\xbb\xbf\s]*\{.*"hex"', head):
+            yield from capture_pieces(file, notes)
         else:
-            raise ProtocolError("neither a recording nor text")
+            yield from other_pieces(file.read(), notes)
+
+
+def other_pieces(data: bytes, notes: Notes) -> Iterator[Recorded]:
+    """The pieces in text, or in bytes as they are. Raises ProtocolError."""
+    is_utf16 = data.startswith((b"\xff\xfe", b"\xfe\xff"))
+    if is_utf16 or not re.search(rb"[\0-\x08\x0e-\x1a\x1c-\x1f]", data):
+        yield from text_pieces(data.decode("utf-16" if is_utf16 else "latin-1", "replace"), notes)
+    elif BEGINNINGS[1] in data:
+        yield from shown_pieces(data, notes, is_known=data.startswith(BEGINNINGS))
+    else:
+        raise ProtocolError("neither a recording nor text")
 
 
 # ---------------------------------------------------------------------------------------------------------- decode
@@ -5755,7 +5740,7 @@ def called(path: str) -> str:
 
 def recorded(path: str, notes: Notes) -> Iterator[Recorded]:
     """The pieces in a file, or in standard input (-). Raises UsageError if it cannot be read, StartError for another's."""
-    if path == "-" and not sys.stdin:
+    if path == "-" and (not sys.stdin or sys.stdin.buffer.closed):
         raise UsageError("standard input is closed")
     try:
         with contextlib.nullcontext(sys.stdin.buffer) if path == "-" else open(path, "rb") as file:

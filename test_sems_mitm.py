@@ -12,12 +12,15 @@ real limits, which takes minutes.
 
 from __future__ import annotations
 
+import base64
+import collections
 import contextlib
 import ctypes
 import gzip
 import hashlib
 import http.client
 import io
+import ipaddress
 import itertools
 import json
 import logging
@@ -40,6 +43,7 @@ import time
 import unittest
 import urllib.error
 import urllib.request
+import zlib
 from datetime import datetime, timedelta, timezone
 from unittest import mock
 
@@ -5656,6 +5660,544 @@ class SettingsTest(SocketCase):
 # ------------------------------------------------------------------------------------------------ decode, backfill
 
 
+# ------------------------------------------------------------------------------------------------------ recordings
+
+# Real captures of made-up devices, deflated: name, frames that must come out of each direction, a pcap file.
+# split: a frame in 2 to 4 segments; keepalive: 01 02 before each answer; vlan: tcpdump -i any, each packet with a tag and without.
+CAPTURES = (
+    ("split", "outbound 0303:1 0304:5; inbound 0116:1 0303:1 0304:5",
+     "c-"
+     "p0y3pAAJAID#2Tyu#nExA_PmTHYqxilubN?2uRWmE2#T#`g3gecKX(gh<_{z+?dNiJceM3T#pa?gmCQL9N8DgXC*{D*yCv+wDDnsdfsj`_Zy&+~nL@0@v>D|6EX5i&CUAR_|kPuXS(uS"
+     "4=eh$;Fzcs7+5<aKnE)i>mZq>CcP2x7o`L_=u8y$wu6a1Qzuf6TE^Gu3st1~O6wCzvI%2qH*Ewvq)!#n)MruY=bGNF;HP9RH8x$;`?8$z%ip$ps9M3eqjq9&@&ct7xO?nW?f9F9Y^WCt"
+     "GEPd;saZ<P0>~2u(HO$E?k&gUqcs=1eqQCu}xCOF4-$3QY2XWRRGrE`*>j!{>~|FxF$381rw5pPi-"
+     ">vq9qKO;*+$Y|yBUBocz?YEmc^6SFOp$%m%GEM<v*RDn$XokrW$WIX@piUkF4%$}4<ZYaMw(S9hqb`PK{RiE~qv69-"
+     "(Oh89}fm=x(lyDUK>P^z2WaEGkB$lCx=4hHZKVK@V9{Seed`F@0_XsV=4ePsTV*3tCkWAka*bbAJwgS@j@u8i7w3L~&!)vD7nUNUgd>1C3|F^`K!o0*#1SG;{G)W|UF9;%`JWFA^7f-"
+     "3f6`m~>>UA=-%FXgg3)f~$zEePM`kjF8Z<Njx{69ZBJLgJBSB#?zhji##CZ=QQ__IXPWM-"
+     ">#k96)H<^DbX(O=6@8eEyIOE?D&u*GIvixc4LU|kp;Q!VC#tAj*g;>1Rn$l{Zj2@~^YCZ0Y<I9W|F@yNd==6OsdR)Iv`WC<)Kk@-)S0B*7bkP-otC{5a@9ZmgN)=J&QE5ytOo~Q(v)dR"
+     "X)#B?l37loyBG~>~Ur(o&UMO~@7GPGb_oPDyI*eSzB>bD;=my~{B{2n&=`k16g%3Ogk-"
+     ";j|X0$c5vNy9lcRvV1!I&!*1(rtSak6kdoeL?8<o2$C_T;FH8QlkM~;W5HVx(9dGbKK6#L<!FWy5zT0J8KRg1c}AOzRl1#66brK=W85*^%ZQPX7rI<<Im=EhqQ&L6SRUOQQtX4e81>*`"
+     "d<uP7yGOUDf&{&TUI^UinkM1o%0SFzt7F;Dtr-L)oT=CFuYKd>sM1a$3a;${&F>-D<P(9fpmv)bZj1-sWO%>=F`r>yo(OO<QyZ8X8bI-"
+     "q~j|4`hU&wOxHQrdBL@9gzfcg)T%z^G^M=4kh*R8(%$hu{Q6d3;R>ZDOOKC4J+<)mcYo+6+bW{cA_eH~5Vvt3w$U@Q4JQrQhTY6IO3_3UG|hycuO90O^sUDFI%z;(^v*H159|BJTTv{2"
+     "FUXCI6+(j1%wT?`yPT^a=~X_Y@a`TleZQOwvj2C#B>%tn%ZaOi#kG^L(^lvhj&syOdDvjp4w_6kb^xBQn12D>{0p#St1=Xyzv3`G>JD4vubQ7FGN|j7xTze_g%i^~g>+#!x^Ny{S~ix>"
+     "^CrXV@(~41Mt8wx)$8$A2gVvc5C5i+%hDH^cW-;>;nVC;heh&gi$i1md{V!dE-?=8xuq***!@1~QGz+cs8UJ2E7hWUrH<bI0S=%$+)23O9>5;Ea6Ph7!a6{gv~{XSbwCIbqlkT<LEl3-"
+     "-#VVJ>l3VR=<L<~4K%Y~IF_Di?|elWt!2)yj*i|b`B-E>pqqMslcRX%{!>qWp&ZJU`_i4Y)39-OtngOp`RoIM-"
+     "k(lwJXQRM_A|+B_iK%N6*sK|bVrEk+8|vhmd;t8M<<eurCWYk|M~2DD%>ARR%UJCHtdTzv*Unu@zvosC-"
+     "v4AdlWiR&guW@rY*`amRvu7700LN+DL|vk~*99r7$?xETcI?>g^NN@)gvDLpxTE0lK5aZB)ZHI%l@w><Z`-"
+     "nKRpn?j)T5cIaD)^L2&3=$zWyVtvO_yH7Y8f?U6D!uhX(r0IM}y+Cf57nbzf=HKEcVWLhupkpx3(QAvisuEbWpQas00MA#<zaVb@1>c!mKI60XXhWEMhJ#D2xlK0JIk(?TSQ60r5Yu%+"
+     "x`Q~n+dR5}d@P+~Ncn8T`TY&Da#v1N9MU+$30}dyG^V-y>dkZoon*Cf%R9>LoI9Vm<|&pB<!W{fIQht^Mp=I9efBxBp~mcr`yoBC*68nQpU-"
+     "Fd!_R+Tl#XD>J%l~BV|!FpGSzh<0lJH2Q#~32Lbx-CeY>D<5Z2d)#Pjv?!TP@1<|#5Oyr;-eruXdII7dbOq_T!z>Ah9?{=)9Tj+bptkcwK6s(k02-Sa-"
+     "K?r6DtqAq*M_TdnTn!DveF`4b#l``{0XS1#i_r3NS2XuRg>AE4^0UX^X9^FzQES=if>l^0y7^*8)T)HTIC!Ks_?44lmQf7M<=Wv>@L)z6+Y3T=sWEWcl)&u2eMpw03a6KibYYBZ+{;yr"
+     "q3mPLicYk;)b)(XtO+;~!M@P^`Eo`HWPa8?Fjm0zD@JAB~=D!E}mf?Jppf5V7pI>8rkqts#39%rzSwom;{^56e`XxT3X&^VW5li}Q^ZziEu+!(zaUaex4dt-"
+     "`t7bTl=O`ouc)nu(Nx1nZjXqXt%<yclsr@dwz}zK!vy5esK8<=(3(yS_)Ad5SKpfpLkFK1HrR$=^c_!t(_hdgXX=XeOiMz0{`jz!!ec6x3ky<T9Wd(g}6doPRpuIf1{a$Q(;!QiRLcxU"
+     "fa;f1~jDnYMZknl_KAPlF{`<z02PLX&0Ntxl!W{?CIp|MuJ=&P+y6OVD3)4H!3J}8Ys>Hr*=o^6bb=BqhBDPpxsl5H8$$!k*STW1@L&&qwdHt3lR2DlkRZCj&*=I>7wqF^^qn?(ky3H="
+     "y?`OKVwy5p)>k_g4k(6uM)NKYUax=<Yw5+|4=`5j})&jZ_V!A#^w--kj#iP??W9ed!lCE&iBOO&Sf($vKTLmwJ3|4g?Rkr+(dQ9Wb%IXEbe^FgyEHW68{3X*?c*|~M#Mb`H(*zmmgneS"
+     "7rxQy?j<5C8tx47xO6{>(59qkWZNM`kdMlqc8Ufw;lQY|R8%j9;FQ9J`&bJZzqH{_;i}f|N-"
+     "<y~y402r}2<IQ3?$DF@khX%{kTp}J)*$=a=3lmnu+x6%xCiIhit@yPRokC6<){F7zGD8#xcMi4Y_y&m@$`7lJ8IC6l<I9ONA-"
+     "l~ZDY7;0=i|ybOVsi4@>8^kVi+mhNT<UT7NdxvDoGXV?Z`c_#m@mop)eI!CJ+fiE7`tcOxoFcE9Q($p_7P@0_S7&6@M)r9cUGWW2sqpxWE0<tIFi6z|;+q;6_k-OG6)3g}ie5$-"
+     "s6zC&-"
+     "p^%#c|`U1Lhu~R+n1cV?_gV^^a^xci~_2v1>yJCIG9*dbeo+bwxoZW(tx3;w{9Co)an^&4yxmTt1{Zd+%u@WPwCTqC;^<ZnnvI7!ICN?JXQo?Fj5=9)X&CBx63@R1fSoWswIbAG45YSP"
+     "G>HdOrzBsxP9$o%wEZwW$6f68KnPZ`=q)Wus<x)jG<jOSGlt<bva*zEI?r-rUa<f+NjEiV*gZr8oDT#rAw~8MulZO<0E-"
+     "g@+tM%G|bZM7zt+AMc(?zN?pwlF71D=i1n`gG+E&}KhxHH>W*+e-1gU~l0>+3E8ebG5h8^!ttFath_nuFXMEW-"
+     "JRXKwV1d`Klh?!go+>9@_l)dCTs6U8BZ_c(V+l&3aK23<AAl%odV0f}e+k;tb9cxFd$!r9fLsZua8dde;Yq=G~SF(U^u7UCGC(9}n;*=P)7$bSJz$I=4"
+     ),
+    ("keepalive", "outbound 0303:1 0304:6; inbound 0116:1 0303:1 0304:6",
+     "c-"
+     "p0w2~ZPf0EIUPCL|$(q)J8c04cXw2p}jWMFJKqU{w%pxLXyBa*hf_qNRWl5fmyE(FC!ALdOD9YZO5SEP~(#RYcS(Ef%#XBXU^i|8K@cwwaU;JF}T2GyCPeZ{KA0c3rugj8KvBgNl&AEA"
+     "2Kb0&Qd>9^gGZZ(gjb=<KX+y<RRZq$2_ZS*FO~Bm8M2>>7m30Vkt4*UL~M)<}g68F{#GQyzklsT!43GM(`g(;^LiPohv5kSutQtYj+rN-"
+     "}~#a#aDOLb{h>aV}aNpb6+{vKgak_N&Ip?X6d6kp7Om7LZ*4)kRfip5g$O`2#}cG(cxav=Qg9aFCIt%nQkoxa}4b$py4rRYa*G6B383RTA|O=k|>_aUUf5c&}dL?gvnxQYZ-GfO5Iq6`"
+     "pIk$^)IvG+@1VD-h*pIe+U-f&TK^g;lRS+pD$QFP#~?m-ItZw9%L_fE%y#!~|=;{nmK%e>vr)qA=&;Sb|dq$l3*(^TV{1IYCA&D<pdKGLdtDc1{)XRH`*3TK%n(sE6=Nj^RXYNF<T5-"
+     "YA7aY>gl+1Lo}U*5T~0Ys1@W&93S2>wG@UH+1@5c_nG)e_ff(*U>iXPq`oYy1(!3P>hZ9bl4-HSM4UUuubR^?qC<_B7vI-"
+     "O~>zG7VH9vUQ1cX9YDLIig;CV5ZgqeN+Q_AaT!iL0g3n~_EM;-"
+     "H$ft7f`nxKHDgZ2{NBXIZqw$Vtu*s4PZ~F>zz;pnG}w~A!7X9WpLJ2@tDP0U^n{MeXIss%_OsEl7mN&X<R>jEX)MPpLUdK@Wzmh4tJC`jZv;}b5A~Z>7MD59+e`LIej(J`Q3`ur`k006"
+     "0>8OS)dC_@ZLm$*5f&hkh^NKE1-S3T7qAF+#TP*RzY7>U0n;SzS8M$cW<6n|^=Yvn(FJI|ycV~99wwTEbrQikNjldiq*0K;*D*P|ZsTk2VUynQQ0l_5*k@~7uXCP9pII44DfHm*MxF-m"
+     "E93V^MCCLUWuK<~ninv@d2Z!4x+-|H<N0M;yYq&19rEUzJ#)-"
+     "+oG+i_zJ61K)#rBmqjJpVehGUfXR5W%!>rp9tY46bY49J1?<U5rJHoD0wI1_8t@Uiodi+G|GzLgC2(1@!aO<rw(Il*s3D(J`{-"
+     "^SHebi@wZjYdg&Ix3nWib_sn6enJ0n?hhrWxGP?%;<F$zGP)uYQbPCn&8<qL!ilolXP0i;5E}-fEaw?pc|=rs&R-%ByCN%v&VEZvLruzGu$XvX-"
+     "(K)|8@|@*&vM<dItIwwQGu!TKQRDudPqyK(E@u<KN<XK=ODS<k_&?<824q1AyrXx%ChxBdhsnuK)<!8+x3s|(X<`YGGtD+Q1BMiN3K`VX7CUz$4&UyP~G5*^I3D5$@&U=gqLyM|-"
+     "6`CoAK?pqJdlg1gpbV(|HJ4=67mvMNBvA1F%qIJ>P;@3tQqC$~D;tNrm2|8F;C6a9^uVliWt~OfgtlMGMZ6;a=9mRAzXx;T2+<F-7I#uh^J!-"
+     "9gi&@_>(K_7@B#MOA<4L&nA(&_q)~N*RRNh{9^O)l`dGQ^8vl87iYbuU-wtbZ!hujNWEMzs+ySx#a{Ndf!G}0S=BBh)i6x7r4SkqV6Ln<xzX|D|kOn+ccmn!NLEyyR|3?Jzi&ttjzZMO"
+     "Vf^U)f*uaIqds3*M>_H0a6Yuz5RZcVTr3A#2z>&vCM^&PP5RISI}QfvJ%W_>%sdNW8=3azKG-"
+     "&wb0!$gy?u0gP_5n7UzdBC*eXbj_8SO;Y&!zf}z?!O_(HPXxflS?(C^|Gy*==0pWeMv19x_zlj^iMx9Us>W7fxcSN(A3hccxvEzuyb1_yC=Ef@>qJd?@{}N;cbkzuDEddZ$)ox`+klpg"
+     "gxiBtF^uavyKw1mrBH%A<()@25x;n>^fEJEk<m0Per-dQxR*Tb<Gfvs7IoMI196I>kDBbNL*mdR`&$zfc4u#=+^_Np@7I2#^e18Ar%rA8>`Kjhh=0EGKK=`Q~2cejtFRmkopf6H#aQ"
+     ),
+    ("vlan-any-sll2", "outbound 0103:1 0104:4 0303:1 0304:4; inbound 0103:1 0104:4 0116:2 0303:1 0304:4",
+     "c-rNg3pkW%8^_<7ce1mFamZq6+Z>CHkXnaq<t!3Lp;cIFMQjw>YU8WTq0_2lb0}rEXdH6dvW2uNp-"
+     "4#UP+RTN=d{RSnib#syfVjku6Ic7_0?RL>td$o_ulvY{Ga=OKdSn&yfZ|I1hHQvNQMAGDYat$F4-"
+     "cG9r6zNiflzcBtitD$a>3&Y`ta(@&xZl8jX!cjIVUJj2Ih5J{coIoG;=&=*z?48v<c`r2sZ*y4W_6q8MzFNM1mpiqA}bc1}Ry*eLP|Kl|~Y<LvR3fE^Ysicyp4VHf&PdD%0ji*5Ne^^M"
+     "i!jxY6%)Z{e6t`vhI2jo2m0UCs6M7B;<D---Tp+f=e8PmZ&i?9=qP#_)TJ@7>qnWzhaT^9lw5<xN<|M})ZADM9&@|~!F_3&iYAB)FY&))M_>xtt(gH>!2SYHs26~FN7Gfq%gx*$Un>mg"
+     "SB77(<=!fzS0Oyu-"
+     "!um%uf3+<Jdy0(ho51%G7dz}lAMWh)8BqCW<p|bKgT4Nag0PrvI^Wo{_=OtkA+4%!L1Oa~AV!#H^uvdyLR85*=jXY!4Y3b2uPJWH6;}Cep1pjIRR(+<A@1I10tP!ZS;QH%Z_@niy<EhU"
+     "q<QX;*l7u1WOrUABHVJ?axMBQUcsjV&B^0Oxft3i3mu|5c<+@{X<q1Qpm08?Wz;#$fbGC9pNSk07f(&(ababq3SL=+wbQLJG3A4r7$9Vkbolo-z93Rjf?6l>mmb*2-"
+     "XjgIb&iG;D0gdpcwvWsIdH8gjk*wBy6;o|y<JB6i=E&7cKTozLOHq!bw0mZmIWAkE2eMhupAG!~o6YqStUc$_s=n1-"
+     "kj<$;9<ACS868FT{N==+*SI=CAS1xNTY{z0*XP=oQlN(j?4e*SRayj~)i>s;{!v!-O*yOY1hJ|g1CxZUzQYZ#-i@N?;)*=Kty6Ir9*8=V6|&}zl%~$h#~<F;krc0@U0f1Br^-"
+     "z}G0(><Fs{Sb_hN?sEC=NPil*ps-y3I6>(-"
+     "`kGXKbVN5fLDxizIqU*z1<pZgf5pD!~GY5G*7KK&1n?Hc}U;deLN6Qx3Eu@==#0KaDJ<{_FH!P3l`QX#ZB1#Vaez7KY90$c{$r;6;AGE5>>uzbof@~j!BPwnf#_rcfUi*`=Q2a7gqm^m"
+     "WPQ04V0O8iaq854Zj&MEnz(0uU`d>`ya=LAL_PkmI8XE<^C72pCs;L45Q``}c#b{~jA)d;LwaJ-khQGaFFVRFG~)?;y3050n^e@j4|W6?t744c!;UY%w=?9*J-"
+     "6SQKEb8T5c=#X>YO6!yqwS6`7Z-r6);SS%(go=ws^4r^q&owWfcwoi260VZ}T+7Ch5U#QIlgzEDg=)P~8d4{Al^xu<SKZx3y|%N#?-"
+     "&7O=f<BM{O)9zf@Fu+o8;O+cGa#tT6RJ*q;vWil9?395OC@IT;g<a^T}dR4+85EthJ_YbV^}-#<LrA)^0elcEc91S-"
+     "X)yAPKu0ibEHQTTIk)9@cEXoUyLow$Ugg#GyI)>z4K&v8e3410jc&gvorrZrHZq6RM7-_a%wM!ELEyvsN8EmT;Kqd}-(Gk+B*5-J2tn2fw;zHrVtcVt-"
+     "Fg!lm5H@!<y)!frE@)Ef&PIGF0?nMmthxYoZQ?NkBCzL-CI`2ETLF<A($wxgPI;n!4@1E=31nM;ET0B#3a2(3<mo8?A@h7j10;CP={-"
+     "2>c{C7Av!PZ(LfmgUcM;Lqqz>B2DYd?Su*3q^swPtV(u0$RhHjYmIqN@`LnSI+%;d?i5^Z{<V9M`Uls+#`+l_m`%{7M%0-d-"
+     "Y7xWS_Y;4ZW4G<*Nem{i}jk7#06+8;DN4cey8CyLm_@h7pYovhSc(D?udyH;|tTPX{+(6koe?&j9yMI_8<+*fr!#)Ppnes`fB%kHM?pp`nRg!&~`tS?eQJ=XhG*9-"
+     "rNeYDVmhidQR1lYQo@K~RNXM)9@#?pL923}3t5=xvR0m)mus95!p1L!26Oj65d}Dgn66F?{V#mU|B2e&{WRf0zCSJrjnQXF{GZ$i7`x=YumL#O;#G<C4_EwBEqbMV&5No^2q|M|T$#)n"
+     "~*kE6!q`Y+2s(#lCVE*DHjBRf9QyH^&%O3_NjK$Vk5QNf4R2xZWnnhqh%&^-"
+     "?48zogYa{@y$;ZFauL2C4YJD*LT6XIlJraGs2B!LF{eS3tHZ{Mo|qZnndL_%nc29eU^W=W&x^B;yi9GykyfylbRE#(<mu4gL%;74FqWF=!70+aoyMK&yI`tAojvN4RY)t|s6Law00vX+"
+     "Ds7v9;hu)(;|A!$S>k1$Q2;0ujx9z!wqm-;F4ESPb7Ax1b8H=238oYLb#Jw}(~V15p8P_^=qhH%@_@D=&e62SGiTp@G@Az=>l`;ph87-x6X9=R0v~p*Pdr(~j@ZuTWl-"
+     "Q{<Z9m)_wPCR)2fE@`F7Caq_3`^Q}GJl6S&cH2@~rXbuSf7FMxKs%_#Dl1g;b60J@l7QtQ(YxdPex?7{uXMl3KaYbCb+wZRLZ6viv}P_Q8HnwDI#%Fke?`J1?z@0&n`qCE4M6ry{Mp0r"
+     "Pxjgh68LwJ|Dtz=)!Y+-IfPVTh_g>n;w#HQ1ps#?KbQEr+%$ySQV-"
+     "$wAGr>ctANSnIPH}9Dj0ADO%oD4r(HkxQM|WZ`;l^~<=*wZhs*b@2N78|K)C(q?MCE(AHtt+PzPmH^C)@<iOPt34xyWXr~o&Zp9{Y(Hyz<tEQ9dpn;^8WeU91JxE#OE7xXnD9AA>>1WH"
+     "CKFRQZ~7=Cc-Oj9!HT&2|Y<=1ZAZ~O_`zWEZfk&v%rs2)Mh4WeD{R?N~elPag@-%?yfJC?ZqNyW3j&jv<2&Hu<C$KV>Y)xIye*1#qGRG*2&j@5@|4-"
+     "}Ulg?D`UG{pWS$o3EZY~gn|+r=IbzPF&B#h8n!8LsY{Edn$nM0e%O)@Xa_py_#=RCfo<)S#BzFXk-"
+     "r)ljzeS5BHM(d(r>c95JHo_BnOxQS|6+|d=WUH$ec$qdT?Mv7UGDG`d#DsA*#ICQh&O#VoR`njNC`VvX+ruH(==Ua91f~!(HYJYVK)fl4oR(<C#(O~y`Ym1gz6v*C`KYRH7$^K^#2;W;"
+     "e(auQY>5N7hCeg`AzhJUGp!yD|0O00&K=|G=1@3|%d~dO8Kqtus+>@k|E>m}<GqPJu_9VHs4xCOwlcXe1Cr_rOsQ-DAvCeO7dHSPoU+PvigNOoy@V({jMpPAp?=2R=SpVi@r85$hKlcn"
+     ";w-"
+     "ZDKxQ}A+y=5xgA7h1>7rIcb$YW}Sqk@Q5nt)aWxiek`hhjiP#j!%n3vV@|`A3A97lN?<{xUiliE10SuV>E$Q30;u5h3P<NpjC4T+Ocu`18V6R4a=xwZi3~jmLpjgm6$Po~|nO%}**z$)"
+     "O4L+MNdasj!{tXP!}WidBN-;*vcV*FV4Ee<8j0rtJ)^%-W4FpQzEy-O@U@UG1xut?A#nC6N}eE+VwVxGi9GU+hMWE*<&CC>c-9<fV=m?7PIS-"
+     "?%7kwRORV{{h+B@MjCZyV=5B1pIjc?E?%oOwDjPW}XAkj1Z2=mn|vt1??lB=4X-2HTT;6t+V#elZbspIh*vu4VtX^ug1>gLvCAKSG8`=UAz6l`n`(LNiLouvcFWW@)pUn-QxV@`b*!xH"
+     "5W=}>KVE>=-+D?P%7Hcv;RVz7j<t*SSfkF_l~|Fe=k-H{?1hYrA73HKGiwy(I9&T{_NrRCwq4)5&w5#_ffa=<#9WIMC~0&zj(p^ot1|gP&?pKB#8LG3!4IW!v-"
+     "S$ywHepwJ^Ez2$$u~9>#zx$epElI(b{q$i{hE>lKxEw9c+N?9)L{1QC_+M@0O0BbvL5h(9lEL%UZcPxtCTqB_g%>y1x9RDf%|i-<ojOo3~@4}VYPx>0wQ<8kM08748NoE4<R*O`J-"
+     "D9D}hDj0tYMC28Xzo&0EB8eFMJ?%yviBZYjrD9BxsIs|zJ#QC?3UFm(@b`4GTspXiNRaR~7=mi00#hq8oLXuA9cTq`f8*!E)4^>uz>l{Z)i$F7vko$xb+}kJQHN+l{CFqJ%|N(EXMXTT"
+     "{tpabFKnZ}O*T9o?Ee8GpB#1"
+     ),
+)  # fmt: skip
+HOUSE, PORTAL_SIDE = "192.168.1.7", "203.0.113.9"  # addresses of the recordings that are made here
+
+
+def address_bytes(host: str) -> bytes:
+    return ipaddress.ip_address(host).packed
+
+
+def tcp(
+    data: bytes, seq: int, inward: bool = False, flags: int = 0x18, port: int = 40001, portal: int = 20001
+) -> bytes:
+    """A TCP segment of a device, or to it."""
+    ports = (portal, port) if inward else (port, portal)
+    return struct.pack(">HHIIBBHHH", *ports, seq % (1 << 32), 0, 0x50, flags, 1000, 0, 0) + data
+
+
+def ipv4(
+    payload: bytes,
+    inward: bool = False,
+    options: bytes = b"",
+    size: int | None = None,
+    house: str = HOUSE,
+    fragment: int = 0,
+) -> bytes:
+    """An IPv4 packet; size is its total length, as it says."""
+    hosts = [address_bytes(house), address_bytes(PORTAL_SIDE)]
+    size = 20 + len(options) + len(payload) if size is None else size
+    head = struct.pack(">BBHHHBBH", 0x45 + len(options) // 4, 0, size, 1, fragment, 64, 6, 0)
+    return head + b"".join(reversed(hosts) if inward else hosts) + options + payload
+
+
+def ipv6(payload: bytes, inward: bool = False, extensions: tuple = (), size: int | None = None) -> bytes:
+    """An IPv6 packet; extensions are (number, bytes behind the next header's number)."""
+    hosts, following = [address_bytes("2001:db8::7"), address_bytes("2001:db8::9")], 6
+    for number, body in reversed(extensions):
+        payload, following = bytes([following]) + body + payload, number
+    head = struct.pack(">IHBB", 6 << 28, len(payload) if size is None else size, following, 64)
+    return head + b"".join(reversed(hosts) if inward else hosts) + payload
+
+
+MACS = bytes.fromhex("02aabbccdd01 02aabbccdd02")
+
+
+def ether(packet: bytes, tags: bytes = b"") -> bytes:
+    return MACS + tags + (b"\x86\xdd" if packet[0] >> 4 == 6 else b"\x08\0") + packet
+
+
+def pcap(packets, link: int = 1, order: str = "<", nano: bool = False, snap: int = 1 << 18) -> bytes:
+    """A pcap file of packets, a tenth of a second apart."""
+    made = struct.pack(order + "IHHiIII", 0xA1B23C4D if nano else 0xA1B2C3D4, 2, 4, 0, 0, snap, link)
+    for i, data in enumerate(packets):
+        fraction = i % 10 * (100_000_000 if nano else 100_000)
+        made += struct.pack(order + "IIII", 1774094400 + i // 10, fraction, len(data[:snap]), len(data)) + data[:snap]
+    return made
+
+
+def block(kind: int, body: bytes, order: str = "<") -> bytes:
+    body += bytes(-len(body) % 4)
+    return struct.pack(order + "II", kind, len(body) + 12) + body + struct.pack(order + "I", len(body) + 12)
+
+
+def pcapng(
+    packets,
+    link: int = 1,
+    order: str = "<",
+    unit: bytes = b"",
+    per_second: int = 10**6,
+    offset: int = 0,
+    kind: int = 6,
+    first: int = 0,
+) -> bytes:
+    """A section of pcapng with the packets on its second interface (simple blocks: on its first, which is the same)."""
+    options = struct.pack(order + "HHc3x", 9, 1, unit) if unit else b""
+    options += struct.pack(order + "HHq", 14, 8, offset) if offset else b""
+    options += struct.pack(order + "HHcccx", 2, 3, b"e", b"t", b"h") + bytes(4)
+    interface = block(1, struct.pack(order + "HHI", link, 0, 0) + options, order)
+    made = block(0x0A0D0D0A, struct.pack(order + "IHHq", 0x1A2B3C4D, 1, 0, -1), order) + interface + interface
+    for i, data in enumerate(packets):
+        ticks = (1774094400 - offset) * per_second + (first + i) * per_second // 10
+        head = struct.pack(order + "5I", 1, ticks >> 32, ticks & 0xFFFFFFFF, len(data), len(data))
+        made += block(kind, (head if kind == 6 else struct.pack(order + "I", len(data))) + data, order)
+    return made
+
+
+def dumped(data: bytes, form: str, width: int = 16) -> str:
+    """data as a tool prints it; form: offset, then what stands between bytes ("": by twos), halves, before and behind the text."""
+    offset, between, half, text, end = form.split("~")
+
+    def line(at: int) -> str:
+        part = data[at : at + width]
+        shown = "".join(chr(byte) if 0x20 <= byte < 0x7F else "." for byte in part)
+        halves = (part[:8].hex(between), part[8:].hex(between)) if between else (part.hex(" ", -2), "")
+        column = width * 3 + len(half) - 2 if between else width * 5 // 2 - 1
+        return offset.format(at) + (
+            half.join(filter(None, halves)).ljust(column) + text + shown + end
+            if text
+            else half.join(filter(None, halves))
+        )
+
+    return "".join(line(at) + "\n" for at in range(0, len(data), width))
+
+
+# Of each tool: offset, what stands between bytes ("": pairs of bytes), between two halves, before the text, behind it.
+DUMPS = {
+    "xxd": "{:08x}: ~~~  ~", "hexdump -C": "{:08x}  ~ ~  ~  |~|", "od -tx1": "{:07o} ~ ~ ~~", "od -Ax -tx1z": "{:06x} ~ ~ ~  >~<",
+    "tcpdump -X": "\t0x{:04x}:  ~~~  ~", "tcpdump -x": "\t0x{:04x}:  ~~~~", "tshark -x": "{:04x}  ~ ~ ~   ~", "follow": "{:08X}  ~ ~  ~  ~",
+}  # fmt: skip
+
+
+class RecordingTest(SocketCase):
+    """Recordings of packets and pasted dumps: the frames in them, and nothing of the house's addresses."""
+
+    ONE, TWO, THREE = (frame(when=minute(i)) for i in range(3))
+    ACK = ack_of(ONE)
+
+    @staticmethod
+    def frames(data: bytes) -> tuple:
+        """The frames in a recording, in order, the other pieces, and what it lacks."""
+        notes: collections.Counter = collections.Counter()
+        found = list(sems.recording(io.BytesIO(data), notes))
+        good = [piece.data for piece in found if piece.kind == sems.FRAME]
+        return good, [piece.data for piece in found if piece.kind != sems.FRAME], sems.missing(notes)
+
+    def decoded(self, data: bytes, *arguments: str) -> tuple:
+        """Exit code, the objects that decode prints, and stderr; no address of the house is in either."""
+        code, out, err = called("decode", *arguments, "-", stdin=data)
+        addresses = (address_bytes(HOUSE), address_bytes(PORTAL_SIDE), MACS[:6], MACS[6:])
+        for text in (HOUSE, PORTAL_SIDE, "2001:db8", *(address.hex() for address in addresses)):
+            self.assertNotIn(text, out + err)
+        return code, [json.loads(line) for line in out.splitlines()], err
+
+    def test_real_captures(self) -> None:
+        """The counts that an independent script has of the same files; in the order of time; gzipped too."""
+        for name, wanted, text in CAPTURES:
+            for kind, data in (("plain", inflated(text)), ("gzip", gzip.compress(inflated(text)))):
+                with self.subTest(name, kind=kind):
+                    code, found, err = self.decoded(data)
+                    self.assertEqual((code, err), (0, ""))
+                    for counts in wanted.split("; "):
+                        direction, *types = counts.split()
+                        kinds = [
+                            entry["type"] for entry in found if entry["direction"] == direction and entry["crc_ok"]
+                        ]
+                        self.assertEqual([f"{kind}:{kinds.count(kind)}" for kind in sorted(set(kinds))], types)
+                    self.assertEqual({entry["type"] for entry in found if not entry["crc_ok"]} - {"keepalive"}, set())
+                    times = [entry["captured"] for entry in found]
+                    self.assertEqual(times, sorted(times))
+                    self.assertRegex(times[0], r"^2026-11-30T01:\d\d:\d\d\.\d{6}\+00:00$")
+
+    def test_forms(self) -> None:
+        """The same packets in every form of file, link and IP header."""
+        parts = [
+            (self.ONE[:70], 1, False),
+            (self.ONE[70:], 71, False),
+            (self.ACK, 1, True),
+            (self.TWO, 1 + len(self.ONE), False),
+        ]
+        segments = [(tcp(data, seq, inward), inward) for data, seq, inward in parts]
+        plain = [ipv4(*each) for each in segments]
+        ethernet = [ether(packet) for packet in plain]
+        tag, outer, sll = b"\x81\0\0\7", b"\x88\xa8\0\5", b"\0\0\0\1\0\6\2\xaa\xbb\xcc\xdd\1\0\0"
+        hop, routing = (0, bytes([0] + [0] * 6)), (43, bytes([1] + [0] * 14))
+        chained = [(0, b"\0" + bytes(6)), (60, b"\1" + bytes(14)), (51, b"\4" + bytes(22)), (44, b"\0" + bytes(6))]
+        simple = pcapng(ethernet, kind=3)
+        for name, data in (
+            ("pcap", pcap(ethernet)), ("big endian", pcap(ethernet, order=">")), ("nanoseconds", pcap(ethernet, nano=True)),
+            ("both", pcap(ethernet, nano=True, order=">")), ("gzip", gzip.compress(pcap(ethernet))),
+            ("pcapng", pcapng(ethernet)), ("pcapng, big endian", pcapng(ethernet, order=">")), ("simple blocks", simple),
+            ("nanoseconds in pcapng", pcapng(ethernet, unit=b"\x09", per_second=10**9)), ("a power of two", pcapng(ethernet, unit=b"\x8a", per_second=1024)),
+            ("an offset", pcapng(ethernet, offset=1774000000)), ("another block", pcapng(ethernet[:1]) + block(5, b"statistics..") + pcapng(ethernet[1:], first=1)),
+            ("sections", pcapng(ethernet[:3]) + pcapng(plain[3:], link=101, order=">", first=3)),
+            ("VLAN", pcap([ether(packet, tag) for packet in plain])), ("802.1ad", pcap([ether(packet, outer + tag) for packet in plain])),
+            ("padding", pcap([packet + bytes(20) for packet in ethernet])), ("checksums behind", pcap([packet + b"FCS!" for packet in ethernet], link=1 | 0x24000000)),
+            ("cooked", pcap([sll + b"\x08\0" + packet for packet in plain], link=113)), ("cooked, VLAN", pcap([sll + tag + b"\x08\0" + packet for packet in plain], link=113)),
+            ("cooked 2", pcap([b"\x08\0" + bytes(18) + packet for packet in plain], link=276)), ("cooked 2, VLAN", pcap([tag[:2] + bytes(18) + tag[2:] + b"\x08\0" + packet for packet in plain], link=276)),
+            *((f"link type {link}", pcap(plain, link=link)) for link in (12, 14, 101, 228)), ("null", pcap([b"\2\0\0\0" + packet for packet in plain], link=0)),
+            ("loop", pcap([b"\0\0\0\2" + packet for packet in plain], link=108)), ("options", pcap([ether(ipv4(*each, options=b"\7\x27" + bytes(38))) for each in segments])),
+            ("total length 0", pcap([ether(ipv4(*each, size=0)) for each in segments])),
+            ("IPv6", pcap([ether(ipv6(*each)) for each in segments])), ("IPv6 raw", pcap([ipv6(*each) for each in segments], link=229)),
+            ("extension headers", pcap([ether(ipv6(*each, extensions=(hop, routing))) for each in segments])),
+            ("more of them", pcap([ether(ipv6(*each, extensions=tuple(chained))) for each in segments])), ("IPv6, length 0", pcap([ether(ipv6(*each, size=0)) for each in segments])),
+        ):  # fmt: skip
+            with self.subTest(name):
+                code, found, err = self.decoded(data)
+                self.assertEqual((code, err), (0, ""))
+                self.assertEqual(
+                    [entry["hex"] for entry in found], [part.hex() for part in (self.ONE, self.ACK, self.TWO)]
+                )
+                times = [float(entry["captured"][17:26]) if entry["captured"] else None for entry in found]
+                for time, expected in zip(times, (0.1, 0.2, 0.3)):
+                    self.assertAlmostEqual(expected if data is simple and time is None else time, expected, delta=0.002)
+
+    def test_streams(self) -> None:
+        """Segments as networks deliver them: (place in the stream, bytes, more), and the frames that come out."""
+        one, two, three = self.ONE, self.TWO, self.THREE
+        stream, n = one + two + three, len(one)
+        whole = [(at, stream[at : at + 60]) for at in range(0, len(stream), 60)]
+        syn = [(-1, b"", {"flags": 2})]
+        merged = b"".join(frame(sems.BUFFERED, when=minute(i)) for i in range(1170))
+        everything = [one, two, three]
+        for name, segments, wanted, *words in (
+            ("in order", syn + whole, everything), ("each twice", [part for part in syn + whole for _ in (1, 2)], everything),
+            ("all twice", syn + whole + whole, everything), ("the last first", syn + whole[::-1], everything), ("start in the middle, late", whole[1:3] + whole[:1] + whole[3:], everything),
+            ("overlaps", syn + [(at, stream[at : at + 100]) for at in range(0, len(stream), 60)], everything), ("one that holds others", syn + whole[:2] + [(0, stream)], everything),
+            ("keep-alive probes", syn + [(-1, b"?"), *whole[:4], (239, b"?"), *whole[4:], (len(stream) - 1, b"?")], everything), ("a probe at the start", [(n - 1, b"?"), (n, two)], [two], "not whole"),
+            ("start in a frame", whole[1:], [two, three], "not whole"), ("a gap", syn + whole[:2] + whole[3:], [two, three] if n < 120 else [three], "gaps", "not whole"), ("the first is missing", syn + whole[1:], [two, three], "gaps", "not whole"),
+            ("an end in a frame", syn + whole[:-1], [one, two], "not whole"), ("a port used again", [*syn, (0, one), (4999, b"", {"flags": 2}), (5000, two), (-90001, b"", {"flags": 2}), (-90000, three)], everything),
+            ("used again, unseen", [(0, one), (1 << 30, two), (3 << 30, three)], everything, "gaps"), ("the portal's other port, by the prefix", [(at, data, {"portal": 443}) for at, data in ((0, one), (n, two), (2 * n, three))], everything),
+            ("behind NAT, twice", [(at, data, {"house": house, "port": 40001 + len(house)}) for at, data in whole for house in (HOUSE, "198.51.100.77")], everything),
+            ("merged on the way", [(0, merged, {"size": 0})], 1170),
+            ("the end of a connection", [*syn, *whole, (len(stream), b"", {"flags": 0x11})], everything),
+        ):  # fmt: skip
+            for start in (1000, (1 << 32) - 100):
+                with self.subTest(name, start=start):
+                    packets = []
+                    for at, data, *more in segments:
+                        flags = dict(more[0]) if more else {}
+                        ip = {key: flags.pop(key) for key in ("house", "size") if key in flags}
+                        packets.append(ether(ipv4(tcp(data, start + at, **flags), **ip)))
+                    good, others, missing = self.frames(pcap(packets))
+                    self.assertEqual(good if isinstance(wanted, list) else len(good), wanted)
+                    self.assertEqual(others, [])
+                    self.assertEqual(
+                        [any(word in text for text in missing) for word in words], [True] * len(words), missing
+                    )
+                    self.assertEqual(bool(missing), bool(words), missing)
+
+    def test_other_traffic(self) -> None:
+        """What is not GoodWe's is left out, whatever it is; what devices say that is no good frame is not."""
+        web = ether(ipv4(tcp(b"GET / HTTP/1.1\r\nHost: 192.168.1.7\r\n", 1, portal=80)))
+        tls = ether(ipv4(tcp(b"\x16\x03\1\2\0", 1, port=40002)))
+        arp = MACS + b"\x08\6\0\1\x08\0\6\4\0\1" + MACS + address_bytes(HOUSE)
+        udp = ether(ipv4(tcp(self.TWO, 1)))
+        udp = udp[:23] + b"\x11" + udp[24:]
+        ours = ether(ipv4(tcp(self.ONE, 1)))
+        foreign = "connections of port 20001 without a frame of GoodWe's, left out: 1"
+        for name, packets, wanted, others, missing in (
+            ("other traffic", [web, arp, udp, ours, web], [self.ONE], [], []), ("a port that another uses", [tls, ours], [self.ONE], [], [foreign]),
+            ("nothing of ours", [web, arp, udp], [], [], []), ("only that port", [tls], [], [], [foreign]),
+            ("a bad CRC", [ether(ipv4(tcp(spoilt(self.ONE) + self.TWO, 1)))], [self.TWO], [spoilt(self.ONE)], []),
+            ("answers alone", [ether(ipv4(tcp(b"\1\2" + self.ACK, 1, True), True))], [self.ACK], [b"\1\2"], []),
+            ("keep-alives alone", [ether(ipv4(tcp(b"\1\2", 1, True), True))], [], [b"\1\2"], []),
+        ):  # fmt: skip
+            with self.subTest(name):
+                self.assertEqual(self.frames(pcap(packets)), (wanted, others, missing))
+                code, found, err = self.decoded(pcap(packets))
+                self.assertEqual(
+                    (code, len(found), err.count("\n")), (not wanted, len(wanted + others), bool(missing or not wanted))
+                )
+
+    def test_what_is_missing(self) -> None:
+        """One line on stderr for each thing that a recording lacks; exit code 1 without a good frame."""
+        packets = [ether(ipv4(tcp(data, 1 + i * len(data)))) for i, data in enumerate((self.ONE, self.TWO))]
+        whole = pcap(packets)
+        fragment = ether(ipv4(tcp(self.TWO, 1), fragment=3))
+        for name, data, good, word in (
+            ("snap length", pcap(packets, snap=96), 0, "with -s 0"), ("headers cut", pcap(packets, snap=40), 0, "with -s 0"), ("cut in a packet", whole[:-9], 1, "ends inside a record"),
+            ("cut in a header", pcap(packets[:1]) + bytes(7), 1, "ends inside a record"), ("pcapng cut", pcapng(packets)[:-9], 1, "ends inside a record"), ("gzip cut", gzip.compress(whole, 0)[:-30], 1, "ends inside a record"),
+            ("gzip damaged", gzip.compress(pcap(packets[:1])) + gzip.compress(pcap(packets))[:3] + b"xxxxxx", 1, "ends inside a record"), ("a fragment", pcap([packets[0], fragment]), 1, "fragments"),
+            ("an old block", pcapng(packets[:1]) + block(2, bytes(40)), 1, "save the file as pcap"), ("damaged", pcap(packets[:1]) + b"\xff" * 16, 1, "damaged"), ("damaged pcapng", pcapng(packets[:1]) + b"\xff" * 16, 1, "damaged"),
+            ("no such interface", pcapng(packets[:1]) + block(6, b"\x99" * 40), 1, "damaged"), ("802.11", pcap(packets, link=105), 0, "link type 105"), ("modified", b"\x34\xcd\xb2\xa1" + whole[4:], 0, "modified pcap"),
+            ("a header cut", whole[:20], 0, "whole header"), ("nothing", whole[:24], 0, "not a single good frame"),
+        ):  # fmt: skip
+            with self.subTest(name):
+                code, found, err = self.decoded(data)
+                self.assertEqual((code, len(found), err.count("\n")), (not good, good, 1), err)
+                self.assertIn(word, err)
+
+    def test_dumps(self) -> None:
+        """Text of every tool, of a frame and of packets, gives the frames."""
+        parts = ((self.ONE[:70], 1, False), (self.ACK, 1, True), (self.ONE[70:], 71, False))
+        packets = [ipv4(tcp(data, seq, inward), inward) for data, seq, inward in parts]
+        head, ip = (
+            "12:00:00.100000 IP 192.168.1.7.40001 > 203.0.113.9.20001: Flags [P.], length 70\n",
+            "Frame (124 bytes):\n",
+        )
+        zeros = self.ONE + bytes(160) + self.TWO
+        folded = (
+            re.sub(r"((?m:^)\w+  (00 ){8}.*\n)(\w+  (00 ){8}.*\n)+", r"\1*\n", dumped(zeros, DUMPS["hexdump -C"]))
+            + f"{len(zeros):08x}\n"
+        )
+        self.assertIn("*\n", folded)
+        of_frame = {name: dumped(self.ONE, form) for name, form in DUMPS.items()}
+        of_frame.update({
+            "xxd -c 32": dumped(self.ONE, DUMPS["xxd"], 32), "xxd -c 8": dumped(self.ONE, DUMPS["xxd"], 8), "od, to its end": of_frame["od -tx1"] + f"{len(self.ONE):07o}\n", "CRLF": of_frame["xxd"].replace("\n", "\r\n"),
+            "in a report": f"Hello,\n```\n{of_frame['hexdump -C']}```\nthanks", "groups of four": re.sub("(....)", r"\1 ", self.ONE.hex()), "Python": repr(self.ONE), "Python, twice quoted": f'print({self.ONE[:50]!r}\n  {self.ONE[50:]!r})',
+            "C": "unsigned char frame[] = {\n" + ", ".join(f"0x{byte:02x}" for byte in self.ONE) + "\n};\nunsigned int frame_len = 166;", "0X": " ".join(f"0X{byte:02X}" for byte in self.ONE),
+            "C string": '"' + "".join(f"\\x{byte:02x}" for byte in self.ONE) + '"', "octal": '"' + "".join(f"\\x{byte:02x}" if i else f"\\{byte:03o}" for i, byte in enumerate(self.ONE)) + '"', "in a sentence": f"it sends {self.ONE.hex(' ')} and then nothing",
+            "JSON": json.dumps([{"hex": self.ONE.hex()}]), "UTF-16": of_frame["xxd"].encode("utf-16"),
+        })  # fmt: skip
+        both = re.sub("(?m)^", "    ", dumped(self.ACK, DUMPS["follow"]))
+        of_packets = {
+            "tcpdump -X": "".join(head + dumped(packet, DUMPS["tcpdump -X"]) for packet in packets), "tcpdump -XX": "".join(head + dumped(ether(packet), DUMPS["tcpdump -X"]) for packet in packets),
+            "tshark -x": "".join(ip + dumped(ether(packet), DUMPS["tshark -x"]) + "\n" for packet in packets), "tshark -x -i any": "".join(dumped(b"\x08\0" + bytes(18) + packet, DUMPS["tshark -x"]) + "\n" for packet in packets),
+            "follow": dumped(self.ONE, DUMPS["follow"]) + both, "C arrays": "".join("char packet[] = { /* Frame */\n" + ", ".join(f"0x{byte:02x}" for byte in ether(packet)) + "};\n" for packet in packets),
+            "with ARP": dumped(MACS + b"\x08\6" + address_bytes(HOUSE) * 4, DUMPS["tshark -x"]) + "\n" + "".join(dumped(ether(packet), DUMPS["tshark -x"]) + "\n" for packet in packets),
+        }  # fmt: skip
+        rows = [(name, text, [self.ONE]) for name, text in of_frame.items()] + [
+            (name, text, [self.ACK, self.ONE]) for name, text in of_packets.items()
+        ]
+        for name, text, wanted in [
+            *rows,
+            ("folded", folded, [self.ONE, self.TWO]),
+            ("a hex stream of a packet", ether(ipv4(tcp(self.ONE, 1))).hex(), [self.ONE]),
+        ]:
+            with self.subTest(name):
+                code, found, err = self.decoded(text if isinstance(text, bytes) else text.encode())
+                good = [entry["hex"] for entry in found if entry["crc_ok"]]
+                self.assertEqual((code, sorted(good)), (0, sorted(data.hex() for data in wanted)), err)
+                self.assertEqual(
+                    [entry["hex"] for entry in found if not entry["crc_ok"]], ["00" * 160] if name == "folded" else []
+                )
+
+    def test_real_tools(self) -> None:
+        """The tools of this machine print what is made here for them."""
+        path = os.path.join(self.directory(), "frame")
+        with open(path, "wb") as file:
+            file.write(self.ONE)
+        for name in ("xxd", "hexdump -C", "od -tx1", "od -Ax -tx1z"):
+            command = name.split()
+            if shutil.which(command[0]):
+                with self.subTest(name):
+                    text = subprocess.run([*command, path], capture_output=True, check=True).stdout.decode()
+                    self.assertEqual(self.frames(text.encode()), ([self.ONE], [], []))
+                    made = [line.split() for line in dumped(self.ONE, DUMPS[name]).splitlines()]
+                    self.assertEqual([line.split() for line in text.splitlines()][: len(made)], made)
+
+    def test_plain_text(self) -> None:
+        """Printable text without bytes is called that; other binary files are refused, and never shown."""
+        for name, data, word in (
+            ("text", b"The POSTGW frames of 2026-03-21 12:00, added 0x1f: see a decade of C0FFEE.", "text without bytes in hex"), ("a hash", b"commit 06f6b7c4d5e6f708192a3b4c5d6e7f8091a2b3c4", "text without bytes in hex"),
+            ("binary", b"\x7fELF\2\1\1\0\0\0", "neither a recording nor text"), ("an empty gzip", gzip.compress(b""), "nothing in it"), ("only ASCII", b"E..<..@.@..POSTGW.....91000HKU", "text without"),
+        ):  # fmt: skip
+            with self.subTest(name):
+                code, found, err = self.decoded(data)
+                self.assertEqual((code, found, err.count("\n")), (1, [], 1), err)
+                self.assertIn(word, err)
+        behind = b"snoop\0\0\0" + MACS + ipv4(tcp(self.ONE, 1)) + MACS  # of a form that nobody reads: frames alone
+        code, found, err = self.decoded(behind)
+        self.assertEqual((code, [entry["hex"] for entry in found], err.count("\n")), (0, [self.ONE.hex()], 1), err)
+
+    def test_capture_lines(self) -> None:
+        """Lines of our own are read one by one; what is none of them is counted. The time is the one of the line."""
+        line = lambda data, wall: sems.capture_line(wall, "192.168.1.7:1", "outbound", "forwarded", data).encode()
+        first, second = line(self.ONE, 1774094400.5), line(self.TWO, 1774094460)
+        for name, data, passed in (
+            ("plain", first + second, 0), ("a byte-order mark", b"\xef\xbb\xbf" + first + second, 0), ("CRLF", (first + second).replace(b"\n", b"\r\n"), 0), ("blank lines", b"\n" + first + b"\n\n" + second, 0),
+            ("NUL", first + bytes(4096) + second, 0), ("a NUL line", first + bytes(99) + b"\n" + second, 0), ("torn", first + second[:200] + b"\n" + second, 1), ("torn at the end", first + second + first[:99], 1),
+            ("foreign", b"# a remark\n[]\n{}\n" + first + b'{"hex": 1}\n{"hex": "zz"}\n' + second, 5), ("deep", first + b"[" * 100000 + b"\n" + second, 1), ("gzip", gzip.compress(first + second), 0),
+        ):  # fmt: skip
+            with self.subTest(name):
+                code, found, err = self.decoded(data)
+                self.assertEqual((code, [entry["hex"] for entry in found]), (0, [self.ONE.hex(), self.TWO.hex()]))
+                self.assertEqual(
+                    err,
+                    f"standard input: lines that are no whole lines of a capture, passed over: {passed}\n"
+                    if passed
+                    else "",
+                )
+                self.assertEqual(
+                    [entry["captured"] for entry in found],
+                    ["2026-03-21T12:00:00.500000+00:00", "2026-03-21T12:01:00.000000+00:00"],
+                )
+
+    def test_redact_and_backfill(self) -> None:
+        """A redacted recording decodes to the same values again, and backfill takes a recording as it takes a capture."""
+        data = inflated(CAPTURES[0][2])
+        _, plain, _ = self.decoded(data)
+        code, redacted, err = self.decoded(data, "--redact")
+        self.assertEqual((code, err.count("\n")), (0, 1))
+        lines = "".join(json.dumps(entry) + "\n" for entry in redacted).encode()
+        _, again, _ = self.decoded(lines)
+        self.assertEqual(again, redacted)
+        _, typed, _ = self.decoded(" ".join(entry["hex"] for entry in redacted).encode())
+        for key in ("values", "blocks", "time", "type"):
+            wanted = [entry[key] for entry in plain if entry["crc_ok"]]
+            self.assertEqual([entry[key] for entry in redacted], wanted)
+            self.assertEqual([entry[key] for entry in typed], wanted)
+        self.assertEqual({entry["serial"][8:] for entry in redacted}, {"XXXX0001"})
+        code, out, err = called("backfill", "-", stdin=data, env={"TZ": "UTC0"})
+        self.assertEqual((code, out.count("\nmeter_power_export_watts{") > 0, out[-6:]), (0, True, "# EOF\n"), err)
+
+    def test_fuzz(self) -> None:
+        """Cut, flipped, repeated and overwritten bytes raise nothing but ProtocolError, and show no address."""
+        rng = random.Random(17)
+        segments = [ether(ipv4(tcp(self.ONE[at : at + 60], 1 + at))) for at in range(0, len(self.ONE), 60)]
+        texts = [dumped(self.ONE, form).encode() for form in DUMPS.values()] + [repr(self.ONE).encode()]
+        seeds = [
+            pcap(segments),
+            pcapng(segments),
+            gzip.compress(pcap(segments)),
+            *(inflated(text)[:3000] for _, _, text in CAPTURES),
+            *texts,
+        ]
+        for number in range(600):
+            data = bytearray(rng.choice(seeds))
+            for _ in range(rng.choice((1, 1, 3, 20))):
+                at, size = rng.randrange(len(data) + 1), rng.choice((1, 4, 16, 200))
+                part = data[at : at + size]
+                data[at : at + size] = rng.choice(
+                    (b"", part * 5, bytes(size), b"\xff" * size, bytes(byte ^ 1 << rng.randrange(8) for byte in part))
+                )
+            with self.subTest(number):
+                notes: collections.Counter = collections.Counter()
+                with contextlib.suppress(sems.ProtocolError):
+                    for piece in sems.recording(io.BytesIO(bytes(data)), notes):
+                        sems.described(piece, {})
+                sems.missing(notes)
+
+    def test_standard_output(self) -> None:
+        """A full disk, a reader that goes, and an ASCII terminal: a line or silence, no traceback."""
+        path = os.path.join(self.directory(), "f\xe4hig")
+        with open(path, "wb") as file:
+            file.write(inflated(CAPTURES[0][2]) if os.path.exists("/dev/full") else b"")
+        environment = {**os.environ, "LC_ALL": "C", "PYTHONIOENCODING": "ascii", "TZ": "UTC0"}
+        for command, out, code, pattern in (
+            (["decode", path], "/dev/full", 1, r"^sems_mitm.py: cannot write to standard output: .*\n$"), (["backfill", path], "/dev/full", 1, "cannot write to standard output"),
+            (["decode", path], None, 1, "^$"), (["decode", path], os.devnull, 0, "^$"), (["metrics"], os.devnull, 0, "^$"), (["decode", f"{path}xx"], os.devnull, 2, r"^sems_mitm.py: .*f.*hig.*\n$"),
+        ):  # fmt: skip
+            if out is None or os.path.exists(out):
+                with self.subTest(command[0], out=out):
+                    read, write = os.pipe()
+                    os.close(read)
+                    with open(out, "wb") if out else open(write, "wb", closefd=False) as stdout:
+                        ended = subprocess.run(
+                            [sys.executable, sems.__file__, *command],
+                            stdout=stdout,
+                            stderr=subprocess.PIPE,
+                            env=environment,
+                        )
+                    os.close(write)
+                    self.assertEqual(ended.returncode, code, ended.stderr)
+                    self.assertRegex(ended.stderr.decode("ascii"), pattern)
+
+
+def inflated(text: str) -> bytes:
+    return zlib.decompress(base64.b85decode(text))
+
+
 class DecodeTest(SocketCase):
     """sems_mitm.py decode."""
 
@@ -6033,6 +6575,29 @@ class SimulatorTest(SocketCase):
                 self.assertEqual(clock(float("-inf")), float("-inf"))
 
 
+class WebServer(threading.Thread):
+    """A program that gives the same answer to everything, and hangs up."""
+
+    def __init__(self, answer: bytes) -> None:
+        super().__init__(daemon=True)
+        self.answer, self.listening = answer, socket.create_server((LOCAL, 0))
+        self.port = self.listening.getsockname()[1]
+        self.start()
+
+    def run(self) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                sock, _ = self.listening.accept()
+                with sock, contextlib.suppress(OSError):
+                    sock.recv(4096)
+                    sock.sendall(self.answer)
+
+    def close(self) -> None:
+        self.listening.shutdown(socket.SHUT_RDWR)
+        self.listening.close()
+        self.join()
+
+
 class DoctorTest(SocketCase):
     """sems_mitm.py doctor."""
 
@@ -6130,6 +6695,53 @@ class DoctorTest(SocketCase):
                     self.assertRegex(next_step, step or "^$")
         with mock.patch.object(sems, "in_container", return_value=True):
             self.assertIn("-p 20001:20001 -p 14028:14028", next(sems.machine_findings(settings, None))[2])
+
+    def test_another_program(self) -> None:
+        """A web server on the exporter's port is no exporter, whatever it answers; nor is one that says nothing."""
+        ours = {"devices": [], "upstream": {"mode": "local", "address": ""}}
+        device = {"device": "meter", "model": "m", "full_serial": METER, "up": True, "age_seconds": 1}
+        policy = "Content-Security-Policy: default-src 'self'\r\n"
+        for name, body, is_ours in (
+            ("an exporter", ours, True), ("with a device", {**ours, "devices": [device]}, True), ("a page", "<html>", False), ("nothing", None, False), ("other JSON", {"devices": []}, False),
+            ("a list", [ours], False), ("a number", 5, False), ("other types", {"devices": 3, "upstream": {"mode": "local", "address": ""}}, False), ("an upstream that is a text", {**ours, "upstream": "mode address"}, False),
+            ("an unknown mode", {**ours, "upstream": {"mode": "proxy", "address": ""}}, False), ("other devices", {**ours, "devices": [{"id": 1}]}, False), ("devices that are texts", {**ours, "devices": ["a"]}, False), ("deep", "[" * 100000, False),
+        ):  # fmt: skip
+            text = body if isinstance(body, str) else json.dumps(body)
+            server = WebServer(b"" if body is None else f"HTTP/1.1 200 OK\r\n{policy}\r\n{text}".encode())
+            self.addCleanup(server.close)
+            settings = sems.serve_settings([f"--web.listen-address={LOCAL}:{server.port}"], {})
+            with self.subTest(name):
+                self.assertEqual(sems.running_exporter(settings), body if is_ours else None)
+                if not is_ours:
+                    code, out = self.doctor(
+                        "--sems.mode=local", self.free()[0], f"--web.listen-address={LOCAL}:{server.port}"
+                    )
+                    self.assertEqual((code, "warn  no exporter runs" in out), (1, True), out)
+                    self.assertIn("another program answers there" if body is not None else "is in use", out)
+
+    def test_strangers(self) -> None:
+        """Modules that speak something else are named, with what they said."""
+        settings = sems.serve_settings([], {})
+        for said, words in (
+            ("tls", "begins TLS"),
+            ("nothing", "sends nothing"),
+            ("other", "sends no frame"),
+            ("new", "sends no frame"),
+        ):
+            with self.subTest(said):
+                running = {"devices": [], "strangers": [{"host": "192.168.1.7", "said": said}]}
+                with mock.patch.object(sems, "local_get", return_value=b""):
+                    found = list(sems.device_findings(settings, running))
+                self.assertEqual([state for state, _, _ in found], ["warn"])
+                self.assertIn(f"192.168.1.7 connects and {words}", found[0][1])
+                self.assertIn("WLA", found[0][2])
+
+    def test_redirected_dns(self) -> None:
+        """A name that does not exist points to a firewall first."""
+        with mock.patch.object(sems, "ask_dns", return_value=[]):
+            state, text, step = sems.server_finding(("1.1.1.1", 53), "portal.test")
+        self.assertEqual((state, text), ("warn", "1.1.1.1:53 says that portal.test does not exist"))
+        self.assertRegex(step, "^most likely a firewall redirects port 53")
 
     def test_wrong_clock(self) -> None:
         """A clock before the version's release is wrong."""
