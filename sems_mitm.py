@@ -84,8 +84,9 @@ RELEASED = 1795478400  # 2026-11-24: a machine whose clock is before this is wro
 
 RECV_SIZE = 16 << 10  # one read of a socket: a burst, and no longer than the others can wait for it
 SEND_SIZE = 64 << 10  # one write: so many small pieces are joined
-SOCKET_BUFFERS = 32 << 10  # the kernel's buffers of a connection, each way: 256 connections are memory, too
-ACCEPTS = 32  # connections accepted in a row, before the others have their turn
+SOCKET_BUFFERS = 16 << 10  # the kernel's buffers of a connection, each way: 256 connections are memory, too
+SEGMENT = 4 << 10  # bytes of a TCP segment at most
+EVENTS = 32  # of a round, and connections accepted in a row, before what came is committed and sent on
 PATIENCE = {"outbound": 30, "inbound": 5}  # s that the bytes of an unfinished frame wait for its end
 BACKLOG = 256 << 10  # bytes that wait for a connected peer: above it the other side is not read
 ANSWERS = 64 << 10  # bytes of our own answers that wait for a device: above it the device is not read
@@ -2304,6 +2305,9 @@ def with_small_buffers(sock: socket.socket) -> socket.socket:
     """The same socket: the kernel holds little for it. Before `listen` and `connect`, or the windows are set already."""
     for option in (socket.SO_RCVBUF, socket.SO_SNDBUF):
         sock.setsockopt(socket.SOL_SOCKET, option, SOCKET_BUFFERS)
+    # On the loopback interface one segment would fill the buffer, and each wait for a delayed acknowledgement: 40 ms.
+    with contextlib.suppress(OSError):
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_MAXSEG, SEGMENT)
     return sock
 
 
@@ -3324,7 +3328,7 @@ class Listener:
 
     def ready(self, listening: socket.socket, events: int, now: float) -> None:
         """Accept connections, so many that the others have their turn."""
-        for _ in range(ACCEPTS):
+        for _ in range(EVENTS):
             try:
                 sock, sockaddr = listening.accept()
             except (BlockingIOError, InterruptedError, ConnectionAbortedError):
@@ -3506,16 +3510,22 @@ class Loop:
         """Wait for what comes next, and see to it."""
         ready = self.selector.select(self._patience(until))
         now = time.monotonic()
-        for key, events in ready:
-            owner, connection = key.data
-            if key.fileobj.fileno() >= 0:  # type: ignore[union-attr]  # not closed by one before it
-                is_owner = owner in self.owners  # else it is a listener, or the mailbox
-                if is_owner:
-                    self.touch(owner)
-                self.do("an event", owner if is_owner else None, owner.ready, connection, events, now)
+        for at in range(0, len(ready), EVENTS):
+            for key, events in ready[at : at + EVENTS]:
+                if key.fileobj.fileno() >= 0:  # type: ignore[union-attr]  # not closed by one before it
+                    owner, connection = key.data
+                    self._call(owner, connection, events, now)
+            self._end_round(now)
         if now >= self._next_look:
             self._look(now)
-        self._end_round(now)
+            self._end_round(now)
+
+    def _call(self, owner: Owner, connection: Connection, events: int, now: float) -> None:
+        """Have an owner, or a listener or the mailbox, see to its socket."""
+        is_owner = owner in self.owners
+        if is_owner:
+            self.touch(owner)
+        self.do("an event", owner if is_owner else None, owner.ready, connection, events, now)
 
     def _patience(self, until: float) -> float | None:
         """How long to wait for events: until the next look at deadlines, if there is anything to look at."""
