@@ -1534,7 +1534,7 @@ class Store:
             if counter.is_stuck(at):
                 text = (
                     f"{metric} of {device.serial} stays at {counter.shown.number}: the device has counted less for a day; if "
-                    " that is right, restart the exporter, which then shows the device's own value"
+                    "that is right, restart the exporter, which then shows the device's own value"
                 )
                 self.troubles.say(f"held {device.serial} {metric} {labels}", text, now, DAY)
 
