@@ -1215,13 +1215,15 @@ class Live:
         """Whether the device, or a counter that has now gained much, was silent for an hour over the day's begin."""
         if not self.day or not said:
             return False
-        silent = [self.at]
-        for series, why in said.items():
-            counter = self.held.counters[series]
-            if why == TAKEN and series in before:
-                much = counter.shown.number - before[series].number > counter.could_make(0)
-                silent += [before[series].at] if much else []
-        return any(last < self.day.at and at - last >= LONGEST for last in silent)
+        begun, longest = self.day.at, at - LONGEST
+        if self.at < begun and self.at <= longest:
+            return True
+        for series, last in before.items():
+            if last.at < begun and last.at <= longest and said.get(series) == TAKEN:
+                counter = self.held.counters[series]
+                if counter.shown.number - last.number > counter.could_make(0):
+                    return True
+        return False
 
     def begin(self, when: datetime, since: datetime | None, at: float) -> None:
         """Begin to count the day of `when` anew, at midnight or `since`, which is `at` for the counter rules."""
@@ -1495,7 +1497,8 @@ class Store:
             if reason in HELD_BACK:
                 self.add("sems_mitm_rejected_values_total", count, label("reason", reason))
         self.add("sems_mitm_rejected_values_total", found.not_finite, label("reason", "not_finite"))
-        self._say_stuck(device, at, came)
+        if FALL in said.values():
+            self._say_stuck(device, at, came)
         if not live.day or unsure and not self._slept(device):
             self._begin_counting(device, local if self._looked is None else datetime.fromtimestamp(self._looked[0]), at)
         self.readings += 1
@@ -1516,7 +1519,7 @@ class Store:
             if counter.is_stuck(at):
                 text = (
                     f"{metric} of {device.serial} stays at {counter.shown.number}: the device has counted less for a day; if "
-                    " that is right, restart the exporter, which then shows the device's own value"
+                    "that is right, restart the exporter, which then shows the device's own value"
                 )
                 self.troubles.say(f"held {device.serial} {metric} {labels}", text, now, DAY)
 
