@@ -77,15 +77,16 @@ import http.server  # noqa: E402
 if sys.modules["ssl"] is None:
     del sys.modules["ssl"]
 
-VERSION = "2.0.0"
-RELEASED = 1795478400  # 2026-11-24: a machine whose clock is before this is wrong, and sets no device's clock
+VERSION = "3.0.0"
+RELEASED = 1795996800  # 2026-11-30: a machine whose clock is before this is wrong, and sets no device's clock
 
 # ---------------------------------------------------------------------------------------------------------- limits
 
 RECV_SIZE = 16 << 10  # one read of a socket: a burst, and no longer than the others can wait for it
 SEND_SIZE = 64 << 10  # one write: so many small pieces are joined
-SOCKET_BUFFERS = 32 << 10  # the kernel's buffers of a connection, each way: 256 connections are memory, too
-ACCEPTS = 32  # connections accepted in a row, before the others have their turn
+SOCKET_BUFFERS = 16 << 10  # the kernel's buffers of a connection, each way: 256 connections are memory, too
+SEGMENT = 4 << 10  # bytes of a TCP segment at most
+EVENTS = 32  # of a round, and connections accepted in a row, before what came is committed and sent on
 PATIENCE = {"outbound": 30, "inbound": 5}  # s that the bytes of an unfinished frame wait for its end
 BACKLOG = 256 << 10  # bytes that wait for a connected peer: above it the other side is not read
 ANSWERS = 64 << 10  # bytes of our own answers that wait for a device: above it the device is not read
@@ -1214,13 +1215,15 @@ class Live:
         """Whether the device, or a counter that has now gained much, was silent for an hour over the day's begin."""
         if not self.day or not said:
             return False
-        silent = [self.at]
-        for series, why in said.items():
-            counter = self.held.counters[series]
-            if why == TAKEN and series in before:
-                much = counter.shown.number - before[series].number > counter.could_make(0)
-                silent += [before[series].at] if much else []
-        return any(last < self.day.at and at - last >= LONGEST for last in silent)
+        begun, longest = self.day.at, at - LONGEST
+        if self.at < begun and self.at <= longest:
+            return True
+        for series, last in before.items():
+            if last.at < begun and last.at <= longest and said.get(series) == TAKEN:
+                counter = self.held.counters[series]
+                if counter.shown.number - last.number > counter.could_make(0):
+                    return True
+        return False
 
     def begin(self, when: datetime, since: datetime | None, at: float) -> None:
         """Begin to count the day of `when` anew, at midnight or `since`, which is `at` for the counter rules."""
@@ -1494,7 +1497,8 @@ class Store:
             if reason in HELD_BACK:
                 self.add("sems_mitm_rejected_values_total", count, label("reason", reason))
         self.add("sems_mitm_rejected_values_total", found.not_finite, label("reason", "not_finite"))
-        self._say_stuck(device, at, came)
+        if FALL in said.values():
+            self._say_stuck(device, at, came)
         if not live.day or unsure and not self._slept(device):
             self._begin_counting(device, local if self._looked is None else datetime.fromtimestamp(self._looked[0]), at)
         self.readings += 1
@@ -1515,7 +1519,7 @@ class Store:
             if counter.is_stuck(at):
                 text = (
                     f"{metric} of {device.serial} stays at {counter.shown.number}: the device has counted less for a day; if "
-                    " that is right, restart the exporter, which then shows the device's own value"
+                    "that is right, restart the exporter, which then shows the device's own value"
                 )
                 self.troubles.say(f"held {device.serial} {metric} {labels}", text, now, DAY)
 
@@ -2304,6 +2308,9 @@ def with_small_buffers(sock: socket.socket) -> socket.socket:
     """The same socket: the kernel holds little for it. Before `listen` and `connect`, or the windows are set already."""
     for option in (socket.SO_RCVBUF, socket.SO_SNDBUF):
         sock.setsockopt(socket.SOL_SOCKET, option, SOCKET_BUFFERS)
+    # On the loopback interface one segment would fill the buffer, and each wait for a delayed acknowledgement: 40 ms.
+    with contextlib.suppress(OSError):
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_MAXSEG, SEGMENT)
     return sock
 
 
@@ -3324,7 +3331,7 @@ class Listener:
 
     def ready(self, listening: socket.socket, events: int, now: float) -> None:
         """Accept connections, so many that the others have their turn."""
-        for _ in range(ACCEPTS):
+        for _ in range(EVENTS):
             try:
                 sock, sockaddr = listening.accept()
             except (BlockingIOError, InterruptedError, ConnectionAbortedError):
@@ -3506,16 +3513,22 @@ class Loop:
         """Wait for what comes next, and see to it."""
         ready = self.selector.select(self._patience(until))
         now = time.monotonic()
-        for key, events in ready:
-            owner, connection = key.data
-            if key.fileobj.fileno() >= 0:  # type: ignore[union-attr]  # not closed by one before it
-                is_owner = owner in self.owners  # else it is a listener, or the mailbox
-                if is_owner:
-                    self.touch(owner)
-                self.do("an event", owner if is_owner else None, owner.ready, connection, events, now)
+        for at in range(0, len(ready), EVENTS):
+            for key, events in ready[at : at + EVENTS]:
+                if key.fileobj.fileno() >= 0:  # type: ignore[union-attr]  # not closed by one before it
+                    owner, connection = key.data
+                    self._call(owner, connection, events, now)
+            self._end_round(now)
         if now >= self._next_look:
             self._look(now)
-        self._end_round(now)
+            self._end_round(now)
+
+    def _call(self, owner: Owner, connection: Connection, events: int, now: float) -> None:
+        """Have an owner, or a listener or the mailbox, see to its socket."""
+        is_owner = owner in self.owners
+        if is_owner:
+            self.touch(owner)
+        self.do("an event", owner if is_owner else None, owner.ready, connection, events, now)
 
     def _patience(self, until: float) -> float | None:
         """How long to wait for events: until the next look at deadlines, if there is anything to look at."""
@@ -5378,6 +5391,8 @@ def segment(packet: RecordedPacket, notes: Notes) -> Segment | None:
 class Flow:
     """What one end of a connection sent: bytes as they came, and of each segment its place in the stream, size and time."""
 
+    __slots__ = ("_end", "data", "first", "is_whole", "places", "sizes", "source", "target", "times")
+
     def __init__(self, source: bytes, target: bytes, first: int, is_whole: bool) -> None:
         self.source, self.target = source, target
         self.first, self.is_whole = first, is_whole  # the sequence number of place 0; whether that is the first byte
@@ -5398,18 +5413,18 @@ class Flow:
         to, back = (name.endswith(PORTAL_PORT) for name in (self.target, self.source))
         return OUTBOUND if (to if to != back else BEGINNINGS[0] in self.data) else INBOUND
 
-    def stretches(self) -> Iterator[tuple[int, bytearray, list[int], list[float]]]:
+    def stretches(self) -> Iterator[tuple[int, bytearray, array, array]]:
         """Runs of bytes without a gap: place, bytes, where in them segments end, when all up to there had come."""
-        starts = [0, *itertools.accumulate(self.sizes)]
-        order = sorted(range(len(self.places)), key=self.places.__getitem__)
+        starts = array("Q", itertools.accumulate(self.sizes, initial=0))
+        order = array("Q", sorted(range(len(self.places)), key=self.places.__getitem__))
         place = self.places[order[0]]
         place = end = 0 if self.is_whole and place >= -1 else place  # at -1 stands the byte of a keep-alive probe
-        run, ends, times = bytearray(), [], []  # type: ignore[var-annotated]
+        run, ends, times = bytearray(), array("Q"), array("d")
         for i in order:
             if self.places[i] > end:
                 yield place, run, ends, times
                 place = end = self.places[i]
-                run, ends, times = bytearray(), [], []
+                run, ends, times = bytearray(), array("Q"), array("d")
             new = self.places[i] + self.sizes[i] - end  # bytes that no segment before it held
             if new > 0:
                 run += self.data[starts[i + 1] - new : starts[i + 1]]
@@ -5422,21 +5437,19 @@ class Flow:
         """The pieces of the stream, without those that a gap or an end of the recording tore."""
         wire = self.wire()
         for number, (place, data, ends, times) in enumerate(self.stretches()):
-            pieces, unfinished = cut(wire, data)
-            is_torn = [False] * len(pieces) + [kind not in (FRAME, KEEPALIVE) for kind, _ in unfinished]
-            if pieces and pieces[0][0] == JUNK and (number or not self.is_whole):
-                is_torn[0] = True
+            notes[GAPS] += number > 0
             at = 0
-            for (kind, part), torn in zip(pieces + unfinished, is_torn):
+            for kind, part, is_unfinished in merged(cut(wire, data)):
+                begins_inside = kind == JUNK and not at and (number or not self.is_whole)
                 at += len(part)
-                if not torn:
+                if begins_inside or (is_unfinished and kind not in (FRAME, KEEPALIVE)):
+                    notes[TORN] += 1
+                else:
                     where = (self.first + place + at) & 0xFFFFFFFF
                     yield Recorded(times[bisect.bisect_left(ends, at)], wire, kind, part, where)
-            notes[TORN] += sum(is_torn)
-            notes[GAPS] += number > 0
 
 
-def connections(packets: Iterable[RecordedPacket], notes: Notes) -> Iterable[list[Flow]]:
+def connections(packets: Iterable[RecordedPacket], notes: Notes) -> list[list[Flow]]:
     """The flows of each connection to or from port 20001, or with a segment that begins like a frame."""
     flows: dict[bytes, Flow] = {}
     begun: dict[bytes, int] = {}  # after a SYN, until data comes: the sequence number of the first byte
@@ -5469,62 +5482,62 @@ def connections(packets: Iterable[RecordedPacket], notes: Notes) -> Iterable[lis
                     )
                     found[min(way, back)].append(flow)
                 flow.add(part.seq, part.data, number * 1e-9 if packet.time is None else packet.time)
-    return found.values()
+    return list(found.values())
 
 
 def conversations(packets: Iterable[RecordedPacket], notes: Notes) -> Iterator[Recorded]:
     """What devices and the portal said in packets, in the order of time; what was recorded twice, once."""
     found: list[Recorded] = []
-    for flows in connections(packets, notes):
-        lacks: Notes = collections.Counter()
-        pieces = [piece for flow in flows for piece in flow.pieces(lacks)]
-        if any(piece.kind != JUNK for piece in pieces) or any(BEGINNINGS[1] in flow.data for flow in flows):
-            found += pieces
+    waiting = connections(packets, notes)
+    while waiting:  # what is done with is let go: a recording can be large
+        flows, lacks, before = waiting.pop(), collections.Counter(), len(found)  # type: ignore[var-annotated]
+        is_ours = any(BEGINNINGS[1] in flow.data for flow in flows)
+        while flows:
+            found += flows.pop(0).pieces(lacks)
+        if is_ours or any(piece.kind != JUNK for piece in found[before:]):
             notes.update(lacks)
         else:
+            del found[before:]
             notes[FOREIGN] += 1
+    found.sort(key=lambda piece: piece.captured)
     recent: collections.deque[tuple[int, bytes]] = collections.deque(maxlen=64)  # another interface's, behind NAT too
-    for piece in sorted(found, key=lambda piece: piece.captured):
+    for piece in found:
         if (piece.where, piece.data) not in recent:
             recent.append((piece.where, piece.data))
             yield piece._replace(captured=piece.captured if piece.captured >= 86400 else None)
 
 
-def cut(wire: Wire, data: bytes | bytearray) -> tuple[list[Piece], list[Piece]]:
-    """The pieces of a stream, and those of an unfinished frame at its end."""
-    framer, found = Framer(wire), []  # type: ignore[var-annotated]
+def cut(wire: Wire, data: bytes | bytearray) -> Iterator[tuple[str, bytes, bool]]:
+    """The pieces of a stream: kind, bytes, and whether it is what the end of the stream left unfinished."""
+    framer = Framer(wire)
     for at in range(0, len(data), RECV_SIZE):
-        found += framer.feed(bytes(data[at : at + RECV_SIZE]), 0)
-    return merged(found), merged(framer.close())
+        yield from ((*piece, False) for piece in framer.feed(bytes(data[at : at + RECV_SIZE]), 0))
+    yield from ((*piece, True) for piece in framer.close())
 
 
-def merged(pieces: Iterable[Piece]) -> list[Piece]:
+def merged(pieces: Iterable[tuple[str, bytes, bool]]) -> Iterator[tuple[str, bytes, bool]]:
     """Pieces with what goes on with another."""
-    found: list[tuple[str, list[bytes]]] = []
-    for kind, part in pieces:
-        if kind == JUNK and found and found[-1][0] == JUNK:  # an unbroken run
-            found[-1][1].append(part)
-        else:
-            found.append((kind, [part]))
-    return [(kind, b"".join(parts)) for kind, parts in found]
-
-
-def whole(wire: Wire, data: bytes) -> list[Piece]:
-    """All pieces of bytes."""
-    pieces, unfinished = cut(wire, data)
-    return merged(pieces + unfinished)
+    kind, parts, is_unfinished = "", [], False  # type: ignore[var-annotated]
+    for piece in pieces:
+        if parts and not piece[0] == kind == JUNK:  # an unbroken run of junk is one
+            yield kind, b"".join(parts), is_unfinished
+            parts = []
+        if not parts:
+            kind, _, is_unfinished = piece
+        parts.append(piece[1])
+    if parts:
+        yield kind, b"".join(parts), is_unfinished
 
 
 def pieces_of(direction: str, data: bytes, captured: float | None = None) -> Iterator[Recorded]:
     """The pieces of captured bytes: of their direction, or of both if that is not known ("")."""
-    if direction == INBOUND.name:
-        yield from (Recorded(captured, INBOUND, *piece) for piece in whole(INBOUND, data))
-        return
-    for piece in whole(OUTBOUND, data):
-        inward = whole(INBOUND, piece[1]) if not direction and piece[0] != FRAME else []
-        is_inward = any(kind in (FRAME, KEEPALIVE) for kind, _ in inward)
-        for kind, part in inward if is_inward else [piece]:
-            yield Recorded(captured, INBOUND if is_inward else OUTBOUND, kind, part)
+    wire = INBOUND if direction == INBOUND.name else OUTBOUND
+    for kind, part, _ in merged(cut(wire, data)):
+        inward = [] if direction or kind == FRAME else list(merged(cut(INBOUND, part)))
+        if any(each in (FRAME, KEEPALIVE) for each, _, _ in inward):
+            yield from (Recorded(captured, INBOUND, each, data) for each, data, _ in inward)
+        else:
+            yield Recorded(captured, wire, kind, part)
 
 
 # Text. A line of a dump is an offset, hex, and often the bytes as text; xxd and tcpdump put a colon behind the offset.
@@ -5536,6 +5549,8 @@ ONLY_HEX = re.compile(r"\s*[0-9a-f]{2,}(\s+[0-9a-f]{2,})*\s*", re.I)
 HEX_RUN = re.compile(r"(?<!\w)[0-9a-f]{2}(?:[\s,:;-]*[0-9a-f]{2}){11,}", re.I)
 LITERAL = re.compile(r"""(["'])((?:\\.|(?!\1)[^\\])*)(?:\1|$)""", re.S)
 ESCAPE = re.compile(r"\\(?:x([0-9a-f]{2})|([0-7]{1,3})|(.))", re.S | re.I)
+SEPARATORS = str.maketrans("", "", " \t\r\n\f\v,:;|\"'-")
+C_BYTE = re.compile(r"\b0x([0-9a-f]{1,2})\b", re.I)
 ESCAPED = dict(zip("abfnrtv", "\a\b\f\n\r\t\v"))
 
 
@@ -5559,7 +5574,7 @@ def dumps(text: str) -> list[bytes]:
     found: list[bytearray] = []
     current: dict[str, bytearray] = {}  # by indentation: a dump of both directions indents one
     base, last, is_folded = 0, b"", False
-    for line in re.findall(r"[^\r\n]+", text):
+    for line in (match[0] for match in re.finditer(r"[^\r\n]+", text)):
         match = DUMP_LINE.match(line)
         indent, offset, colon, rest = match.groups("") if match else ("", "", "", "")
         part, dump = line_bytes(rest), current.get(indent)
@@ -5588,7 +5603,7 @@ def unescaped(match: re.Match) -> str:
 def from_hex(text: str) -> bytes:
     """Bytes of hex digits in any spacing, nothing for anything else."""
     with contextlib.suppress(ValueError):
-        return bytes.fromhex(re.sub(r"0[xX]|\\x|[\s,:;|\"'-]", "", text))
+        return bytes.fromhex(text.replace("0x", "").replace("0X", "").replace("\\x", "").translate(SEPARATORS))
     return b""
 
 
@@ -5600,7 +5615,7 @@ def from_text(text: str) -> list[bytes]:
     literals = [match[2] for match in LITERAL.finditer(text) if "\\x" in match[2]] if "\\x" in text else []
     arrays = re.sub(r"/\*.*?\*/|//[^\n]*", "", text, flags=re.S).split("}") if re.search("0x", text, re.I) else []
     found = [ESCAPE.sub(unescaped, "".join(literals)).encode("latin-1", "replace")]
-    found += (bytes(int(digits, 16) for digits in re.findall(r"\b0x([0-9a-f]{1,2})\b", part, re.I)) for part in arrays)
+    found += (bytes(int(match[1], 16) for match in C_BYTE.finditer(part)) for part in arrays)
     found += filter(lambda data: BEGINNINGS[1] in data, map(from_hex, HEX_RUN.findall(text)))
     return [data for data in found if len(data) >= SHORTEST]
 
@@ -5723,7 +5738,9 @@ def other_pieces(data: bytes, notes: Notes) -> Iterator[Recorded]:
     """The pieces in text, or in bytes as they are. Raises ProtocolError."""
     is_utf16 = data.startswith((b"\xff\xfe", b"\xfe\xff"))
     if is_utf16 or not re.search(rb"[\0-\x08\x0e-\x1a\x1c-\x1f]", data):
-        yield from text_pieces(data.decode("utf-16" if is_utf16 else "latin-1", "replace"), notes)
+        text = data.decode("utf-16" if is_utf16 else "latin-1", "replace")
+        del data  # a text is held once
+        yield from text_pieces(text, notes)
     elif BEGINNINGS[1] in data:
         yield from shown_pieces(data, notes, is_known=data.startswith(BEGINNINGS))
     else:

@@ -1350,6 +1350,11 @@ class HeldCountersTest(unittest.TestCase):
             ("a minute's worth", minutes(1000, 1266, 1532), [1000, 1266, 1532], 532),
             ("more than a minute's worth", minutes(1000, 1267, 1268, 1268), [1000, 1000, 1268, 1268], 268),
             ("a real reset", reset, [58110, 159], 1 + 159),
+            ("a reset, for not quite a day", after(known, 60, apart(HOUR, *range(24))), [58110], 1),
+            ("a reset, for a day", after(known, 60, apart(HOUR, *range(25))), [58110, 24], 1 + 24),
+            ("two wrong ones that could be", after(known, HOUR, apart(HOUR, 68200, 58111, 78200, 58112)), [68200] * 4, 10091),
+            ("one, and the truth goes by", after(known, HOUR, apart(60, 68200, 68150, 68250, 68251, 68252)), [68200] * 4 + [68252], 10143),
+            ("a confirmed jump, the last too high", after(known, HOUR, apart(HOUR, 80000, 80001, 90000, 80002, 99000, 80003)), [90000] * 4, 31891),
             ("one that stands still for a day", after(known, 60, apart(HOUR, *[0] * 40)), [58110], 1),
             ("and comes back", after(known, 60, apart(HOUR, *[7] * 40, 58111)), [58110, 58111], 2),
             ("a reset too high to be true", after(known, 60, apart(HOUR, *range(300, 340))), [58110], 1),
@@ -1437,7 +1442,7 @@ class HeldCountersTest(unittest.TestCase):
         for i in range(chance.randint(5, 60)):
             gap = chance.choice(gaps)
             at, truth = at + gap, truth + int(chance.random() * chance.choice((0, 1, 1000, 5000)) * gap / HOUR)
-            wrong = (0, 1, truth // 2, truth // 3, truth * 10, max(truth - 1, 0), truth + 5000, chance.randrange(2**32))
+            wrong = (0, 1, truth // 2, truth // 3, truth * 10, max(truth - 1, 0), truth + 9000, chance.randrange(2**32))
             is_wrong = i >= 2 and found[-1][1] == found[-1][2] and chance.random() < 0.4
             found.append((at, truth, chance.choice(wrong) if is_wrong else truth))
         for _ in range(100):  # it catches up
@@ -1513,6 +1518,16 @@ class DayTest(unittest.TestCase):
                     live.day.since, since if since is None else datetime.fromtimestamp(clock(since * hour))
                 )
                 self.assertEqual(sems.gains(live, live.day.since)["exported"], gained / 100)
+
+    def test_own_count_of_yesterday(self):
+        """An inverter's own count of yesterday is not today's, though counting began anew without a reading."""
+        ahead = [0.0]
+        store = sems.Store(clock=lambda now: clock(now) + ahead[0])
+        meet(store, frame(cls=1, serial=INVERTER, ranges=[(30144, (66, 0, 1000))]))
+        for now, wanted in ((0.0, 6.6), (60.0, 0)):
+            ahead[0] += now and 12.5 * 3600
+            store.look(now)
+            self.assertEqual(sems.member(only(store), store, now).figures["generated_today_kilowatt_hours"], wanted)
 
     def test_marks(self):
         """Gains are compared from the moment at which the last of the devices began; a day remembers sixteen of them."""
@@ -4378,6 +4393,7 @@ class HouseholdTest(unittest.TestCase):
             ("two inverters, one silent", [dns(1000), dns(500, **SILENT)], u, u, u, u),
             ("two HomeKit 1000s", [kit1000(1000, 100), kit1000(500, -200)], 1500, 1600, -100, u),
             ("two HomeKit 1000s, one silent", [kit1000(1000, 100), kit1000(500, -200, **SILENT), dns(9)], u, u, u, u),
+            ("a hybrid beside a HomeKit 1000", [kit1000(2000, 500), hybrid(900, -100, 300, 444)], 900, 1500, 500, -100),
             ("a silent hybrid beside a HomeKit 1000", [kit1000(500, 100), hybrid(1, 5, **SILENT)], 500, 400, 100, u),
             ("a silent hybrid beside an inverter", [dns(1000), hybrid(1, 5, **SILENT)], u, u, u, u),
             ("a hybrid beside a silent inverter", [dns(1000, **SILENT), hybrid(800, 0, 50)], u, 750, 50, 0),
@@ -4582,12 +4598,13 @@ class HouseholdTest(unittest.TestCase):
     def test_one_window(self) -> None:
         """What is used counts from the time on which all that it is made of count; an inverter that sleeps over midnight counts from there."""
         exported, made = "meter_energy_export_decawatt_hours_total", "inverter_energy_output_hectowatt_hours_total"
-        for name, wakes, total, day, off, used, since in (
+        for name, wakes, total, day, off, ct, used, since in (
             # the HomeKit 3000 buys 6 kWh an hour from noon on; the inverter stops at 16:00 and wakes (hours after noon), with these counts
-            ("it slept", 19, 102, 2, 0, 42.3, None),
-            ("it was away, and made more than today", 19, 140, 2, 0, 0, "2026-03-22T07:00:00"),
-            ("it was away for a jump", 19, 9000, 2, 0, 42.1, None),
-            ("its clock is wrong", 19, 102, 2, 700, 0, "2026-03-22T07:00:00"),
+            ("it slept", 19, 102, 2, 0, False, 42.3, None),
+            ("it was away, and made more than today", 19, 140, 2, 0, False, 0, "2026-03-22T07:00:00"),
+            ("it was away for a jump", 19, 9000, 2, 0, False, 42.1, None),
+            ("its CT meter slept too", 19, 102, 2, 0, True, 0, "2026-03-22T07:00:00"),
+            ("its clock is wrong", 19, 102, 2, 700, False, 0, "2026-03-22T07:00:00"),
         ):
             with self.subTest(name), time_zone("UTC0"):
                 store = sems.Store(clock=clock)
@@ -4597,7 +4614,7 @@ class HouseholdTest(unittest.TestCase):
                     if i <= 240 or i == wakes * 60:
                         count, today = (total, day) if i > 240 else (100, 9)
                         when = minute(i) + timedelta(seconds=off)
-                        solar = [(30144, (today, 0, count))]
+                        solar = [(30144, (today, 0, count)), *([(30197, (0, 5, 0, 6)), (30209, (1,))] if ct else [])]
                         meet(store, frame(cls=1, serial=INVERTER, when=when, ranges=solar), now=i * 60.0)
                     store.look(i * 60.0)
                 found = sems.house([sems.member(device, store, wakes * HOUR) for device in store.devices.values()])
