@@ -2109,14 +2109,17 @@ class SpoolTable:
         if self.totals.pop(serial, None):
             self._select("DELETE FROM totals WHERE serial = ? AND bytes = 0", serial)
 
-    def tend(self) -> None:
-        """Write what waits, and open the file if that was not possible before; called once a second."""
-        if self._db is None:
+    def tend(self) -> bool:
+        """Write what waits, and open the file if that was not possible before, which is true; called once a second."""
+        is_new = self._db is None
+        if is_new:
             try:
                 self._open()
             except (OSError, self._sqlite.Error) as error:
-                return self._failed(str(error), 0)
+                self._failed(str(error), 0)
+                return False
         self.apply()
+        return is_new
 
     def _failed(self, trouble: str, count: int) -> None:
         """Count frames that are not stored, say so, and have SQLite give back what it can."""
@@ -2372,7 +2375,7 @@ class Connection:
             data = self.sock.recv(RECV_SIZE)
             self.ended = not data
         except (BlockingIOError, InterruptedError):
-            return b""
+            self.ended = self.error is not None  # nothing more comes from a peer that is lost
         except OSError as error:
             self.ended, self.error = True, error
         if data:
@@ -2414,9 +2417,9 @@ class Connection:
             selector.register(self.sock, events, (self.owner, self))
         self._events = events
 
-    def is_stalled(self, now: float, patience: float) -> bool:
-        """Whether the peer has taken nothing of what waits for it for so long."""
-        return self._progress is not None and now - self._progress >= patience
+    def is_stalled(self, now: float) -> bool:
+        """Whether the peer has taken nothing of what waits for it for too long."""
+        return self._progress is not None and now - self._progress >= STALL
 
     def half_close(self) -> None:
         """Say that nothing more will be sent."""
@@ -2551,7 +2554,7 @@ class DevicePeer(Peer):
             self.reader.loop.store.name_stranger(self.host, "nothing", now)
         pieces = framer.expire(now)
         is_silent = not connection.ended and now - connection.heard >= SILENCE
-        if is_silent or connection.is_stalled(now, STALL):
+        if is_silent or connection.is_stalled(now):
             connection.ended, connection.error = True, TimeoutError()
             pieces += framer.close()
         return self._checked(pieces, LOOP_WINDOW + patience, now)
@@ -2790,7 +2793,7 @@ class PortalLink:
             self._try_next("timeout", f"no answer for {self._patience:.0f} s", now)
         elif self.state == UP and self.peer:
             messages = self.peer.overdue(now)
-            if self.peer.connection.is_stalled(now, STALL):
+            if self.peer.connection.is_stalled(now):
                 self.lose(TimeoutError(errno.ETIMEDOUT, "it takes nothing"), now)
             return messages
         return []
@@ -3299,7 +3302,9 @@ class Spools:
 
     def look(self, now: float) -> None:
         """Have the table write what waits; called once a second."""
-        self.table.tend()
+        if self.table.tend():  # the senders there are do not know what it holds
+            for sender in list(self.senders.values()):
+                self.forget(sender)
         self.wake(now)
 
 
