@@ -1352,6 +1352,7 @@ class Store:
         self.stale_after, self.max_devices, self.batsignal = stale_after, max_devices, batsignal
         self.clock, self.rules_clock = clock, rules_clock
         self._looked: tuple[float, float] | None = None  # both clocks at the last look
+        self._marked: datetime | None = None  # when a device last began to count in the middle of a day
         self.devices: dict[tuple[str, str], Device] = {}
         self.names: dict[tuple[str, str, str], Device] = {}  # the devices that are shown, by their identities
         self.undecoded: dict[Device, None] = {}  # devices with waiting frames, in the order of the first
@@ -1526,9 +1527,11 @@ class Store:
     def _begin_counting(self, device: Device, local: datetime, at: float) -> None:
         """Count a device's day from now on, and mark the moment in the days of the others."""
         device.live.begin(local, local, at)
-        for other in self.devices.values():
-            if other is not device:
-                other.live.mark(local)
+        if local != self._marked:  # of many that begin in one look, the first does it for all
+            self._marked = local
+            for other in self.devices.values():
+                if other is not device:
+                    other.live.mark(local)
 
     def _begin_day(self, now: float) -> None:
         """Begin the day of all devices at midnight; anew, if the clock was set since the last look."""
@@ -1979,7 +1982,9 @@ class SpoolTable:
         new, self._new = self._new, []
         self._changed.update(serial for serial, *_ in new)
         self.is_stored = True
-        is_due = new or len(self._delivered) >= WINDOW  # what is delivered is not sent again after a kill, but for so many
+        is_due = (
+            new or len(self._delivered) >= WINDOW
+        )  # what is delivered is not sent again after a kill, but for so many
         trouble = self._write(new) if is_due else ""
         if trouble:
             self.is_stored = not new
@@ -2104,14 +2109,17 @@ class SpoolTable:
         if self.totals.pop(serial, None):
             self._select("DELETE FROM totals WHERE serial = ? AND bytes = 0", serial)
 
-    def tend(self) -> None:
-        """Write what waits, and open the file if that was not possible before; called once a second."""
-        if self._db is None:
+    def tend(self) -> bool:
+        """Write what waits, and open the file if that was not possible before, which is true; called once a second."""
+        is_new = self._db is None
+        if is_new:
             try:
                 self._open()
             except (OSError, self._sqlite.Error) as error:
-                return self._failed(str(error), 0)
+                self._failed(str(error), 0)
+                return False
         self.apply()
+        return is_new
 
     def _failed(self, trouble: str, count: int) -> None:
         """Count frames that are not stored, say so, and have SQLite give back what it can."""
@@ -2352,7 +2360,8 @@ class Connection:
     """
 
     def __init__(self, loop: Loop, sock: socket.socket, owner: Owner, outbox: Outbox, now: float) -> None:
-        self.loop, self.sock, self.owner, self.outbox = loop, sock, owner, outbox
+        self.loop, self.sock, self.outbox = loop, sock, outbox
+        self.owner: Owner | None = owner
         self.ended = False
         self.error: OSError | None = None
         self.heard = now  # when the peer last sent something, or connected
@@ -2366,7 +2375,7 @@ class Connection:
             data = self.sock.recv(RECV_SIZE)
             self.ended = not data
         except (BlockingIOError, InterruptedError):
-            return b""
+            self.ended = self.error is not None  # nothing more comes from a peer that is lost
         except OSError as error:
             self.ended, self.error = True, error
         if data:
@@ -2408,9 +2417,9 @@ class Connection:
             selector.register(self.sock, events, (self.owner, self))
         self._events = events
 
-    def is_stalled(self, now: float, patience: float) -> bool:
-        """Whether the peer has taken nothing of what waits for it for so long."""
-        return self._progress is not None and now - self._progress >= patience
+    def is_stalled(self, now: float) -> bool:
+        """Whether the peer has taken nothing of what waits for it for too long."""
+        return self._progress is not None and now - self._progress >= STALL
 
     def half_close(self) -> None:
         """Say that nothing more will be sent."""
@@ -2418,13 +2427,15 @@ class Connection:
             self.sock.shutdown(socket.SHUT_WR)
 
     def close(self) -> None:
-        """Close the socket, and be held by nobody: owner and connection refer to each other."""
+        """Close the socket, if it is not closed yet, and forget the owner: they refer to each other."""
+        if self.sock.fileno() < 0:
+            return
         if self._events:
             self.loop.selector.unregister(self.sock)
             self._events = 0
         self.ended, self.error = True, self.error or ConnectionAbortedError()
         self.sock.close()
-        del self.owner
+        self.owner = None
 
 
 # What a peer has sent, recognized: kind (packet type, malformed, junk, keepalive), bytes, address of a good frame or None,
@@ -2532,28 +2543,31 @@ class DevicePeer(Peer):
         self._began: float | None = now  # until its first piece is complete
 
     def read(self, now: float) -> list[Message]:
-        """Read once: the messages that are complete, none if the first piece comes from ourselves."""
-        pieces = self.pieces(now)
+        """Read once: the messages that are complete."""
+        return self._checked(self.pieces(now), LOOP_WINDOW, now)
+
+    def overdue(self, now: float) -> list[Message]:
+        """See to deadlines: an unfinished frame, a silent device, one that takes nothing."""
+        connection, framer, patience = self.connection, self.reader.framer, PATIENCE[OUTBOUND.name]
+        if self._began is not None and now - self._began >= STRANGER and not framer.rest:
+            self._began = math.inf
+            self.reader.loop.store.name_stranger(self.host, "nothing", now)
+        pieces = framer.expire(now)
+        is_silent = not connection.ended and now - connection.heard >= SILENCE
+        if is_silent or connection.is_stalled(now):
+            connection.ended, connection.error = True, TimeoutError()
+            pieces += framer.close()
+        return self._checked(pieces, LOOP_WINDOW + patience, now)
+
+    def _checked(self, pieces: list[Piece], window: float, now: float) -> list[Message]:
+        """The messages of pieces; none if the first piece of the connection has left for the portal within a window."""
         if pieces and self._began is not None:
             self._began = None
             loop, (_, first) = self.reader.loop, pieces[0]
             if first.startswith(b"\x16\x03"):  # a TLS record with a client hello
                 loop.store.name_stranger(self.host, "tls", now)
-            self.is_loop = loop.portal.has_sent(first, self.reader.name, now)
+            self.is_loop = loop.portal.has_sent(first, self.reader.name, window, now)
         return [] if self.is_loop else self.reader.recognized(pieces, now)
-
-    def overdue(self, now: float) -> list[Message]:
-        """See to deadlines: an unfinished frame, a silent device, one that takes nothing."""
-        connection = self.connection
-        if self._began is not None and now - self._began >= STRANGER and not self.reader.framer.rest:
-            self._began = math.inf
-            self.reader.loop.store.name_stranger(self.host, "nothing", now)
-        found = super().overdue(now)
-        is_silent = not connection.ended and now - connection.heard >= SILENCE
-        if is_silent or connection.is_stalled(now, STALL):
-            connection.ended, connection.error = True, TimeoutError()
-            found += self.reader.recognized(self.reader.framer.close(), now)
-        return found
 
 
 # --------------------------------------------------------------------------------- network: the way to the portal
@@ -2626,11 +2640,11 @@ class Portal:
         own = {sock.getsockname()[:2] for listener in self.loop.listeners for sock in listener.sockets}
         return any((name, port) in own for name in ("0.0.0.0", "::", host)) and is_this_machine(host)
 
-    def has_sent(self, piece: bytes, peer: str, now: float) -> bool:
+    def has_sent(self, piece: bytes, peer: str, window: float, now: float) -> bool:
         """Whether a device's first piece is one that an open connection of ours to the portal has sent: a loop.
 
-        Where the device's address is our end of that connection, it is no other; else once and just now only, since a
-        device can repeat what it said on a connection that is still open.
+        Where the device's address is our end of that connection, it is no other; else once and within a window only, since
+        a device can repeat what it said on a connection that is still open.
         """
         departure = self.sent.departure(piece)
         if not departure or departure.end not in self.links:
@@ -2638,7 +2652,7 @@ class Portal:
         if departure.end == peer:
             return True
         self._refused = {key: at for key, at in self._refused.items() if now - at < RETURN_WINDOW}
-        if now - departure.latest > LOOP_WINDOW or hash(piece) in self._refused:
+        if now - departure.latest > window or hash(piece) in self._refused:
             return False
         self._refused[hash(piece)] = now
         return True
@@ -2779,7 +2793,7 @@ class PortalLink:
             self._try_next("timeout", f"no answer for {self._patience:.0f} s", now)
         elif self.state == UP and self.peer:
             messages = self.peer.overdue(now)
-            if self.peer.connection.is_stalled(now, STALL):
+            if self.peer.connection.is_stalled(now):
                 self.lose(TimeoutError(errno.ETIMEDOUT, "it takes nothing"), now)
             return messages
         return []
@@ -2849,10 +2863,7 @@ class Relay:
         if connection is not self.device.connection:
             return self._pass_inward(self.link.ready(events, now))
         if events & selectors.EVENT_READ:
-            messages = self.device.read(now)
-            if self.device.is_loop:
-                return self.loop.refuse(self, "loop", now)
-            self._pass_outward(messages, now)
+            self._pass_outward(self.device.read(now), now)
 
     def _pass_outward(self, messages: list[Message], now: float) -> None:
         """Queue what the device sent for the portal."""
@@ -2869,7 +2880,7 @@ class Relay:
             decide(message, "rewritten" if drawn else "forwarded")
             self.link.reach(now)
         if self._is_away:
-            self.shed(outbox.size - QUEUE)
+            self._bound_queue()
 
     def _pass_inward(self, messages: list[Message]) -> None:
         """Queue what the portal is allowed to send for the device."""
@@ -2882,22 +2893,26 @@ class Relay:
                 self.loop.store.answered(where.owner, ACKS)
             self.link.reader.decide(message, "forwarded" if passes else "dropped")
 
+    def _bound_queue(self) -> None:
+        """Bound what waits for an absent portal."""
+        self.shed(self.link.outbox.size - QUEUE)
+
     def shed(self, excess: int) -> None:
-        """Drop so many bytes of its queues: the oldest frames for the portal, or all if the device takes no answers."""
-        if self.device.connection.outbox.size > self.link.outbox.size:
-            return self.close()
+        """Drop the oldest frames for the portal, so many bytes of them."""
         self.loop.store.add("sems_mitm_queue_dropped_packets_total", self.link.outbox.shed(excess))
 
     def settle(self, now: float) -> None:
         """Send what waits, both ways; wait for what can come next, or end."""
         device, link = self.device, self.link
+        if device.is_loop:
+            return self.loop.refuse(self, "loop", now)
         device.connection.send(now)
         self._pass_outward(device.rest(now), now)
         self._pass_inward(link.write(now))
         if link.was_lost:
             link.was_lost, self._is_away = False, True
             link.outbox.restart(is_good_frame)
-            self.shed(link.outbox.size - QUEUE)
+            self._bound_queue()
         elif link.state == UP:
             self._is_away, self._deadline = False, self._deadline if self._is_half_closed else None
         if device.connection.ended and self._is_over(now):
@@ -2953,10 +2968,7 @@ class Answerer:
     def ready(self, connection: Connection, events: int, now: float) -> None:
         """Called when the socket is ready."""
         if events & selectors.EVENT_READ:
-            messages = self.device.read(now)
-            if self.device.is_loop:
-                return self.loop.refuse(self, "loop", now)
-            self._take(messages, now)
+            self._take(self.device.read(now), now)
 
     def _take(self, messages: list[Message], now: float) -> None:
         """Have the spool keep good frames; a frame of ours that comes back ends the connection."""
@@ -2967,11 +2979,12 @@ class Answerer:
             if where and spools:
                 outcome = spools.take(frame, where, now)
             self._messages.append((message, outcome))
-            if outcome == COMES_BACK:
-                return self.loop.refuse(self, "loop", now)
+            self.device.is_loop = self.device.is_loop or outcome == COMES_BACK
 
     def settle(self, now: float) -> None:
         """Answer, and send; wait for what can come next, or end."""
+        if self.device.is_loop:
+            return self.loop.refuse(self, "loop", now)
         self._answer(now)
         connection = self.device.connection
         connection.send(now)
@@ -3289,7 +3302,9 @@ class Spools:
 
     def look(self, now: float) -> None:
         """Have the table write what waits; called once a second."""
-        self.table.tend()
+        if self.table.tend():  # the senders there are do not know what it holds
+            for sender in list(self.senders.values()):
+                self.forget(sender)
         self.wake(now)
 
 
@@ -3561,7 +3576,8 @@ class Loop:
             self.store.troubles.say("slow disk", text, now)
 
     def _bound(self) -> None:
-        """Keep all queues together within bounds: the longest of mode forward loses its oldest frames."""
+        """Keep all queues together within bounds: the longest of mode forward loses its oldest frames, or is closed where
+        its device takes no answers."""
         excess = sum(owner.waiting for owner in self.owners) - QUEUES
         while excess > 0:
             relays = [owner for owner in self.owners if isinstance(owner, Relay)]
@@ -3570,10 +3586,9 @@ class Loop:
             if not longest or not before:
                 return
             longest.shed(excess)
-            shed = before - (longest.waiting if longest in self.owners else 0)
-            if not shed:
-                return longest.close()
-            excess -= shed
+            if longest.waiting == before:
+                longest.close()
+            excess -= before - (longest.waiting if longest in self.owners else 0)
 
     def _look(self, now: float) -> None:
         """Look at all deadlines."""
