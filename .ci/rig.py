@@ -203,7 +203,12 @@ class Exporter:
     def stop(self, number: int = signal.SIGTERM) -> None:
         """End it."""
         self.popen.send_signal(number)
-        self.popen.wait(30)
+        try:
+            self.popen.wait(20)
+        except subprocess.TimeoutExpired:
+            print(f"{self.command[2]} did not end within 20 s of signal {number}: killed", flush=True)
+            self.popen.kill()
+            self.popen.wait()
 
 
 def connected(port: int, buffer: int = 0) -> socket.socket:
