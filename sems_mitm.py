@@ -1797,16 +1797,16 @@ class RecordFile:
     def __init__(self, path: str, name: str, store: Store) -> None:
         self.path, self.name, self.store = path, name, store
         self._appender: Appender | None = None
-        self._lines: list[str] = []  # of this round
+        self.lines: list[str] = []  # of this round
         self.flush(is_rotated=True)
 
     def put(self, line: str) -> None:
         """Append a line at the end of the round."""
-        self._lines.append(line)
+        self.lines.append(line)
 
     def flush(self, is_rotated: bool = False) -> None:
         """Write the lines of this round, to a file opened anew if another stands under the name now."""
-        lines, self._lines = self._lines, []
+        lines, self.lines = self.lines, []
         if not lines and not is_rotated:
             return
         try:
@@ -1838,6 +1838,10 @@ class Files:
             self.capture.put(line)
         if self.backfill and wire is OUTBOUND and kind.endswith(f"{BUFFERED:02x}"):
             self.backfill.put(line)
+
+    def has_lines(self) -> bool:
+        """Whether anything is recorded and not written."""
+        return any(file.lines for file in self.open)
 
     def flush(self) -> None:
         """At the end of a round: open anew what was rotated, write what was recorded."""
@@ -2982,10 +2986,9 @@ class Answerer:
             self.device.is_loop = self.device.is_loop or outcome == COMES_BACK
 
     def settle(self, now: float) -> None:
-        """Answer, and send; wait for what can come next, or end."""
+        """Send; wait for what can come next, or end."""
         if self.device.is_loop:
             return self.loop.refuse(self, "loop", now)
-        self._answer(now)
         connection = self.device.connection
         connection.send(now)
         self._take(self.device.rest(now), now)
@@ -2995,8 +2998,10 @@ class Answerer:
             self.loop.touch(self)
         connection.watch(connection.outbox.size < ANSWERS)
 
-    def _answer(self, now: float) -> None:
-        """Answer the frames of this round that are kept, and decide the fate of all."""
+    def answer(self, now: float) -> None:
+        """Answer the frames of this round that are kept, and decide the fate of all; called behind the commit."""
+        if self.device.is_loop:
+            return
         messages, self._messages = self._messages, []
         spools, local = self.loop.spools, datetime.fromtimestamp(self.loop.store.clock(now))
         for message, outcome in messages:
@@ -3403,19 +3408,22 @@ class Loop:
     def __init__(self, store: Store, settings: argparse.Namespace, files: Files) -> None:
         """Raises OSError if the devices' port cannot be had, StartError for a spool file."""
         self.store, self.settings, self.files = store, settings, files
-        table = SpoolTable(settings.spool_file, store) if settings.mode == SPOOL else None
-        try:
-            self.listeners = [Listener(self, listeners(*settings.listen_address), self._admit)]
-        except HOST_ERRORS:
-            if table:
-                table.close()
-            raise
         self.is_debugging = log.isEnabledFor(logging.DEBUG)
-        self.selector = selectors.DefaultSelector()
-        self.mailbox = Mailbox(self)
         self.owners: dict[Owner, None] = {}
         self.portal = Portal(self)
-        self.spools = Spools(self, table) if table else None
+        self.spools: Spools | None = None
+        self.listeners: list[Listener] = []
+        with contextlib.ExitStack() as resources:  # closed, the last first, by `close`, or now if one cannot be had
+            self.selector = selectors.DefaultSelector()
+            resources.callback(self.selector.close)
+            self.mailbox = Mailbox(self)
+            resources.callback(self.mailbox.close)
+            if settings.mode == SPOOL:
+                self.spools = Spools(self, SpoolTable(settings.spool_file, store))
+                resources.callback(self.spools.table.close)
+            self.listeners.append(Listener(self, listeners(*settings.listen_address), self._admit))
+            resources.callback(self.listeners[0].close)
+            self.resources = resources.pop_all()
         self.every_second: list[Callable[[float], object]] = [store.look]
         self.is_stopping = False
         self._touched: dict[Owner, None] = {}  # owners that settle at the end of the round
@@ -3547,19 +3555,22 @@ class Loop:
 
     def _patience(self, until: float) -> float | None:
         """How long to wait for events: until the next look at deadlines, if there is anything to look at."""
-        if self._touched:
+        if self._touched or self.files.has_lines():
             return 0
         if self.owners or self.store.undecoded or until < math.inf or not all(one.is_open for one in self.listeners):
             return max(min(self._next_look, until) - time.monotonic(), 0)
         return None
 
     def _end_round(self, now: float) -> None:
-        """Write the files, and commit the spool: what is sent then can be an acknowledgement. Then all settle."""
-        self.do("the end of a round", None, self._timed, "--sems.capture or --sems.backfill", self.files.flush, now)
+        """Commit the spool, have answers queued, write the files; then all settle, and the answers leave."""
+        touched, self._touched = self._touched, {}
         if self.spools:
             self.spools.table.is_stored = False  # until it says so
             self.do("the end of a round", None, self._timed, "--sems.spool-file", self.spools.commit, now)
-        touched, self._touched = self._touched, {}
+        for owner in touched:
+            if isinstance(owner, Answerer):
+                self.do("the end of a round", owner, owner.answer, now)
+        self.do("the end of a round", None, self._timed, "--sems.capture or --sems.backfill", self.files.flush, now)
         for owner in touched:
             if owner in self.owners:
                 self.do("the end of a round", owner, owner.settle, now)
@@ -3619,12 +3630,7 @@ class Loop:
 
     def close(self) -> None:
         """Give back what `run` needs; it does so itself at its end."""
-        for listener in self.listeners:
-            listener.close()
-        if self.spools:
-            self.spools.table.close()
-        self.mailbox.close()
-        self.selector.close()
+        self.resources.close()
 
 
 # ------------------------------------------------------------------------------------------------------- household
@@ -4645,6 +4651,7 @@ class Web:
         self.clients: dict[HttpClient, None] = {}
         self.listener = Listener(loop, listeners(*loop.settings.web_address), self._admit)
         loop.listeners.append(self.listener)
+        loop.resources.callback(self.listener.close)
 
     def _admit(self, sock: socket.socket, sockaddr: tuple, now: float) -> None:
         """Serve a connection; if there are too many, the one that has not completed its request for longest is closed."""
