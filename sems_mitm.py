@@ -2868,6 +2868,7 @@ class Relay:
             return self._pass_inward(self.link.ready(events, now))
         if events & selectors.EVENT_READ:
             self._pass_outward(self.device.read(now), now)
+            self._pass_inward(self.link.write(now))  # at once: that is what a packet is held up by
 
     def _pass_outward(self, messages: list[Message], now: float) -> None:
         """Queue what the device sent for the portal."""
