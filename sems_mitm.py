@@ -5922,7 +5922,8 @@ def redacted(pieces: Iterable[Recorded]) -> list[Recorded]:
     serials = dict.fromkeys(packet.serial for _, packet in kept)
     aliases = {serial: f"{serial[:8]}XXXX{number:04d}" for number, serial in enumerate(serials, 1)}
     left_out = f"{len(kept)} good frames, {others} other pieces left out."
-    print(left_out, "XXXX0001, XXXX0002, ... count the devices up and are no real serial numbers.", file=sys.stderr)
+    if kept:
+        print(left_out, "XXXX0001, XXXX0002, ... count the devices up and are no real serial numbers.", file=sys.stderr)
     return [piece._replace(data=renamed(piece.data, packet, aliases)) for piece, packet in kept]
 
 
@@ -6091,10 +6092,10 @@ def report(found: Backfilled, first: float, last: float, count: int, now: float)
 
 
 def backfill(arguments: list[str]) -> int:
-    """Capture files as OpenMetrics text for promtool tsdb create-blocks-from openmetrics."""
+    """Captures and recordings as OpenMetrics text for promtool tsdb create-blocks-from openmetrics."""
     parser = Parser("backfill", backfill.__doc__)
     # fmt: off
-    parser.add_argument("file", metavar="FILE", nargs="+", help="files of --sems.backfill or --sems.capture, - for standard input")
+    parser.add_argument("file", metavar="FILE", nargs="+", help="files of --sems.backfill or --sems.capture, or recordings as decode takes them; - for standard input")
     parser.add_argument("--job", help="value of a label job, as your Prometheus gives it to this exporter")
     parser.add_argument("--instance", help="value of a label instance")
     parser.add_argument("--label", metavar="NAME=VALUE", type=extra_label, action="append", default=[], help="another label that your Prometheus adds; repeatable")

@@ -5987,6 +5987,7 @@ class RecordingTest(SocketCase):
             ("start in a frame", whole[1:], [two, three], "not whole"), ("a gap", syn + whole[:2] + whole[3:], [two, three] if n < 120 else [three], "gaps", "not whole"), ("the first is missing", syn + whole[1:], [two, three], "gaps", "not whole"),
             ("an end in a frame", syn + whole[:-1], [one, two], "not whole"), ("a port used again", [*syn, (0, one), (4999, b"", {"flags": 2}), (5000, two), (-90001, b"", {"flags": 2}), (-90000, three)], everything),
             ("used again, unseen", [(0, one), (1 << 30, two), (3 << 30, three)], everything, "gaps"), ("the portal's other port, by the prefix", [(at, data, {"portal": 443}) for at, data in ((0, one), (n, two), (2 * n, three))], everything),
+            ("another port, in parts", [(at, data, {"portal": 443}) for at, data in whole], everything), ("used again below, unseen", [*syn, (0, one), (-90000, two)], [one, two], "gaps"),
             ("behind NAT, twice", [(at, data, {"house": house, "port": 40001 + len(house)}) for at, data in whole for house in (HOUSE, "198.51.100.77")], everything),
             ("merged on the way", [(0, merged, {"size": 0})], 1170),
             ("the end of a connection", [*syn, *whole, (len(stream), b"", {"flags": 0x11})], everything),
@@ -6017,7 +6018,7 @@ class RecordingTest(SocketCase):
         foreign = "connections of port 20001 without a frame of GoodWe's, left out: 1"
         for name, packets, wanted, others, missing in (
             ("other traffic", [web, arp, udp, ours, web], [self.ONE], [], []), ("a port that another uses", [tls, ours], [self.ONE], [], [foreign]),
-            ("nothing of ours", [web, arp, udp], [], [], []), ("only that port", [tls], [], [], [foreign]),
+            ("from its beginning", [ether(ipv4(tcp(b"", 0, flags=2, port=40002))), tls, ours], [self.ONE], [], [foreign]), ("nothing of ours", [web, arp, udp], [], [], []), ("only that port", [tls], [], [], [foreign]),
             ("a bad CRC", [ether(ipv4(tcp(spoilt(self.ONE) + self.TWO, 1)))], [self.TWO], [spoilt(self.ONE)], []),
             ("answers alone", [ether(ipv4(tcp(b"\1\2" + self.ACK, 1, True), True))], [self.ACK], [b"\1\2"], []),
             ("keep-alives alone", [ether(ipv4(tcp(b"\1\2", 1, True), True))], [], [b"\1\2"], []),
@@ -6035,7 +6036,7 @@ class RecordingTest(SocketCase):
         whole = pcap(packets)
         fragment = ether(ipv4(tcp(self.TWO, 1), fragment=3))
         for name, data, good, word in (
-            ("snap length", pcap(packets, snap=96), 0, "with -s 0"), ("headers cut", pcap(packets, snap=40), 0, "with -s 0"), ("cut in a packet", whole[:-9], 1, "ends inside a record"),
+            ("snap length", pcap(packets, snap=96), 0, "with -s 0"), ("snap length, answers whole", pcap([ether(ipv4(tcp(self.ACK, 1, True), True)), *packets], snap=120), 1, "with -s 0"), ("headers cut", pcap(packets, snap=40), 0, "with -s 0"), ("cut in a packet", whole[:-9], 1, "ends inside a record"),
             ("cut in a header", pcap(packets[:1]) + bytes(7), 1, "ends inside a record"), ("pcapng cut", pcapng(packets)[:-9], 1, "ends inside a record"), ("gzip cut", gzip.compress(whole, 0)[:-30], 1, "ends inside a record"),
             ("gzip damaged", gzip.compress(pcap(packets[:1])) + gzip.compress(pcap(packets))[:3] + b"xxxxxx", 1, "ends inside a record"), ("a fragment", pcap([packets[0], fragment]), 1, "fragments"),
             ("an old block", pcapng(packets[:1]) + block(2, bytes(40)), 1, "save the file as pcap"), ("damaged", pcap(packets[:1]) + b"\xff" * 16, 1, "damaged"), ("damaged pcapng", pcapng(packets[:1]) + b"\xff" * 16, 1, "damaged"),
