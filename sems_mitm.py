@@ -115,6 +115,7 @@ SLOW = 1  # s in a file system after which the log names it
 LOOP_WINDOW = 2  # s in which a device's first piece that we have just sent to the portal is a loop
 RETURN_WINDOW = 60  # s in which a frame that left a spool and comes in again is a loop
 REMEMBERED, SENT_PIECES = 32, 4096  # pieces that are remembered for that: of one write, in all
+DECODING = 0.25  # s in a row for decoding
 DECODED = 3  # of a device's waiting packets of a function: what the jump rule needs to see
 OTHER_TYPES = 32  # packet types beyond the known with a label of their own
 UNKNOWN_REGISTERS = 128  # series of unknown registers a device
@@ -1456,9 +1457,11 @@ class Store:
     # Packets are decoded
 
     def look(self, now: float) -> None:
-        """Begin a day at midnight, and decode all that waits. Called once a second, and before anything is shown."""
+        """Begin a day at midnight, and decode what waits. Called once a second, and before anything is shown. What takes
+        longer than DECODING is left to the next look, since all connections wait."""
         self._begin_day(now)
-        while self.undecoded:
+        end = time.monotonic() + DECODING
+        while self.undecoded and time.monotonic() < end:
             self.digest_one(now)
 
     def digest_one(self, now: float) -> None:
@@ -1966,8 +1969,16 @@ class SpoolTable:
 
     # New frames
 
+    @property
+    def is_open(self) -> bool:
+        """Whether the database could be opened."""
+        return self._db is not None
+
     def has_room(self, serial: str, size: int) -> bool:
         """Whether a frame of so many bytes can be kept."""
+        if not self.is_open:
+            self._failed("it cannot be opened; what devices send is not acknowledged meanwhile", 1)
+            return False
         of_one, of_all = self._limits
         own = self.totals[serial].bytes if serial in self.totals else 0
         return own + size <= of_one and self.size + size <= of_all
@@ -2113,17 +2124,14 @@ class SpoolTable:
         if self.totals.pop(serial, None):
             self._select("DELETE FROM totals WHERE serial = ? AND bytes = 0", serial)
 
-    def tend(self) -> bool:
-        """Write what waits, and open the file if that was not possible before, which is true; called once a second."""
-        is_new = self._db is None
-        if is_new:
+    def tend(self) -> None:
+        """Write what waits, and open the file if that was not possible before; called once a second."""
+        if self._db is None:
             try:
                 self._open()
             except (OSError, self._sqlite.Error) as error:
-                self._failed(str(error), 0)
-                return False
+                return self._failed(str(error), 0)
         self.apply()
-        return is_new
 
     def _failed(self, trouble: str, count: int) -> None:
         """Count frames that are not stored, say so, and have SQLite give back what it can."""
@@ -3050,15 +3058,13 @@ class SpoolSender:
         self.heard = now  # when its device's last frame came
         self._last = table.types(serial)  # of each type, the last id in the table
         self._sent: dict[str, int] = {}  # of each type, the last id that was sent on this connection
-        self._newest = dict.fromkeys(
-            map(hash, table.newest(serial, self._last))
-        )  # hashes of the newest frames that wait
+        # hashes of the newest frames that wait
+        self._newest = dict.fromkeys(map(hash, table.newest(serial, self._last)))
         self._under_way: list[UnderWay] = []  # oldest first
         self._answered = -math.inf  # when the portal last acknowledged a frame on this connection
         self._reached = 0  # the number of the last frame that it has acknowledged there
-        self._behind: dict[
-            int, float
-        ] = {}  # ids of frames that were put behind, and until when they are not sent again
+        # frames that were put behind: id to type, and until when they are not sent again on this connection
+        self._behind: dict[int, tuple[str, float]] = {}
         self._own_answers: collections.deque[bytes] = collections.deque(maxlen=8)  # which we gave to frames under way
         self._numbers = itertools.count(1)  # of frames, in the order in which they are sent
         classes = {int(kind[:2], 16) for kind in self._last if kind != NO_ANSWER}
@@ -3089,7 +3095,6 @@ class SpoolSender:
         self._newest[hash(frame)] = None
         if len(self._newest) > NEWEST:
             del self._newest[next(iter(self._newest))]
-        self._behind.clear()  # they have ids below the new one, so now is their turn
 
     def lose(self, frame: bytes) -> None:
         """Called when the table could not store a new frame."""
@@ -3128,8 +3133,6 @@ class SpoolSender:
             self._deliver(frame)
         else:
             self._put_behind(frame, now)
-            if self._answered == -math.inf:  # it has acknowledged nothing: it can be that it refuses everything
-                self.link.lose(None, now)
 
     def _deliver(self, frame: UnderWay) -> None:
         """A frame is done with."""
@@ -3158,7 +3161,7 @@ class SpoolSender:
         self._under_way.remove(frame)
         count, mark = (row.count + 1, acked) if is_counted else (row.count, row.mark)
         self._last[row.type] = self.table.move_behind(self.serial, row, count, mark)
-        self._behind[self._last[row.type]] = now + ANSWER_TIMEOUT
+        self._behind[self._last[row.type]] = (row.type, now + ANSWER_TIMEOUT)
 
     # Frames go
 
@@ -3174,7 +3177,7 @@ class SpoolSender:
                     self._deliver(frame)
         if self.link.was_lost:
             self._start_anew(now)
-        if self.undelivered and self.link.can_begin(now) and self._next(now):
+        if self.undelivered and self.link.can_begin(now) and self._next():
             self.link.reach(now)
         self.link.watch(True)
 
@@ -3198,7 +3201,9 @@ class SpoolSender:
         """Queue the next frames for the portal."""
         outbox, draws = self.link.outbox, self.loop.store.batsignal
         while len(self._under_way) < WINDOW and outbox.size < SEND_SIZE:
-            row = self._next(now)
+            if len(self._behind) >= WINDOW and self._answered == -math.inf:
+                break  # it can be that it refuses everything
+            row = self._next()
             if row is None:
                 break
             self._sent[row.type] = row.id
@@ -3207,15 +3212,16 @@ class SpoolSender:
             frame = UnderWay(row._replace(frame=b""), len(row.frame), hash(row.frame), now, next(self._numbers))
             self._under_way.append(frame)
 
-    def _next(self, now: float) -> Row | None:
+    def _next(self) -> Row | None:
         """The next frame to send: the oldest of the types of which not too many are unanswered."""
         unanswered = collections.Counter(frame.row.type for frame in self._under_way)
+        skipped = {*self._behind, *(frame.row.id for frame in self._under_way)}
         rows = []
         for kind, last in self._last.items():
             after = self._sent.get(kind, 0)
             if after < last and unanswered[kind] < WINDOW_OF_TYPE:
                 row = self.table.next(self.serial, kind, after)
-                while row and now < self._behind.get(row.id, 0):
+                while row and row.id in skipped:
                     row = self.table.next(self.serial, kind, row.id)
                 rows += [row] if row else []
         return min(rows, key=lambda row: row.id, default=None)
@@ -3228,6 +3234,10 @@ class SpoolSender:
             self.loop.spools.forget(self)
             return
         self._take(self.link.overdue(now), now)
+        for at, (kind, until) in list(self._behind.items()):
+            if now >= until:
+                del self._behind[at]
+                self._sent[kind] = min(self._sent.get(kind, 0), at - 1)
         late = [frame for frame in self._under_way if now - frame.at >= ANSWER_TIMEOUT and frame.row.type != NO_ANSWER]
         for frame in late:
             if frame.number < self._reached:  # frames behind it were answered: it is this one
@@ -3308,9 +3318,7 @@ class Spools:
 
     def look(self, now: float) -> None:
         """Have the table write what waits; called once a second."""
-        if self.table.tend():  # the senders there are do not know what it holds
-            for sender in list(self.senders.values()):
-                self.forget(sender)
+        self.table.tend()
         self.wake(now)
 
 
@@ -3558,7 +3566,8 @@ class Loop:
         """How long to wait for events: until the next look at deadlines, if there is anything to look at."""
         if self._touched or self.files.has_lines():
             return 0
-        if self.owners or self.store.undecoded or until < math.inf or not all(one.is_open for one in self.listeners):
+        is_closed = not all(one.is_open for one in self.listeners) or self.spools and not self.spools.table.is_open
+        if self.owners or self.store.undecoded or until < math.inf or is_closed:
             return max(min(self._next_look, until) - time.monotonic(), 0)
         return None
 
@@ -3614,6 +3623,8 @@ class Loop:
             self.do("a look", None, self._timed, "--sems.spool-file", functools.partial(self.spools.look, now), now)
         for hook in self.every_second:
             self.do("a look", None, hook, now)
+        if self.store.undecoded:  # there was too much for one look
+            self._next_look = now
 
     def _finish(self) -> None:
         """Accept nobody, send what is queued for two seconds at most, close everything."""
