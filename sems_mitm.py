@@ -17,21 +17,24 @@ The file reads as a packet travels:
 
     limits, errors               what is bounded, and why
     registers, internal metrics  what there is to know, a row a quantity
-    checksum, cipher             CRC-16/MODBUS and AES-128-CBC, in table and matrix steps
-    frames                       Framer: bytes in, one object a frame out, nothing lost
+    checksum, cipher             CRC-16/MODBUS by folding, AES-128-CBC in matrix steps
+    frames                       Framer: bytes in, pieces out: a frame is the only unit, and nothing is lost
     packets                      addresses, envelopes, registers; encode is the inverse of decode
     readings, identity, bat      registers to values and texts; model, family, labels; the bat
-    metrics                      devices and the store; a snapshot of it to exposition text
-    rules                        what may pass, who answers, what waits: no socket, no clock, no thread
-    files                        what is recorded: capture, backfill, and the journal of a spool
-    network                      names, sockets, and the way to the portal
-    modes                        Relay (forward), Answerer (local and spool), Courier (a serial number's spool)
-    loop                         rounds of events, and a look at deadlines once a second
+    metrics                      protected counters, devices, the store; its content as exposition text
+    rules                        what is let through, who answers, what waits: no socket, no thread
+    files                        capture and backfill; the spool, a table of SQLite
+    network                      names; Connection, Reader, Peer; Portal and PortalLink
+    modes                        Relay (forward), Answerer (local and spool), SpoolSender (a serial number's spool)
+    loop                         rounds: read, commit, answer, write files, send; a look at deadlines once a second
     household, page, HTTP        what a house makes and takes; /, /api, /metrics, /home-assistant.yaml
     settings, serve              the flags; how the parts above are put together
     simulator, demo              a house without hardware
     recordings                   packets, dumps and captures to the pieces of their streams
     decode, backfill, doctor, metrics, command line
+
+One thread, that of Loop, does all of it but look names up. A round: owners (Relay, Answerer, SpoolSender, HttpClient) read
+and queue; the spool commits; answers are queued and files written; owners settle, which is where they send.
 """
 
 from __future__ import annotations
