@@ -109,7 +109,6 @@ BACKOFF = (1, 60)  # s between attempts to reach the portal, doubling
 SILENCE = 30 * 60  # s before a silent device's connection is closed, and an idle spool's
 STRANGER = 60  # s without a byte after which a device's connection is named in the log
 STRANGERS_LISTED = 16  # hosts that do not speak this protocol and are remembered
-OPENING = 1  # s after which bytes that are no good frame open a connection to the portal
 LAST_ATTEMPT = 2  # s for an attempt under way when its device closes
 LINGER = 2  # s for the portal's last words after its device has gone
 SHUTDOWN = 2  # s to send what is queued at the end
