@@ -25,11 +25,11 @@ image:  ## the container image
 	docker build -t $(IMAGE) .
 
 bench:  ## throughput, latency, memory and start beside their goals
-	$(PYTHON) test_sems_mitm.py bench
+	$(PYTHON) .ci/bench
 
 MINUTES ?= 20
 soak:  ## trouble for MINUTES (20): devices that stall and die, a portal that comes and goes
-	$(PYTHON) test_sems_mitm.py soak $(MINUTES)
+	$(PYTHON) .ci/soak $(MINUTES)
 
 tables:  ## write the README's tables from the code's
 	$(PYTHON) test_sems_mitm.py tables

@@ -17,33 +17,39 @@ The file reads as a packet travels:
 
     limits, errors               what is bounded, and why
     registers, internal metrics  what there is to know, a row a quantity
-    checksum, cipher             CRC-16/MODBUS and AES-128-CBC, in table and matrix steps
-    frames                       Framer: bytes in, one object a frame out, nothing lost
+    checksum, cipher             CRC-16/MODBUS by folding, AES-128-CBC in matrix steps
+    frames                       Framer: bytes in, pieces out: a frame is the only unit, and nothing is lost
     packets                      addresses, envelopes, registers; encode is the inverse of decode
     readings, identity, bat      registers to values and texts; model, family, labels; the bat
-    metrics                      devices and the store; a snapshot of it to exposition text
-    rules                        what may pass, who answers, what waits: no socket, no clock, no thread
-    files                        what is recorded: capture, backfill, and the journal of a spool
-    network                      names, sockets, and the way to the portal
-    modes                        Relay (forward), Answerer (local and spool), Courier (a serial number's spool)
-    loop                         rounds of events, and a look at deadlines once a second
+    metrics                      protected counters, devices, the store; its content as exposition text
+    rules                        what is let through, who answers, what waits: no socket, no thread
+    files                        capture and backfill; the spool, a table of SQLite
+    network                      names; Connection, Reader, Peer; Portal and PortalLink
+    modes                        Relay (forward), Answerer (local and spool), SpoolSender (a serial number's spool)
+    loop                         rounds: read, commit, answer, write files, send; a look at deadlines once a second
     household, page, HTTP        what a house makes and takes; /, /api, /metrics, /home-assistant.yaml
     settings, serve              the flags; how the parts above are put together
-    simulator, demo, decode, backfill, doctor, metrics, command line
+    simulator, demo              a house without hardware
+    recordings                   packets, dumps and captures to the pieces of their streams
+    decode, backfill, doctor, metrics, command line
+
+One thread, that of Loop, does all of it but look names up. A round: owners (Relay, Answerer, SpoolSender, HttpClient) read
+and queue; the spool commits; answers are queued and files written; owners settle, which is where they send.
 """
 
 from __future__ import annotations
 
 import argparse
+import binascii
+import bisect
 import collections
 import contextlib
+import difflib
 import errno
-import fcntl
 import functools
 import gc
 import html
-import http.client
-import http.server
+import io
 import ipaddress
 import itertools
 import json
@@ -63,51 +69,64 @@ import threading
 import time
 import traceback
 import zlib
+from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import datetime, timedelta, timezone
-from typing import Union
+from typing import BinaryIO, Union
 
-VERSION = "2.0.0"
-RELEASED = 1795478400  # 2026-11-24: a machine whose clock is before this is wrong, and sets no device's clock
+sys.modules.setdefault("ssl", None)  # type: ignore[arg-type]  # http.server would load OpenSSL, 4 MB that nothing here uses
+import http.server  # noqa: E402
+
+if sys.modules["ssl"] is None:
+    del sys.modules["ssl"]
+
+VERSION = "3.0.0"
+RELEASED = 1795996800  # 2026-11-30: a machine whose clock is before this is wrong, and sets no device's clock
 
 # ---------------------------------------------------------------------------------------------------------- limits
 
-RECV_SIZE = 64 << 10  # one read: a burst, and no longer than the others may wait for it
-EVENTS = 32  # of one round: what has come is sent on, and what waits is bounded, after so many
-BACKLOG = 256 << 10  # waiting for a connected peer: above it the other side is not read
-PATIENCE = {"outbound": 30, "inbound": 5}  # s for a frame to become whole
-FIRST_ATTEMPT = 64 << 10  # of a device's bytes as they came, while the first attempt to reach the portal is under way
-QUEUE = 1 << 20  # frames for an absent portal, a device: days of a HomeKit 1000, a packet of 166 bytes a minute
-SPOOLED = 4 << 20  # the same in mode spool, objects counted in: over a week
-QUEUES = 16 << 20  # all that waits, of all peers together, objects counted in: MemoryMax=64M leaves room for it
-OBJECT = 120  # bytes that a waiting frame takes beside its own: the object, and its places in queues
-STALL = 60  # s without progress of a backlog before a peer counts as lost
+RECV_SIZE = 16 << 10  # one read of a socket: a burst, and no longer than the others can wait for it
+SEND_SIZE = 64 << 10  # one write: so many small pieces are joined
+SOCKET_BUFFERS = 16 << 10  # the kernel's buffers of a connection, each way: 256 connections are memory, too
+SEGMENT = 4 << 10  # bytes of a TCP segment at most
+EVENTS = 32  # of a round, and connections accepted in a row, before what came is committed and sent on
+PATIENCE = {"outbound": 30, "inbound": 5}  # s that the bytes of an unfinished frame wait for its end
+BACKLOG = 256 << 10  # bytes that wait for a connected peer: above it the other side is not read
+ANSWERS = 64 << 10  # bytes of our own answers that wait for a device: above it the device is not read
+QUEUE = 1 << 20  # bytes of a device's frames that wait for an absent portal: days of a HomeKit 1000
+QUEUES = 16 << 20  # bytes in all queues in memory
+SPOOL_MEMORY = (4 << 20, 16 << 20)  # bytes that a spool in memory holds: of a device, of all
+SPOOL_FILE = (32 << 20, 256 << 20)  # the same in a file: three months of a HomeKit 1000
+SPOOL_RESERVE = (0.02, 1 << 20, 64 << 20)  # part of its disk that a spool file leaves free, at least, at most
+NEWEST = 64  # frames of a spool that a device can repeat without effect
+WINDOW, WINDOW_OF_TYPE = 32, 16  # frames of a spool that are under way unanswered: all, of one type
+GIVEN_UP = 3  # counts against a frame that the portal does not like, after which it is deleted
+ANSWER_TIMEOUT = 30  # s for the portal to answer a frame of a spool
+STALL = 60  # s without progress of what waits for a peer, before it counts as lost
 CONNECT_TIMEOUT = 10  # s for an attempt to reach the portal, all addresses together
-STUCK = 60  # s after which a look-up counts as stuck, and another is begun
 ADDRESSES = 4  # of the portal that an attempt tries
 BACKOFF = (1, 60)  # s between attempts to reach the portal, doubling
-SILENCE = 30 * 60  # s before a silent device's connection is closed, and a spool without work forgotten
+SILENCE = 30 * 60  # s before a silent device's connection is closed, and an idle spool's
+STRANGER = 60  # s without a byte after which a device's connection is named in the log
+STRANGERS_LISTED = 16  # hosts that do not speak this protocol and are remembered
+OPENING = 1  # s after which bytes that are no good frame open a connection to the portal
 LAST_ATTEMPT = 2  # s for an attempt under way when its device closes
-LINGER = 1  # s for the portal's last words after the device has gone
-ANSWER_TIMEOUT = 30  # s for the portal to answer what a spool has delivered
-HOLD = 1  # s that an unfinished frame waits for the bat, and until the next look at deadlines
+LINGER = 2  # s for the portal's last words after its device has gone
 SHUTDOWN = 2  # s to send what is queued at the end
 TICK = 1  # s between looks at deadlines
-CRC_BUDGET = 8  # bytes of checksum on bad frames for each byte received: nested claims burn no core
-DECODED = 3  # of a device's waiting live packets: what the dip rule needs to see
+SLOW = 1  # s in a file system after which the log names it
+LOOP_WINDOW = 2  # s in which a device's first piece that we have just sent to the portal is a loop
+RETURN_WINDOW = 60  # s in which a frame that left a spool and comes in again is a loop
+REMEMBERED, SENT_PIECES = 32, 4096  # pieces that are remembered for that: of one write, in all
+DECODING = 0.25  # s in a row for decoding
+DECODED = 3  # of a device's waiting packets of a function: what the jump rule needs to see
 OTHER_TYPES = 32  # packet types beyond the known with a label of their own
 UNKNOWN_REGISTERS = 128  # series of unknown registers a device
-LOOP_WINDOW = 2  # s in which what we began to say to the portal and that comes back is a loop
-OPENING = 46  # bytes of it that tell: they hold type, serial number and IV, which is the time
-JOURNAL_MIN, JOURNAL_GROWTH = 1 << 20, 4  # a journal is written anew above so many bytes and times what is undelivered
-JOURNAL_LINE = 150  # bytes of a line of it beside the frame's hex, about
-JOURNAL_LONGEST = 1 << 20  # bytes of a line that are read at once: no frame needs so many
-JOURNAL_RETRY = 5  # s between attempts to write a journal anew after a write that failed
-HTTP_CONNECTIONS = 16  # at once
-HTTP_GRACE = 2  # s that a connection has before it may have to make room
-HTTP_HEAD = 16 << 10  # of a request, headers and all
-HTTP_TIMEOUT = 30  # s for a request's head, and for a client to take an answer
-HTTP_PIECE = 64 << 10  # bytes of an answer that are sent at once
+HTTP_CONNECTIONS = 128  # at once
+HTTP_HEAD = 16 << 10  # bytes of a request's head
+HTTP_HEAD_TIMEOUT = 10  # s for a request's head
+HTTP_ANSWER_TIMEOUT = 30  # s for a client to take an answer
+HTTP_ANSWERS = 8 << 20  # bytes of answers that wait for slow clients
 LOG_HEX = 256  # bytes of a packet in a log line
 PERIOD, CLOCK_PERIOD = 60, 3600  # s in which the same trouble is one line; a clock that is not good enough stays so
 
@@ -138,6 +157,9 @@ class StartError(OSError):
 #     u16/10 35103 35107 35111? -     a kind (see KINDS), divided by 10 (* is multiplied) for the metric's unit; then the
 #                                     first register for each label value: ? is from register maps alone, - is not there
 #     s32 36025 if 36004=1            there only while that register of the same packet holds that word
+#     u16 1 2 if 35184>0 35266>0      there only while that register is there and neither 0 nor FFFF; one condition is for
+#                                     all label values, or each has its own
+#     f32 36015, u64 36104            another place of the same number, which counts instead while it is above 0
 #
 # The words of a value follow one another, the high one first. A metric whose name ends with _total is a counter, any other
 # a gauge. Names and units without a base unit are the original exporter's.
@@ -150,10 +172,10 @@ GUESS = "inferred"  # all of a HomeKit 3000, by its likeness to the 1000
 TABLES = (
     # the grid, by a HomeKit or by the meter of a hybrid
     (("HK1000", "HK3000", "HYBRID"), (
-        ("meter_energy_export_decawatt_hours_total", "", "u48 2048", "u48 2057", "f32/10 36015 if 36004=1",  "Cumulative energy exported to the grid."),
-        ("meter_energy_import_decawatt_hours_total", "", "u48 2060", "u48 2069", "f32/10 36017 if 36004=1",  "Cumulative energy imported from the grid."),
-        ("meter_power_export_watts",                 "", "s32 2105", "s32 2111", "s32 36025 if 36004=1",     "Power exported to the grid; negative while importing."),
-        ("meter_frequency_hertz",                    "", "",         "",         "u16/100 36014 if 36004=1", "Grid frequency at the meter."),
+        ("meter_energy_export_decawatt_hours_total", "", "u48 2048", "u48 2057", "f32/10 36015 if 36004=1, u64 36104? if 36004=1", "Cumulative energy exported to the grid."),
+        ("meter_energy_import_decawatt_hours_total", "", "u48 2060", "u48 2069", "f32/10 36017 if 36004=1, u64 36120? if 36004=1", "Cumulative energy imported from the grid."),
+        ("meter_power_export_watts",                 "", "s32 2105", "s32 2111", "s32 36025 if 36004=1",                            "Power exported to the grid; negative while importing."),
+        ("meter_frequency_hertz",                    "", "",         "",         "u16/100 36014 if 36004=1",                        "Grid frequency at the meter."),
     )),
     # the channels of a meter
     (("HK1000 HK3000", "HYBRID"), (
@@ -175,12 +197,12 @@ TABLES = (
     (("GRID", "HYBRID"), (
         ("inverter_string_voltage_volts",   "string 1 2 3 4 5 6", "u16/10 30103 30105 30107? 30109? 30111? 30113?", "u16/10 35103 35107 35111? 35115? - -", "DC voltage of a PV input."),
         ("inverter_string_current_amperes", "string 1 2 3 4 5 6", "u16/10 30104 30106 30108? 30110? 30112? 30114?", "u16/10 35104 35108 35112? 35116? - -", "DC current of a PV input."),
-        ("inverter_string_power_watts",     "string 1 2 3 4",     "",                                               "u32 35105 35109 35113? 35117?",        "DC power of a PV input."),
+        ("inverter_string_power_watts",     "string 1 2 3 4 5 6", "u32 30150? 30152? 30154? 30156? 30158? 30160?",  "u32 35105 35109 35113? 35117? - -",    "DC power of a PV input."),
         ("inverter_line_voltage_volts",     "line 12 23 31",      "u16/10 30115? 30116? 30117?",                    "",                                     "AC voltage between two phases."),
         ("inverter_phase_voltage_volts",    "phase 1 2 3",        "u16/10 30118 30119? 30120?",                     "u16/10 35121 35126 35131",             "AC voltage of a phase."),
         ("inverter_phase_current_amperes",  "phase 1 2 3",        "u16/10 30121 30122? 30123?",                     "u16/10 35122 35127 35132",             "AC current of a phase."),
         ("inverter_phase_frequency_hertz",  "phase 1 2 3",        "u16/100 30124 30125? 30126?",                    "u16/100 35123 35128 35133",            "AC frequency of a phase."),
-        ("inverter_phase_power_watts",      "phase 1 2 3",        "",                                               "s16 35125 35130 35135",                "AC power of a phase."),
+        ("inverter_phase_power_watts",      "phase 1 2 3",        "",                                               "n16 35125 35130 35135",                "AC power of a phase."),
         ("inverter_input_voltage_dc_decivolts",               "", "u16 30103",             "u16 35103",     "Input DC voltage to inverter."),
         ("inverter_input_current_dc_deciamps",                "", "u16 30104",             "u16 35104",     "Input DC current to inverter."),
         ("inverter_input_power_watts",                        "", "u32h 30137?",           "",              "DC input power."),
@@ -189,11 +211,13 @@ TABLES = (
         ("inverter_output_current_ac_deciamps",               "", "u16 30121",             "u16 35122",     "Output AC current from inverter."),
         ("inverter_output_frequency_ac_centihertz",           "", "u16 30124",             "u16 35123",     "Output AC frequency from inverter."),
         ("inverter_power_output_watts",                       "", "u32l 30127",            "s16 35138",     "Power output from inverter."),
-        ("inverter_reactive_power_vars",                      "", "s32 30135",             "s16 35142?",    "Reactive power output; negative is absorbing."),
-        ("inverter_apparent_power_voltamperes",               "", "u32 30133",             "s16 35144?",    "Apparent power output."),
+        ("inverter_reactive_power_vars",                      "", "s32 30135",             "n16 35142?",    "Reactive power output; negative is absorbing."),
+        ("inverter_apparent_power_voltamperes",               "", "u32 30133",             "n16 35144?",    "Apparent power output."),
         ("inverter_power_factor_ratio",                       "", "s16/1000 30139",        "",              "Power factor."),
-        ("inverter_leakage_current_amperes",                  "", "u16/1000 30210?",       "",              "Residual (leakage) current."),
+        ("inverter_leakage_current_amperes",                  "", "n16/1000 30210?",       "",              "Residual (leakage) current."),
         ("inverter_meter_power_watts",                        "", "s32 30195? if 30209=1", "",              "Power at the CT meter attached to the inverter."),
+        ("inverter_meter_energy_export_watthours_total",      "", "u32 30197? if 30209=1", "",              "Cumulative energy exported, by the CT meter attached to the inverter."),
+        ("inverter_meter_energy_import_watthours_total",      "", "u32 30199? if 30209=1", "",              "Cumulative energy imported, by the CT meter attached to the inverter."),
         ("inverter_energy_output_hectowatt_hours_day",        "", "u16 30144",             "u32 35193",     "Cumulative energy output today."),
         ("inverter_energy_output_hectowatt_hours_total",      "", "u32 30145",             "u32 35191",     "Cumulative energy output total."),
         ("inverter_uptime_hours_total",                       "", "u32 30147",             "u32 35197",     "Inverter total operation time."),
@@ -202,34 +226,35 @@ TABLES = (
         ("inverter_warning_bitmap",                           "", "u16 30132",             "u16 35185?",    "Warning codes, a bitmap; 0 is no warning."),
         ("inverter_derating_bitmap",                          "", "u32 30165?",            "",              "Reasons for derating, a bitmap."),
         ("inverter_grid_code",                                "", "u16 30149",             "u16 35186",     "Grid (safety country) code the inverter is set to."),
-        ("inverter_internal_temperature_decidegrees_celsius", "", "s16 30141",             "s16 35174",     "Internal temperature of inverter."),
-        ("inverter_heatsink_temperature_celsius",             "", "s16/10 30142?",         "s16/10 35176",  "Temperature of the heat sink."),
-        ("inverter_module_temperature_celsius",               "", "s16/10 30143?",         "s16/10 35175?", "Temperature of the power module."),
+        ("inverter_internal_temperature_decidegrees_celsius", "", "n16 30141",             "n16 35174",     "Internal temperature of inverter."),
+        ("inverter_heatsink_temperature_celsius",             "", "n16/10 30142?",         "n16/10 35176",  "Temperature of the heat sink."),
+        ("inverter_module_temperature_celsius",               "", "n16/10 30143?",         "n16/10 35175?", "Temperature of the power module."),
         ("inverter_rssi_percent",                             "", "u16 30172",             "u16 36001",     "Inverter WLAN received signal strength indicator."),
     )),
     # hybrids alone: load, backup output, batteries
     (("HYBRID",), (
-        ("inverter_phase_load_watts",       "phase 1 2 3", "s16 35164 35166 35168",     "Load on a phase."),
+        ("inverter_phase_load_watts",       "phase 1 2 3", "n16 35164 35166 35168",     "Load on a phase."),
         ("inverter_backup_voltage_volts",   "phase 1 2 3", "u16/10 35145 35151 35157",  "Voltage of a phase of the backup output."),
         ("inverter_backup_current_amperes", "phase 1 2 3", "u16/10 35146 35152 35158",  "Current of a phase of the backup output."),
         ("inverter_backup_frequency_hertz", "phase 1 2 3", "u16/100 35147 35153 35159", "Frequency of a phase of the backup output."),
-        ("inverter_backup_power_watts",     "phase 1 2 3", "s16 35150 35156 35162",     "Power of a phase of the backup output."),
-        ("battery_power_watts",             "battery 1 2", "s32 35182 35264?",          "Battery power; positive is discharging."),
-        ("battery_voltage_volts",           "battery 1 2", "u16/10 35180 35262?",       "Battery voltage."),
-        ("battery_current_amperes",         "battery 1 2", "s16/10 35181 35263?",       "Battery current; positive is discharging."),
-        ("battery_mode",                    "battery 1 2", "u16 35184 35266?",          "Battery mode: 0 none, 1 standby, 2 discharging, 3 charging."),
-        ("battery_state_of_charge_ratio",   "battery 1 2", "u16/100 37007 39005?",      "Battery state of charge, 0 to 1."),
-        ("battery_state_of_health_ratio",   "battery 1 2", "u16/100 37008 39006?",      "Battery state of health, 0 to 1."),
-        ("battery_temperature_celsius",     "battery 1 2", "s16/10 37003 39001?",       "Battery temperature."),
-        ("battery_charge_limit_amperes",    "battery 1 2", "u16 37004 39002?",          "Charge current limit set by the battery management system."),
-        ("battery_discharge_limit_amperes", "battery 1 2", "u16 37005 39003?",          "Discharge current limit set by the battery management system."),
-        ("battery_modules",                 "battery 1 2", "u16 37009 39007?",          "Number of battery modules."),
+        ("inverter_backup_power_watts",     "phase 1 2 3", "n16 35150 35156 35162",     "Power of a phase of the backup output."),
+        ("battery_mode",                     "battery 1 2", "u16 35184 35266?",                                       "Battery mode: 0 none, 1 standby, 2 discharging, 3 charging, 4 to be charged, 5 to be discharged."),
+        ("battery_power_watts",              "battery 1 2", "s32 35182 35264? if 35184>0 35266>0",                    "Battery power; positive is discharging."),
+        ("battery_voltage_volts",            "battery 1 2", "u16/10 35180 35262? if 35184>0 35266>0",                 "Battery voltage."),
+        ("battery_current_amperes",          "battery 1 2", "s16/10 35181 35263? if 35184>0 35266>0",                 "Battery current; positive is discharging."),
+        ("battery_state_of_charge_ratio",    "battery 1 2", "u16/100 37007 39005? if 35184>0 35266>0",                "Battery state of charge, 0 to 1."),
+        ("battery_state_of_health_ratio",    "battery 1 2", "u16/100 37008 39006? if 35184>0 35266>0",                "Battery state of health, 0 to 1."),
+        ("battery_temperature_celsius",      "battery 1 2", "n16/10 37003 39001? if 35184>0 35266>0",                 "Battery temperature."),
+        ("battery_charge_limit_amperes",     "battery 1 2", "u16 37004 39002? if 35184>0 35266>0",                    "Charge current limit set by the battery management system."),
+        ("battery_discharge_limit_amperes",  "battery 1 2", "u16 37005 39003? if 35184>0 35266>0",                    "Discharge current limit set by the battery management system."),
+        ("battery_modules",                  "battery 1 2", "u16 37009 39007? if 35184>0 35266>0",                    "Number of battery modules."),
         ("inverter_active_power_watts",              "", "s16 35140",     "Active power at the grid connection; positive is export."),
-        ("inverter_energy_export_watthours_total",   "", "u32*100 35195", "Cumulative energy exported."),
-        ("inverter_energy_import_watthours_total",   "", "u32*100 35200", "Cumulative energy imported."),
+        ("inverter_energy_export_watthours_total",   "", "u32*100 35195", "Cumulative energy that left the inverter at its grid terminals; not what the house exported."),
+        ("inverter_energy_import_watthours_total",   "", "u32*100 35200", "Cumulative energy that the inverter took at its grid terminals; not what the house imported."),
         ("inverter_energy_load_watthours_total",     "", "u32*100 35203", "Cumulative energy used by the load."),
         ("inverter_hybrid_work_mode",                "", "u16 35187?",    "Work mode of a hybrid: 0 waiting, 1 on grid, 2 off grid, 3 fault, 4 flashing, 5 checking."),
-        ("inverter_load_watts",                      "", "s16 35172",     "Load behind the inverter."),
+        ("inverter_load_watts",                      "", "n16 35172",     "Load on the grid side of a hybrid, without its backup output."),
+        ("inverter_backup_load_watts",               "", "n16 35170",     "Load on the backup output of a hybrid, all phases."),
         ("battery_energy_charge_watthours_total",    "", "u32*100 35206", "Cumulative energy charged into the battery."),
         ("battery_energy_discharge_watthours_total", "", "u32*100 35209", "Cumulative energy discharged from the battery."),
     )),
@@ -262,7 +287,11 @@ KINDS = {
     "u32": Kind(2, False, int),
     "s32": Kind(2, True, lambda raw: raw - (raw >> 31 << 32)),
     "u48": Kind(3, False, int),
-    "f32": Kind(2, True, lambda raw: struct.unpack(">f", raw.to_bytes(4, "big"))[0]),
+    "u64": Kind(4, False, int),
+    # 7FFF and FFFF are not available: a true -1 is given up
+    "n16": Kind(1, True, lambda raw: None if raw in (0x7FFF, 0xFFFF) else raw - (raw >> 15 << 16)),
+    # 0.0 is none: newer platforms leave the place unused
+    "f32": Kind(2, True, lambda raw: struct.unpack(">f", raw.to_bytes(4, "big"))[0] or None),
     # some D-NS leave the high word FFFF: the low word is right
     "u32l": Kind(2, False, lambda raw: raw & 0xFFFF if raw >> 16 == 0xFFFF else raw),
     # 0000 FFFF is not available either
@@ -280,8 +309,9 @@ INFO = {
 SILENT = ((30034, 30039), (30100, 30102), (35000, 35032), (35100, 35102))
 
 # A series of a family as it is read. later: its registers behind the first; missing: the raw number that means "not
-# available"; series: (metric, labels); when: (register, word) or None.
-Value = collections.namedtuple("Value", "register later missing number multiply divide series counter when")
+# available"; series: (metric, labels); when: None, or (register, word), where None as a word is any but 0 and FFFF;
+# instead: it counts in place of an earlier value of the series while it is above 0.
+Value = collections.namedtuple("Value", "register later missing number multiply divide series counter when instead")
 
 
 def metric_type(metric: str) -> str:
@@ -289,49 +319,59 @@ def metric_type(metric: str) -> str:
     return "counter" if metric.endswith("_total") else "gauge"
 
 
-def _parts(how: str) -> tuple[str, int, int, list[str], tuple[int, ...] | None]:
-    """How a quantity is read: kind, multiply, divide, registers, condition."""
-    how, _, condition = how.partition(" if ")
+def _condition(text: str) -> tuple[int, int | None]:
+    """A condition of a row: REG=WORD, or REG>0."""
+    register, sign, word = re.split("([=>])", text)
+    return int(register), int(word) if sign == "=" else None
+
+
+def _parts(how: str) -> tuple[str, int, int, list[str], list[tuple[int, int | None] | None]]:
+    """How one place of a quantity is read: kind, multiply, divide, registers, a condition for each of them."""
+    how, _, conditions = how.partition(" if ")
     form, *registers = how.split()
     kind, _, divide = form.partition("/")
     kind, _, multiply = kind.partition("*")  # two numbers, since 66 / 10 is 6.6 and 66 * 0.1 is not
-    when = tuple(map(int, condition.split("="))) if condition else None
+    when: list[tuple[int, int | None] | None] = [*map(_condition, conditions.split())] or [None]
+    when = when * len(registers) if len(when) == 1 else when
+    if len(when) != len(registers):
+        raise ValueError(f"{len(when)} conditions for {len(registers)} registers")
     return kind, int(multiply or 1), int(divide or 1), registers, when
 
 
 def evidence(row: Quantity, family: str) -> list[str]:
     """Where each register that a row has in a family is known from."""
     known = GUESS if family == "HK3000" else SEEN
-    registers = _parts(row.read[family])[3]
+    registers = [register for place in row.read[family].split(", ") for register in _parts(place)[3]]
     return [MAP if register.endswith("?") else known for register in registers if register != "-"]
 
 
 def row_values(row: Quantity, family: str) -> Iterator[Value]:
     """A row's values in a family that reads it. Raises ValueError for a row that makes no sense."""
-    kind, multiply, divide, registers, when = _parts(row.read[family])
-    if kind not in KINDS:
-        raise ValueError(f"there is no kind {kind}")
     name, *labels = row.labels.split() or [""]
     texts = [f'{name}="{label}"' for label in labels] or [""]
-    if len(registers) != len(texts):
-        raise ValueError(f"{len(registers)} registers for {len(texts)} labels")
-    words, signed, number = KINDS[kind]
-    missing = (1 << 16 * words) - 1 if family == "GRID" or not signed else None  # elsewhere -1 is a value
     counter = metric_type(row.metric) == "counter"
-    for register, text in zip(registers, texts):
-        if register != "-":
-            first = int(register.rstrip("?"))
-            later = tuple(range(first + 1, first + words))
-            yield Value(first, later, missing, number, multiply, divide, (row.metric, text), counter, when)
+    for place, how in enumerate(row.read[family].split(", ")):
+        kind, multiply, divide, registers, conditions = _parts(how)
+        if kind not in KINDS:
+            raise ValueError(f"there is no kind {kind}")
+        if len(registers) != len(texts):
+            raise ValueError(f"{len(registers)} registers for {len(texts)} labels")
+        words, signed, number = KINDS[kind]
+        missing = (1 << 16 * words) - 1 if family == "GRID" or not signed else None  # elsewhere -1 is a value
+        for register, text, when in zip(registers, texts, conditions):
+            if register != "-":
+                first = int(register.rstrip("?"))
+                later, series = tuple(range(first + 1, first + words)), (row.metric, text)
+                yield Value(first, later, missing, number, multiply, divide, series, counter, when, place > 0)
 
 
 def family_values(family: str, rows: Sequence[Quantity] = QUANTITIES) -> tuple[Value, ...]:
     """All values of a family. Raises ValueError for rows that make no sense or contradict one another."""
-    found: dict[tuple[str, str], Value] = {}
+    found: dict[tuple[tuple[str, str], bool], Value] = {}
     for row in rows:
         try:
             for value in row_values(row, family) if family in row.read else ():
-                if found.setdefault(value.series, value) is not value:
+                if found.setdefault((value.series, value.instead), value) is not value:
                     raise ValueError(f"the series {value.series[1]!r} stands twice")
         except ValueError as error:
             raise ValueError(f"{row.metric} in {family}: {error}") from None
@@ -373,12 +413,14 @@ INTERNALS = (
     ("sems_mitm_acks_total",                           "counter", DEVICE_LABELS, (), "Acknowledgements given to the device, by the portal or by the exporter."),
     ("sems_mitm_nacks_total",                          "counter", DEVICE_LABELS, (), "Packets of the device that the portal did not accept."),
     ("sems_mitm_buffered_packets_total",               "counter", DEVICE_LABELS, (), "Buffered packets (function 45), which a device sends after an outage."),
+    ("sems_mitm_unreadable_packets_total",             "counter", DEVICE_LABELS, (), "Good frames of the device whose payload cannot be read: settings, live and buffered packets that were decoded."),
 
     # packets and connections
     ("sems_mitm_packets_total",                   "counter", "direction, type, verdict", (), "Packets by type and by what became of them."),
-    ("sems_mitm_rejected_values_total",           "counter", "reason",    ("dip", "not_finite"), "Values of live packets that were not taken."),
+    ("sems_mitm_rejected_values_total",           "counter", "reason",    ("fall", "jump", "not_finite"), "Values of live packets that were not taken."),
     ("sems_mitm_queue_bytes",                     "gauge",   "",          (),    "Bytes that wait for the portal, in memory."),
     ("sems_mitm_queue_dropped_packets_total",     "counter", "",          ALONE, "Packets that were dropped because a queue was full."),
+    ("sems_mitm_undeliverable_packets_total",     "counter", "",          ALONE, "Packets that the portal did not accept or answer three times, given up by mode spool."),
     ("sems_mitm_unlisted_device_packets_total",   "counter", "",          ALONE, "Good packets of devices without series of their own."),
     ("sems_mitm_device_connections",              "gauge",   "",          (),    "Device connections open now."),
     ("sems_mitm_upstream_connections",            "gauge",   "",          (),    "Portal connections open now."),
@@ -434,6 +476,12 @@ def unit(metric: str) -> str:
     return next((unit for end, unit in UNITS.items() if base.endswith("_" + end)), "")
 
 
+def watt_hours(metric: str) -> int:
+    """How many Wh one of an energy metric's unit is; 0 for a metric of anything else."""
+    size = unit(metric)
+    return int(size[: -len("Wh")] or 1) if size.endswith("Wh") else 0
+
+
 def metric_rows() -> list[tuple[str, ...]]:
     """Every metric, registers' first: name, type, labels, unit, meaning, families, where each of them is known from."""
     rows: list[tuple[str, ...]] = []
@@ -450,31 +498,34 @@ def metric_rows() -> list[tuple[str, ...]]:
 
 
 # -------------------------------------------------------------------------------------------------------- checksum
+#
+# CRC-16/MODBUS is the remainder of a message by (x + 1)(x^15 + x + 1). Modulo x^15 + x + 1 the message folds as one big
+# integer, since (x^15 + x + 1) to the power of 2^k is x^(15 * 2^k) + x^(2^k) + 1: what stands above x^(15 * 2^k) is added
+# to what stands lower, twice. Modulo x + 1 it is the parity, which crc_hqx, whose polynomial has that factor too, knows.
 
 
-@functools.lru_cache(maxsize=1)
-def _crc_table() -> list[int]:
-    """What 16 bits shifted out of the register leave in it. The map is linear: bit by bit, then sums."""
-    table = [0]
-    for bit in range(16):
-        crc = 1 << bit
-        for _ in range(16):
-            crc = crc >> 1 ^ (0xA001 if crc & 1 else 0)
-        table += [crc ^ lower for lower in table]
-    return table
+@functools.lru_cache(maxsize=512)
+def _folds(size: int) -> tuple[tuple[int, int, int, int], ...]:
+    """The steps that fold a message of so many bytes to 15 bits: (mask of the part to fold, two shifts, bits to leave out)."""
+    bits, steps = 8 * size + 16, []
+    while bits > 15:
+        powers = [1 << k for k in range(bits.bit_length()) if 15 << k < bits]
+        left, power = min((max(15 * power, bits - 14 * power), power) for power in powers)
+        high = 15 * power
+        steps.append(((1 << bits - high) - 1, high - power, high, bits - left))
+        bits = left
+    return tuple(steps)
 
 
-def crc16(data: bytes) -> int:
-    """CRC-16/MODBUS of data; 4B37 for b"123456789". Two bytes a step: of 16 bits nothing is left when 16 go in."""
-    table, crc, even = _crc_table(), 0xFFFF, len(data) & ~1
-    words = (
-        memoryview(data[:even]).cast("H") if sys.byteorder == "little" else struct.unpack(f"<{even // 2}H", data[:even])
-    )
-    for word in words:
-        crc = table[crc ^ word]
-    for byte in data[even:]:
-        crc = crc >> 8 ^ table[((crc ^ byte) & 0xFF) << 8]
-    return crc
+def crc16(data: bytes | memoryview) -> int:
+    """CRC-16/MODBUS of data; 4B37 for b"123456789". The first bit on the wire is the highest power, and bit 0 here."""
+    rest = int.from_bytes(data, "little") ^ 0xFFFF
+    for mask, near, far, done in _folds(len(data)):
+        high = rest & mask
+        rest = (rest ^ high ^ high << near ^ high << far) >> done
+    rest <<= 1
+    odd = f"{rest ^ binascii.crc_hqx(data, 0):b}".count("1") & 1
+    return rest ^ 0xC001 if odd else rest
 
 
 # ---------------------------------------------------------------------------------------------------------- cipher
@@ -601,17 +652,16 @@ decrypt_block = functools.lru_cache(maxsize=64)(decrypt)
 #
 # What a stream is made of, each as (kind, bytes); the bytes joined are the stream again.
 # FRAME      one frame with a good CRC
-# MALFORMED  a frame with a bad CRC, or one that was given up; up to where it claimed to end
-# JUNK       an unbroken run of bytes that are neither
-# KEEPALIVE  a run of `01 02`
-# MORE       goes on with the malformed frame or the junk before it: no packet of its own
+# MALFORMED  a frame with a bad CRC, or one whose end did not come
+# JUNK       bytes that are neither, up to the next frame or to the end of what has come
+# KEEPALIVE  `01 02`
 
-FRAME, MALFORMED, JUNK, KEEPALIVE, MORE = "frame", "malformed", "junk", "keepalive", ""
+FRAME, MALFORMED, JUNK, KEEPALIVE = "frame", "malformed", "junk", "keepalive"
 Piece = tuple[str, bytes]
 
 
 # One direction on the wire. overhead: bytes that a frame has beside its length field's number; head: bytes that name its type
-# and serial; cap: of the length field; order: of the CRC's bytes; beat: what may stand between frames.
+# and serial; cap: of the length field; order: of the CRC's bytes; beat: a keep-alive, which can stand between frames.
 Wire = collections.namedtuple("Wire", "name prefix overhead head cap order beat")
 OUTBOUND = Wire("outbound", b"POSTGW", 13, 30, 8 << 10, "big", b"")
 INBOUND = Wire("inbound", b"GW", 9, 24, 4 << 10, "little", b"\x01\x02")
@@ -619,119 +669,89 @@ LENGTH = struct.Struct(">I")
 
 
 class Framer:
-    """Cuts a stream into pieces, whatever the cut of its reads.
+    """Cuts a stream into pieces, wherever its reads were cut. `rest` is the bytes of an unfinished frame, which wait for its end.
 
-    After a bad frame the search goes on right behind its prefix. `rest` is what is not decided yet: an unfinished frame,
-    or a few bytes that may become one; `since` is when the wait for it began.
+    A frame with a bad CRC ends where another begins inside it, so that a good frame behind a torn one is found at once. The
+    next one, if it is bad too, is taken whole: so claims inside claims cost no more than checking each byte twice.
     """
 
     def __init__(self, wire: Wire) -> None:
         self.wire = wire
         self.rest = b""
-        self.since = self._fed = 0.0
-        self._claimed = 0  # of rest: up to where a bad frame before it claims the bytes
-        self._bad = False  # that frame has no piece yet
-        self._junk = False  # the last piece was junk: more of it is no new packet
-        self._boundary = True  # at the start, or behind a frame or a keep-alive: where a keep-alive may stand
-        self._checked = 0  # of rest: up to where a bad frame before it was checked, whatever good ones it hid
-        self._budget = 0  # bytes of CRC that may be spent on frames claimed inside bad ones
+        self._since = 0.0  # when the wait for its end began
+        self._is_torn = False  # the last frame was bad and ended where this one begins
+        self._at_boundary = True  # at the start, or behind a frame or a keep-alive: where a keep-alive can stand
 
     def feed(self, data: bytes, now: float) -> list[Piece]:
         """The pieces that data completes, in order."""
-        # each byte is checked once by the frame that holds it, unasked
-        self._budget = min(self._budget + (CRC_BUDGET - 1) * len(data), CRC_BUDGET * RECV_SIZE)
-        self._fed = now
-        return self._cut(self.rest + data)
+        data = self.rest + data if self.rest else data
+        pieces, taken = self._cut(data)
+        if taken or not self.rest:
+            self._since = now
+        self.rest = data[taken:]
+        return pieces
 
     def expire(self, now: float) -> list[Piece]:
-        """The pieces of an unfinished frame that has waited for too long, and is given up."""
-        pieces: list[Piece] = []
-        while self.rest and now - self.since >= PATIENCE[self.wire.name]:
-            pieces += self._cut(self.rest, give_up=True)
-        return pieces
+        """The pieces of an unfinished frame whose end has not come in time."""
+        is_late = self.rest and now - self._since >= PATIENCE[self.wire.name]
+        return self._give_up(now) if is_late else []
 
     def close(self) -> list[Piece]:
         """The pieces of what is left when the stream has ended."""
         pieces: list[Piece] = []
         while self.rest:
-            pieces += self._cut(self.rest, give_up=True)
+            pieces += self._give_up(0.0)
         return pieces
 
-    def _cut(self, buf: bytes, give_up: bool = False) -> list[Piece]:
-        wire = self.wire
-        pieces: list[Piece] = []
-        size, header, overhead, order = len(wire.prefix), len(wire.prefix) + 4, wire.overhead, wire.order
-        start = pos = 0  # from start to pos: neither a good frame nor a keep-alive
-        while pos < len(buf):
-            if wire.beat and self._boundary and start == pos:
-                start = pos = self._beats(buf, pos, pieces)
-                if buf[pos:] == wire.beat[:1] and not give_up:
+    def _give_up(self, now: float) -> list[Piece]:
+        """Take the unfinished frame as malformed up to where another begins in it, and cut what is behind."""
+        data, self.rest = self.rest, b""
+        end = self._start(data, 1)
+        kind = MALFORMED if data.startswith(self.wire.prefix) else JUNK
+        self._is_torn, self._at_boundary = end < len(data), False
+        return [(kind, data[:end]), *self.feed(data[end:], now)]
+
+    def _cut(self, data: bytes) -> tuple[list[Piece], int]:
+        """The whole pieces of data, and how many bytes they are."""
+        wire, pieces, pos, size = self.wire, [], 0, len(data)  # type: ignore[var-annotated]
+        prefix, header, overhead, beat = wire.prefix, len(wire.prefix) + 4, wire.overhead, wire.beat
+        while pos < size:
+            if beat and self._at_boundary and data.startswith(beat[:1], pos):
+                if data.startswith(beat, pos):
+                    pieces.append((KEEPALIVE, beat))
+                    pos += len(beat)
+                    continue
+                if pos + 1 == size:  # the first byte of one, perhaps
                     break
-            pos = self._find(buf, pos, give_up)
-            whole_header = pos + header <= len(buf)
-            if pos == len(buf) or not (whole_header or give_up):
+            start = self._start(data, pos)
+            if start > pos:
+                pieces.append((JUNK, data[pos:start]))
+                self._at_boundary = self._is_torn = False
+                pos = start
+            if pos + header > size:
                 break
-            length = LENGTH.unpack_from(buf, pos + size)[0] if whole_header else 0
-            end = pos + length + overhead
-            if length > wire.cap:
-                pos += size
-            elif end > len(buf) and not give_up:
+            end = pos + LENGTH.unpack_from(data, pos + len(prefix))[0] + overhead
+            if end > size:
                 break
-            elif pos < self._checked and end <= len(buf) and end - pos > self._budget:
-                pos = self._checked
-            elif end <= len(buf) and crc16(buf[pos : end - 2]) == int.from_bytes(buf[end - 2 : end], order):
-                if start < pos:
-                    self._skip(buf, start, pos, pieces)
-                pieces.append((FRAME, buf[pos:end]))
-                self._claimed, self._junk, self._boundary = 0, False, True
-                start = pos = end
-            else:
-                start = self._reject(buf, start, pos, end, pieces)
-                pos = min(pos + size, len(buf))
-                give_up = False  # one at a time: what it hid may be still on its way
-        self._skip(buf, start, pos, pieces)
-        self._claimed, self._checked = max(self._claimed - pos, 0), max(self._checked - pos, 0)
-        self.since = self.since if self.rest and not pos else self._fed
-        self.rest = buf[pos:]
-        return pieces
+            is_good = crc16(data[pos : end - 2]) == int.from_bytes(data[end - 2 : end], wire.order)
+            inner = end if is_good or self._is_torn else min(self._start(data, pos + len(prefix)), end)
+            if inner < end and inner + header > size:  # whether another begins there, its length will tell
+                break
+            pieces.append((FRAME if is_good else MALFORMED, data[pos:inner]))
+            self._at_boundary, self._is_torn = is_good, inner < end
+            pos = inner
+        return pieces, pos
 
-    def _find(self, buf: bytes, pos: int, give_up: bool) -> int:
-        """Where a frame may begin from pos on: at a prefix, or at what may become one when more has come."""
-        prefix, at = self.wire.prefix, buf.find(self.wire.prefix, pos)
-        if at >= 0 or give_up:
-            return at if at >= 0 else len(buf)
-        return len(buf) - next((k for k in range(len(prefix) - 1, 0, -1) if buf.endswith(prefix[:k], pos)), 0)
-
-    def _reject(self, buf: bytes, start: int, pos: int, end: int, pieces: list[Piece]) -> int:
-        """Take the frame from pos to end as bad; the new start. What begins inside another's claim is part of that."""
-        if end <= len(buf):
-            self._budget -= end - pos if pos < self._checked else 0
-            self._checked = max(self._checked, end)
-        if pos >= self._claimed:
-            self._skip(buf, start, pos, pieces)
-            start, self._bad = pos, True
-        self._claimed = max(self._claimed, end)
-        return start
-
-    def _beats(self, buf: bytes, pos: int, pieces: list[Piece]) -> int:
-        """Take the keep-alives at pos; where they end."""
-        start, beat = pos, self.wire.beat
-        while buf.startswith(beat, pos):
-            pos += len(beat)
-        if pos > start:
-            pieces.append((KEEPALIVE, buf[start:pos]))
-            self._junk = False
-        return pos
-
-    def _skip(self, buf: bytes, start: int, end: int, pieces: list[Piece]) -> None:
-        """Take the bytes from start to end as malformed where a bad frame claims them, and as junk behind that."""
-        edge = min(max(self._claimed, start), end)
-        if edge > start:
-            pieces.append((MALFORMED if self._bad else MORE, buf[start:edge]))
-            self._bad, self._junk, self._boundary = False, False, False
-        if end > edge:
-            pieces.append((MORE if self._junk else JUNK, buf[edge:end]))
-            self._junk, self._boundary = True, False
+    def _start(self, data: bytes, pos: int) -> int:
+        """Where a frame can begin from pos on: at a prefix whose length is possible, or at the first bytes of a prefix at the end."""
+        prefix, cap, start = self.wire.prefix, self.wire.cap, pos
+        while (pos := data.find(prefix, pos)) >= 0:
+            at = pos + len(prefix)
+            if at + 4 > len(data) or LENGTH.unpack_from(data, at)[0] <= cap:
+                return pos
+            pos += 1
+        tails = range(len(prefix) - 1, 0, -1)
+        return len(data) - next((tail for tail in tails if data.endswith(prefix[:tail], start)), 0)
 
 
 # --------------------------------------------------------------------------------------------------------- packets
@@ -895,14 +915,22 @@ def info(words: dict[int, int]) -> dict[str, str]:
     return found
 
 
+def _is_there(when: tuple[int, int | None] | None, words: dict[int, int]) -> bool:
+    """Whether a value's condition holds in a packet."""
+    if when is None:
+        return True
+    register, word = when
+    return words.get(register) == word if word is not None else words.get(register, 0) not in (0, 0xFFFF)
+
+
 def reading(name: str, words: dict[int, int]) -> Reading:
     """What the registers of a device of the family `name` mean."""
     values, not_finite, known = {}, 0, KNOWN[name]
-    for register, later, missing, number, multiply, divide, series, counter, when in VALUES[name]:
+    for register, later, missing, number, multiply, divide, series, counter, when, instead in VALUES[name]:
         raw = words.get(register)
         for low in later:
             raw = raw << 16 | words[low] if raw is not None and low in words else None
-        if raw is None or raw == missing or when and words.get(when[0]) != when[1]:
+        if raw is None or raw == missing or instead and not raw or when and not _is_there(when, words):
             continue
         if number is not int:  # what is unsigned is its bits: finite, and not below 0
             raw = number(raw)
@@ -1020,14 +1048,14 @@ def wall_clock(now: float) -> float:
 
 
 class Troubles:
-    """What goes wrong again and again as one log line a minute for each kind, with a count of those left out."""
+    """What goes wrong again and again as one log line a period for each kind, with a count of those left out."""
 
     def __init__(self) -> None:
         self.suppressed = 0
         self._kinds: dict[str, list[float]] = {}  # kind to [when it may be said again, how often it was not]
 
     def say(self, kind: str, text: str, now: float, period: float = PERIOD, level: int = logging.WARNING) -> None:
-        """Log text unless this kind (one of a few fixed words) was logged within the period."""
+        """Log text unless this kind (one of few) was logged within the period."""
         last = self._kinds.setdefault(kind, [-math.inf, 0])
         if now < last[0]:
             last[1] += 1
@@ -1037,83 +1065,187 @@ class Troubles:
         last[:] = [now + period, 0]
 
 
-class Order:
-    """Which live packets of a device count as new, by their own times; as the six bytes of times compare, so do the times.
+Series = tuple[str, str]  # metric, and its labels beside the device's three
+DAY = 86400
+STRONGEST = 100_000  # W: more than any house makes or takes
+LONGEST = 3600  # s without a reading for which that counts at most
 
-    One is new that is not older than the newest, or the third older one in a row, rising: a clock may be set back. What is
-    no calendar date is new and takes no part.
+# What became of a counter's reading. Shown as it is: TAKEN, and three that do not say when the difference was made:
+# RESET (the counter began again at 0), RISEN (a jump that three readings confirm), WRONG_FIRST (the first was wrong).
+# Held back: FALL, JUMP.
+TAKEN, RESET, RISEN, WRONG_FIRST, FALL, JUMP = "", "reset", "risen", "wrong first", "fall", "jump"
+HELD_BACK = (FALL, JUMP)
+Count = collections.namedtuple("Count", "number at")  # a reading of a counter: its value, and its time in s
+
+
+class HeldCounter:
+    """One counter of a device, protected from falls and jumps.
+
+    Prometheus, Home Assistant and `today` take any fall for a reset, after which they add the whole new value. So a
+    value is shown when a house could have made the difference since the last one that was shown, and else held back
+    until other readings confirm it. The clock is handed in; it must not go back.
     """
 
+    def __init__(self, metric: str, number: float, now: float) -> None:
+        self.shown = Count(number, now)  # the last reading that was taken
+        self.sure = self.shown  # the last taken one that was right: the reading right after it was not below it
+        self.gained: float = 0  # from the first reading on
+        self._wh, self._readings = watt_hours(metric), 1
+        # Held-back readings, one right after the other, that agree; of falls the first and the last of them.
+        self._row: list[Count] = []
+
+    def could_make(self, seconds: float) -> float:
+        """How much of the counter's unit is possible in a time; hours run twice as fast as the clock at most."""
+        if not self._wh:
+            return 2 * seconds / 3600 + 1
+        return (STRONGEST * min(seconds, LONGEST) / 3600 + 1000) / self._wh
+
+    def _agree(self, one: Count, later: Count) -> bool:
+        return one.number <= later.number <= one.number + self.could_make(later.at - one.at)
+
+    def take(self, number: float, now: float) -> str:
+        """What becomes of the next reading: TAKEN, RESET, RISEN, WRONG_FIRST, FALL or JUMP."""
+        new, row = Count(number, now), self._row
+        self._readings += 1
+        # Behind readings that were held back, the shown value can be a wrong one: it must not carry a second one.
+        if self._agree(self.shown, new) and (not row or self._agree(self.sure, new)):
+            return self._show(new, number - self.shown.number, TAKEN, self.sure if row else self.shown)
+        is_fall = number < self.shown.number
+        goes_on = row and is_fall == (row[-1].number < self.shown.number) and self._agree(row[-1], new)
+        self._row = [*row[: 1 if is_fall else 2], new] if goes_on else [new]
+        return self._fallen(new) if is_fall else self._jumped(new)
+
+    def _show(self, new: Count, gained: float, why: str, sure: Count) -> str:
+        self.gained += gained
+        self.shown, self.sure, self._row = new, sure, []
+        return why
+
+    def _jumped(self, new: Count) -> str:
+        if len(self._row) < 3:
+            return JUMP
+        return self._show(new, new.number - self.shown.number, RISEN, self._row[1])
+
+    def _fallen(self, new: Count) -> str:
+        first = self._row[0]
+        is_second = self._readings == 3 and first is not new  # of two after the first reading of all
+        if is_second and first.number > 0 and 10 * new.number < self.shown.number:
+            return self._show(new, 0, WRONG_FIRST, new)
+        is_low = 2 * new.number < self.sure.number
+        was_made = all(count.number <= self.could_make(count.at - self.shown.at) for count in (first, new))
+        # What stands still for a day is a fault as likely as a reset, and nothing is lost until it counts.
+        if is_low and was_made and new.at - first.at >= DAY and new.number > first.number:
+            return self._show(new, new.number, RESET, new)
+        return FALL
+
+    def is_stuck(self, now: float) -> bool:
+        """Whether the device has counted less than what is shown for a day."""
+        return bool(self._row) and self._row[-1].number < self.shown.number and now - self.shown.at >= DAY
+
+
+class HeldCounters:
+    """The counters of a device. Pure: times are handed in."""
+
     def __init__(self) -> None:
-        self._newest = b""
-        self._last, self._row = b"", 0  # of the packets older than the newest: the time of the last, how many rise
+        self.counters: dict[Series, HeldCounter] = {}
 
-    def is_new(self, stamp: bytes) -> bool:
-        """Whether the next packet, of this time, counts as new."""
-        if not device_time(stamp):
-            return True
-        if stamp < self._newest:
-            self._row = self._row + 1 if stamp > self._last else 1
-            self._last = stamp
-            if self._row < 3:
-                return False
-        self._newest, self._row = stamp, 0
-        return True
+    def take(self, values: Mapping[Series, float], now: float) -> dict[Series, str]:
+        """What became of each counter of a reading.
+
+        Where all of a group are 0 they are left out, and say nothing: so reads an inverter's controller while it boots.
+        The meter of a hybrid is a group of its own.
+        """
+        found: dict[Series, str] = {}
+        counted = {series: number for series, number in values.items() if metric_type(series[0]) == "counter"}
+        groups = {series[0].startswith("meter_") for series, number in counted.items() if number}
+        for series, number in counted.items():
+            if series[0].startswith("meter_") not in groups:
+                continue
+            if series in self.counters:
+                found[series] = self.counters[series].take(number, now)
+            else:
+                self.counters[series], found[series] = HeldCounter(series[0], number, now), TAKEN
+        return found
+
+    def shown(self) -> dict[Series, float]:
+        """The value of each counter that is shown."""
+        return {series: counter.shown.number for series, counter in self.counters.items()}
+
+    def gained(self) -> dict[Series, float]:
+        """What each counter has gained from its first reading on."""
+        return {series: counter.gained for series, counter in self.counters.items()}
 
 
-Series = tuple[str, str]  # metric, and its labels beside the device's three
-# A day of a device: its date; when counting began, None for midnight; the counters from which it counts.
-Day = collections.namedtuple("Day", "date since base")
+# A day of a device: its date; when counting began, None for midnight, and the same on the clock of the counter rules;
+# what the counters had gained at that time, and at the times at which other devices began, so that gains of several can
+# be compared over one window.
+Day = collections.namedtuple("Day", "date since at marks")
+MARKS = 16  # times of a day that are kept for a device
+OWN_DAY = ("inverter_energy_output_hectowatt_hours_day", "")  # an inverter's own count of the day
+OWN_TOTAL = ("inverter_energy_output_hectowatt_hours_total", "")
+CLOCK_STEP = 60  # s that this machine's clock may be off the monotonic one from one look to the next: else it was set
+CLOCK_AGREES = 600  # s between a device's clock and ours: its day is ours
 
 
 class Live:
-    """What the live packets of a device said. Times are monotonic but for `day`'s."""
+    """What the live packets of a device said."""
 
     def __init__(self) -> None:
         self.gauges: dict[Series, float] = {}  # of the last reading
-        self.counters: dict[Series, float] = {}  # held: they fall only by the dip rule
+        self.counters: dict[Series, float] = {}  # as they are shown
+        self.held = HeldCounters()
         self.unknown: dict[int, int] = {}
-        self.fresh = -math.inf  # when the last reading came
+        self.fresh = -math.inf  # when the last reading came, monotonic
+        self.at = -math.inf  # when the last one came that had a counter, on the clock of the counter rules
+        self.stamp: datetime | None = None  # the device's own time of the last reading that had one
         self.offset: float | None = None
         self.day: Day | None = None
-        self._below: dict[
-            Series, tuple[float, int]
-        ] = {}  # a counter's values below the held one: the last, how many in a row
 
-    def take(self, found: Reading, now: float, clock: Clock) -> int:
-        """Take a reading that counts as new; how many of its counters were held back as dips."""
-        local, gap = datetime.fromtimestamp(clock(now)), clock(now) - clock(self.fresh)
-        is_new_day = not self.day or self.day.date != local.date()
-        before = dict(self.counters) if is_new_day else {}
-        self.fresh = now
+    def take(self, found: Reading, now: float, at: float) -> tuple[dict[Series, str], bool]:
+        """Take a reading that came at `now`, which is `at` for the counter rules.
+
+        What became of its counters, and whether what they gained can be of an earlier day: behind a silence over
+        midnight, or a confirmed jump.
+        """
+        before = {series: counter.shown for series, counter in self.held.counters.items()}
+        said = self.held.take(found.values, at)
+        unsure = not {RESET, RISEN, WRONG_FIRST}.isdisjoint(said.values()) or self._is_over_midnight(before, said, at)
+        self.fresh, self.at = now, at if said else self.at
         self.unknown = dict(itertools.islice(found.unknown.items(), UNKNOWN_REGISTERS))
-        self.gauges, dips = {}, 0
-        below: dict[Series, tuple[float, int]] = {}
-        for series, number in found.values.items():
-            if not series[0].endswith("_total"):
-                self.gauges[series] = number
-            elif self._is_dip(series, number, below):
-                dips += 1
-            else:
-                self.counters[series] = number
-        self._below = below
-        if is_new_day:
-            self._begin_day(local, gap, before)
-        return dips
+        self.gauges = {series: number for series, number in found.values.items() if metric_type(series[0]) == "gauge"}
+        self.counters = self.held.shown()
+        return said, unsure
 
-    def _is_dip(self, series: Series, number: float, below: dict[Series, tuple[float, int]]) -> bool:
-        """Whether a counter's value is below the held one, and not yet the third in a row of which none falls."""
-        if number >= self.counters.get(series, number):
+    def _is_over_midnight(self, before: dict[Series, Count], said: dict[Series, str], at: float) -> bool:
+        """Whether the device, or a counter that has now gained much, was silent for an hour over the day's begin."""
+        if not self.day or not said:
             return False
-        last, row = self._below.get(series, (number, 0))
-        row = row + 1 if number >= last else 1
-        below[series] = number, row
-        return row < DECODED
+        begun, longest = self.day.at, at - LONGEST
+        if self.at < begun and self.at <= longest:
+            return True
+        for series, last in before.items():
+            if last.at < begun and last.at <= longest and said.get(series) == TAKEN:
+                counter = self.held.counters[series]
+                if counter.shown.number - last.number > counter.could_make(0):
+                    return True
+        return False
 
-    def _begin_day(self, local: datetime, gap: float, before: dict[Series, float]) -> None:
-        """Count today from `before`, the counters of a reading a gap (in s) ago, if that was just before midnight; else from now."""
-        goes_on = self.day and gap < 3600 and (local - timedelta(seconds=gap)).date() == self.day.date
-        self.day = Day(local.date(), None if goes_on else local, before if goes_on else dict(self.counters))
+    def begin(self, when: datetime, since: datetime | None, at: float) -> None:
+        """Begin to count the day of `when` anew, at midnight or `since`, which is `at` for the counter rules."""
+        self.day = Day(when.date(), since, at, {since: self.held.gained()})
+
+    def mark(self, since: datetime) -> None:
+        """Remember what was gained when another device began to count."""
+        if self.day:
+            marks = self.day.marks
+            marks[since] = self.held.gained()
+            if len(marks) > MARKS:
+                del marks[next(when for when in marks if when != self.day.since)]
+
+    def own_count(self) -> float | None:
+        """The inverter's own count of the day; None if it has none, or its day is not ours."""
+        if not self.day or self.stamp is None or self.offset is None or abs(self.offset) > CLOCK_AGREES:
+            return None
+        return self.gauges.get(OWN_DAY) if self.stamp.date() == self.day.date else None
 
 
 PACKET_COUNTERS = {  # by kind of device and function; the original's names, one for the confirmations of all
@@ -1125,7 +1257,9 @@ PACKET_COUNTERS = {  # by kind of device and function; the original's names, one
     }
     for kind in ("meter", "inverter")
 }
-ACKS, NACKS, BUFFERED_PACKETS = "sems_mitm_acks_total", "sems_mitm_nacks_total", "sems_mitm_buffered_packets_total"
+ACKS, NACKS, BUFFERED_PACKETS, UNREADABLE = (
+    f"sems_mitm_{name}_total" for name in ("acks", "nacks", "buffered_packets", "unreadable_packets")
+)
 
 
 class Device:
@@ -1136,10 +1270,13 @@ class Device:
         self.family = family(where.cls, where.serial)
         self.is_told("")
         self.info = {"firmware": "", "module_firmware": "", "portal": ""}
-        self.counts = dict.fromkeys([*PACKET_COUNTERS[self.kind].values(), ACKS, NACKS, BUFFERED_PACKETS], 0)
+        named = ACKS, NACKS, BUFFERED_PACKETS, UNREADABLE
+        self.counts = dict.fromkeys([*PACKET_COUNTERS[self.kind].values(), *named], 0)
         self.good = now  # when the last good frame came
-        self.live, self.order = Live(), Order()
-        self.waiting: dict[int, list[tuple[bytes, float]]] = {SETTINGS: [], LIVE: []}  # frames, and when they came
+        self.live = Live()
+        self.waiting: dict[int, list[tuple[bytes, float]]] = {
+            function: [] for function in DATA
+        }  # frames, and when they came
         self.version = 0  # rises with every change, so that an unchanged device is not rendered again
         self.page: tuple[tuple[int, bool], dict[str, str]] = ((-1, False), {})
 
@@ -1201,31 +1338,25 @@ def process_samples() -> dict[Series, float]:
     return found
 
 
-class FairLock:
-    """A lock that is not taken again by the thread that had it while another waits: the loop would starve a scrape."""
-
-    def __init__(self) -> None:
-        self._turn, self._lock = threading.Lock(), threading.Lock()
-
-    def __enter__(self) -> None:
-        with self._turn:
-            self._lock.acquire()
-
-    def __exit__(self, *_: object) -> None:
-        self._lock.release()
-
-
 LABELLED = TYPES | {MALFORMED, KEEPALIVE, JUNK}
 
 
 class Store:
-    """All that the exporter shows. The loop writes and HTTP threads read, each under `lock`."""
+    """All that the exporter shows: what devices said, and counters."""
 
     def __init__(
-        self, stale_after: float = 300, max_devices: int = 256, batsignal: bool = False, clock: Clock = wall_clock
+        self,
+        stale_after: float = 300,
+        max_devices: int = 256,
+        batsignal: bool = False,
+        clock: Clock = wall_clock,
+        rules_clock: Clock = lambda now: now,
     ) -> None:
-        self.lock = FairLock()
-        self.stale_after, self.max_devices, self.batsignal, self.clock = stale_after, max_devices, batsignal, clock
+        """clock: monotonic seconds to the time of day that is shown; rules_clock: to the time of the counter rules."""
+        self.stale_after, self.max_devices, self.batsignal = stale_after, max_devices, batsignal
+        self.clock, self.rules_clock = clock, rules_clock
+        self._looked: tuple[float, float] | None = None  # both clocks at the last look
+        self._marked: datetime | None = None  # when a device last began to count in the middle of a day
         self.devices: dict[tuple[str, str], Device] = {}
         self.names: dict[tuple[str, str, str], Device] = {}  # the devices that are shown, by their identities
         self.undecoded: dict[Device, None] = {}  # devices with waiting frames, in the order of the first
@@ -1233,6 +1364,7 @@ class Store:
         self.totals = {(name, label(key, value) if key else ""): 0 for name, key, values in FIXED for value in values}
         self.packets: dict[tuple[str, str, str], int] = collections.defaultdict(int)
         self.gauges: dict[str, Callable[[], float | None]] = {}  # asked at the scrape; None is absent
+        self.strangers: dict[str, str] = {}  # hosts that connect and do not speak this protocol, and what they said
         self.troubles = Troubles()
 
     def add(self, name: str, count: int = 1, labels: str = "") -> None:
@@ -1269,7 +1401,7 @@ class Store:
             device.counts[counter] += 1
         if function == BUFFERED:
             device.counts[BUFFERED_PACKETS] += 1
-        elif function == SETTINGS or function == LIVE and device.order.is_new(frame[LONG.time : LONG.time + 6]):
+        if function in DATA:
             waiting = device.waiting[function]
             waiting.append((frame, now))
             del waiting[:-DECODED]
@@ -1289,14 +1421,11 @@ class Store:
             self._is_named(device, now)  # says so
             return None
         if len(self.devices) >= self.max_devices:
-            silent = min(self.devices.values(), key=lambda other: other.good)
-            if not self.is_stale(silent.good, now):
-                text = f"more devices than --sems.max-devices={self.max_devices}: {where.serial} is passed on without metrics"
-                self.troubles.say("max-devices", text, now)
-                return None
-            del self.devices[silent.kind, silent.serial]
-            self.undecoded.pop(silent, None)
-            self._unname(silent)
+            text = (
+                f"more devices than --sems.max-devices={self.max_devices}: {where.serial} is passed on without metrics"
+            )
+            self.troubles.say("max-devices", text, now)
+            return None
         self.devices[where.owner] = self.names[device.name] = device
         log.info("new device: %s %s", device.name[1], device.serial)
         return device
@@ -1317,11 +1446,25 @@ class Store:
         """Whether what was last heard at `since` (monotonic) is too old to be shown."""
         return bool(self.stale_after) and now - since > self.stale_after
 
+    def name_stranger(self, host: str, said: str, now: float) -> None:
+        """Remember and log a host that connects and does not speak this protocol. said: tls, or nothing."""
+        if len(self.strangers) < STRANGERS_LISTED or host in self.strangers:
+            self.strangers[host] = said
+        what = "begins with a TLS client hello" if said == "tls" else f"has sent nothing for {STRANGER} s"
+        text = (
+            f"{host} has connected and {what}: perhaps a module that does not speak this protocol, "
+            "such as a WiFi/LAN Kit-20 with WLA... on its label"
+        )
+        self.troubles.say(f"stranger {said}", text, now)
+
     # Packets are decoded
 
-    def digest(self, now: float) -> None:
-        """Decode all that waits."""
-        while self.undecoded:
+    def look(self, now: float) -> None:
+        """Begin a day at midnight, and decode what waits. Called once a second, and before anything is shown. What takes
+        longer than DECODING is left to the next look, since all connections wait."""
+        self._begin_day(now)
+        end = time.monotonic() + DECODING
+        while self.undecoded and time.monotonic() < end:
             self.digest_one(now)
 
     def digest_one(self, now: float) -> None:
@@ -1335,6 +1478,8 @@ class Store:
                 try:
                     self._decode(device, function, frame, came)
                 except ProtocolError as error:
+                    device.counts[UNREADABLE] += 1
+                    device.version += 1
                     self.troubles.say("payload", f"a packet of {device.serial} cannot be read: {error}", now)
                 except Exception:
                     self.broke("a reading")
@@ -1342,17 +1487,75 @@ class Store:
     def _decode(self, device: Device, function: int, frame: bytes, came: float) -> None:
         packet = decode(frame, OUTBOUND)
         words = registers(packet.clear)
+        if function == BUFFERED:
+            return
         if function == SETTINGS:
             return self._learn(device, info(words), came)
         device.family = family(frame[10], device.serial)
-        found, live = reading(device.family, words), device.live
-        self.add("sems_mitm_rejected_values_total", live.take(found, came, self.clock), label("reason", "dip"))
+        self._take(device, reading(device.family, words), device_time(packet.time), came)
+
+    def _take(self, device: Device, found: Reading, stamp: datetime | None, came: float) -> None:
+        """Take a device's reading of its own time `stamp`, which came at `came`."""
+        live, at, local = device.live, self.rules_clock(came), datetime.fromtimestamp(self.clock(came))
+        said, unsure = live.take(found, came, at)
+        if stamp:
+            live.stamp, live.offset = stamp, (stamp - local).total_seconds()
+        for reason, count in collections.Counter(said.values()).items():
+            if reason in HELD_BACK:
+                self.add("sems_mitm_rejected_values_total", count, label("reason", reason))
         self.add("sems_mitm_rejected_values_total", found.not_finite, label("reason", "not_finite"))
-        when = device_time(packet.time)
-        if when:
-            live.offset = (when - datetime.fromtimestamp(self.clock(came))).total_seconds()
+        if FALL in said.values():
+            self._say_stuck(device, at, came)
+        if not live.day or unsure and not self._slept(device):
+            self._begin_counting(device, local if self._looked is None else datetime.fromtimestamp(self._looked[0]), at)
         self.readings += 1
         self._learn(device, found.info, came)
+
+    def _slept(self, device: Device) -> bool:
+        """Whether a device counted nothing but today's over a silence: a grid-tied inverter, which sleeps at night."""
+        live, own = device.live, device.live.own_count()
+        metered = any(metric.startswith("inverter_meter_") for metric, _ in live.counters)
+        if device.family != "GRID" or metered or own is None or live.day is None:
+            return False
+        base = live.day.marks[live.day.since]
+        return live.held.gained().get(OWN_TOTAL, math.inf) - base.get(OWN_TOTAL, 0) <= own + 1
+
+    def _say_stuck(self, device: Device, at: float, now: float) -> None:
+        """Log once a day the counters of a device that have stayed held for a day."""
+        for (metric, labels), counter in device.live.held.counters.items():
+            if counter.is_stuck(at):
+                text = (
+                    f"{metric} of {device.serial} stays at {counter.shown.number}: the device has counted less for a day; if "
+                    "that is right, restart the exporter, which then shows the device's own value"
+                )
+                self.troubles.say(f"held {device.serial} {metric} {labels}", text, now, DAY)
+
+    def _begin_counting(self, device: Device, local: datetime, at: float) -> None:
+        """Count a device's day from now on, and mark the moment in the days of the others."""
+        device.live.begin(local, local, at)
+        if local != self._marked:  # of many that begin in one look, the first does it for all
+            self._marked = local
+            for other in self.devices.values():
+                if other is not device:
+                    other.live.mark(local)
+
+    def _begin_day(self, now: float) -> None:
+        """Begin the day of all devices at midnight; anew, if the clock was set since the last look."""
+        wall, rules = self.clock(now), self.rules_clock(now)
+        looked, self._looked = self._looked, (wall, rules)
+        if looked is None:
+            return
+        local, before = datetime.fromtimestamp(wall), datetime.fromtimestamp(looked[0])
+        was_set = abs(wall - looked[0] - (rules - looked[1])) > CLOCK_STEP
+        is_midnight = local.date() == before.date() + timedelta(days=1) and not was_set
+        if local.date() == before.date() and not was_set:
+            return
+        for device in self.devices.values():
+            day = device.live.day
+            if day and (day.date != local.date() or day.since):
+                device.live.begin(local, None if is_midnight else local, rules)
+            elif day:
+                device.live.mark(local)
 
     def _learn(self, device: Device, found: dict[str, str], now: float) -> None:
         """Remember what a device says of itself; all its series move when its model becomes known."""
@@ -1367,22 +1570,17 @@ class Store:
     # A scrape
 
     def collect(self, now: float) -> list[dict[str, str]]:
-        """Pages for `exposition`. Only what changed is copied under the lock, and nothing is rendered there."""
-        changed, shown = [], []
-        with self.lock:
-            self.digest(now)
-            for device in self.names.values():
-                key = (device.version, self.is_stale(device.live.fresh, now))
-                if device.page[0] != key:
-                    changed.append((device, key, device.labels, device.samples(key[1])))
-                shown.append((device, device.labels, device.good))
-            samples = self._samples(now)
-        for device, key, labels, own in changed:
-            device.page = (key, page(labels, own))
-        for _, labels, good in shown:
-            samples["sems_mitm_device_up", labels] = int(not self.is_stale(good, now))
-            samples["sems_mitm_device_last_packet_timestamp_seconds", labels] = round(wall_clock(good), 3)
-        return [page("", {**samples, **process_samples()}), *(device.page[1] for device, _, _ in shown)]
+        """Pages for `exposition`. Only a device that has changed is rendered anew."""
+        self.look(now)
+        samples, devices = self._samples(now), self.names.values()
+        for device in devices:
+            key = (device.version, self.is_stale(device.live.fresh, now))
+            if device.page[0] != key:
+                device.page = (key, page(device.labels, device.samples(key[1])))
+            samples["sems_mitm_device_up", device.labels] = int(not self.is_stale(device.good, now))
+            last = round(wall_clock(device.good), 3)
+            samples["sems_mitm_device_last_packet_timestamp_seconds", device.labels] = last
+        return [page("", {**samples, **process_samples()}), *(device.page[1] for device in devices)]
 
     def _samples(self, now: float) -> dict[Series, float]:
         """What is no device's."""
@@ -1436,7 +1634,7 @@ def answer(where: Address, local: datetime, clock: bool) -> bytes:
 
 _NAME, _OFFSET = r"(?:[A-Za-z]{3,}|<[A-Za-z0-9+-]{3,}>)", r"[+-]?(?:[01]?[0-9]|2[0-4])(?::[0-5][0-9]){0,2}"
 _DATE = r",(?:M(?:[1-9]|1[0-2])\.[1-5]\.[0-6]|J?[0-9]{1,3})(?:/[+-]?[0-9]{1,3}(?::[0-5][0-9]){0,2})?"
-ZONE_RULE = f"{_NAME}{_OFFSET}(?:{_NAME}(?:{_OFFSET})?(?:{_DATE}{_DATE})?)?"  # POSIX, 8.3
+ZONE_RULE = f"{_NAME}{_OFFSET}(?:{_NAME}(?:{_OFFSET})?{_DATE}{_DATE})?"  # POSIX, 8.3
 ZONE_DIRECTORIES = (
     "/usr/share/zoneinfo",
     "/usr/lib/zoneinfo",
@@ -1446,144 +1644,78 @@ ZONE_DIRECTORIES = (
 )
 
 
-def zone_is_known(zone: str | None, exists: Callable[[str], bool]) -> bool:
-    """Whether the TZ variable is one that the system understands; the C library takes any other for UTC, in silence."""
+def zone_is_known(zone: str | None, begins: Callable[[str], bytes]) -> bool:
+    """Whether the TZ variable is one that the system understands; the C library takes any other for UTC, in silence.
+
+    begins: the first bytes of the file at a path, none if there is no file. A rule with a summer time must say when it
+    is: without, musl has it all year, and glibc by the dates of the United States.
+    """
     if zone is None:
-        return exists("/etc/localtime")  # a bare container has none, and its UTC is nobody's time
-    if re.fullmatch(ZONE_RULE, zone):
-        return True
-    name = zone.lstrip(":")
-    return bool(name) and any(exists(os.path.join(directory, name)) for directory in ZONE_DIRECTORIES)
+        return bool(begins("/etc/localtime"))  # a bare container has none, and its UTC is nobody's time
+    if re.match(_NAME + _OFFSET, zone):
+        return bool(re.fullmatch(ZONE_RULE, zone))
+    paths = (os.path.join(directory, zone.lstrip(":")) for directory in ZONE_DIRECTORIES)
+    return any(begins(path).startswith(b"TZif") for path in paths)
 
 
 class Outbox:
-    """Bytes that wait for a peer, in order: whole frames, or stretches of a stream."""
+    """Pieces that wait for a peer, in order; `size` is the bytes that are not sent yet."""
 
     def __init__(self) -> None:
-        self._parts: collections.deque[bytes] = collections.deque()
-        self._offset = 0  # of the first, how much is sent already
-        self.size = 0  # bytes that wait
-        self.owed = 0  # bytes that were taken and want an answer: of a Spool alone
+        self._pieces: collections.deque[bytes] = collections.deque()
+        self._sent = 0  # bytes of the first piece that are sent
+        self.size = 0
 
-    @property
-    def undelivered(self) -> int:
-        """Bytes that wait to be sent or answered."""
-        return self.size + self.owed
+    def put(self, piece: bytes) -> None:
+        """Add a piece behind all others."""
+        self._pieces.append(piece)
+        self.size += len(piece)
 
-    @property
-    def weight(self) -> int:
-        """Bytes of memory that it takes, about."""
-        return self.size + OBJECT * len(self._parts)
+    def ready(self) -> bytes | memoryview:
+        """The next bytes to send: the rest of the first piece, or several small pieces."""
+        first = self._pieces[0]
+        if self._sent or len(self._pieces) == 1 or len(first) >= SEND_SIZE:
+            return memoryview(first)[self._sent : self._sent + SEND_SIZE]
+        pieces, length = [], 0
+        for piece in self._pieces:
+            pieces.append(piece)
+            length += len(piece)
+            if length >= SEND_SIZE:
+                break
+        return b"".join(pieces)
 
-    def put(self, data: bytes) -> None:
-        """Let data wait behind all else."""
-        if data:
-            self._parts.append(data)
-            self.size += len(data)
+    def took(self, count: int) -> list[bytes]:
+        """Remove so many bytes, which the peer has taken; the pieces that are sent whole by that."""
+        self.size -= count
+        self._sent += count
+        whole = []
+        while self._pieces and self._sent >= len(self._pieces[0]):
+            whole.append(self._pieces.popleft())
+            self._sent -= len(whole[-1])
+        return whole
 
-    def ready(self) -> bytes:
-        """The next bytes to send: of one part, or of several small ones."""
-        first = self._parts[0][self._offset :] if self._offset else self._parts[0]
-        if len(self._parts) == 1 or len(first) >= RECV_SIZE:
-            return first
-        count, length = 1, len(first)
-        while count < len(self._parts) and length < RECV_SIZE:
-            length += len(self._parts[count])
+    def restart(self, is_wanted: Callable[[bytes], bool]) -> None:
+        """Called when the connection is lost: keep only wanted pieces, a half-sent one from its first byte."""
+        self._pieces = collections.deque(filter(is_wanted, self._pieces))
+        self._sent, self.size = 0, sum(map(len, self._pieces))
+
+    def shed(self, excess: int) -> int:
+        """Drop the oldest pieces that are not half sent, until so many bytes are dropped; how many pieces these were."""
+        count, half_sent = 0, [self._pieces.popleft()] if self._sent else []
+        while excess > 0 and self._pieces:
+            piece = self._pieces.popleft()
+            self.size -= len(piece)
+            excess -= len(piece)
             count += 1
-        return b"".join([first, *itertools.islice(self._parts, 1, count)])
-
-    def took(self, count: int) -> list[bytes]:
-        """The peer took so many bytes; the parts that are sent whole by that."""
-        sent, self.size, self._offset = [], self.size - count, self._offset + count
-        while self._parts and self._offset >= len(self._parts[0]):
-            sent.append(self._parts.popleft())
-            self._offset -= len(sent[-1])
-        return sent
-
-    def drop_oldest(self) -> bytes:
-        """Take out the first part, of which nothing may be sent yet."""
-        part = self._parts.popleft()
-        self.size -= len(part)
-        return part
-
-    def put_back(self, parts: list[bytes]) -> None:
-        """Let parts that were sent wait again, before all else, and what is half sent from its first byte."""
-        self.size += sum(map(len, parts)) + self._offset
-        self._offset = 0
-        self._parts.extendleft(reversed(parts))
-
-    def take_all(self) -> tuple[bytes, int]:
-        """Take out all that waits: the bytes from the start of the first part, and how many of them are sent already."""
-        data, sent = b"".join(self._parts), self._offset
-        self._parts.clear()
-        self.size = self._offset = 0
-        return data, sent
-
-    def __iter__(self) -> Iterator[bytes]:
-        return iter(self._parts)
+        self._pieces.extendleft(half_sent)
+        return count
 
 
-class Spool(Outbox):
-    """A serial number's frames for the portal: an outbox that keeps what is sent until it is answered.
-
-    An answer names no frame: it is for the oldest unanswered one of its type.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        # the two bytes of a type to what is sent and not answered, oldest first: its number in the order of sending, and it
-        self._sent: dict[bytes, collections.deque[tuple[int, bytes]]] = collections.defaultdict(collections.deque)
-        self._numbers = itertools.count()
-
-    @property
-    def weight(self) -> int:
-        """Bytes of memory that it takes, about; what is sent has a number beside its place."""
-        return super().weight + self.owed + 2 * OBJECT * sum(map(len, self._sent.values()))
-
-    def __iter__(self) -> Iterator[bytes]:
-        """All that is not delivered, in order."""
-        return itertools.chain(self._unanswered(), super().__iter__())
-
-    def _unanswered(self) -> list[bytes]:
-        return [frame for _, frame in sorted(itertools.chain(*self._sent.values()))]
-
-    def took(self, count: int) -> list[bytes]:
-        """The portal took so many bytes: keep the frames that get an answer."""
-        sent = super().took(count)
-        for frame in sent:
-            if frame[11] in DATA:
-                self._sent[frame[10:12]].append((next(self._numbers), frame))
-                self.owed += len(frame)
-        return sent
-
-    def answered(self, packet_type: bytes) -> bool:
-        """An answer of this type came; whether a frame was waiting for it."""
-        if not self._sent.get(packet_type):
-            return False
-        self.owed -= len(self._sent[packet_type].popleft()[1])
-        return True
-
-    def lost(self) -> None:
-        """The connection is gone: what is not answered goes again on the next."""
-        self.put_back(self._unanswered())
-        self._sent.clear()
-        self.owed = 0
-
-    def postpone(self, frame: bytes) -> None:
-        """Let a frame that the portal does not like go behind all others, if it is still the first."""
-        if next(iter(self._parts), None) is frame:
-            self.put(self.drop_oldest())
-
-
-def good_frames(data: bytes, now: float, sent: int = 0) -> list[bytes]:
-    """The good frames of a device in a stretch of its stream, without those that are sent whole in its first bytes."""
-    found, end = [], 0
-    for kind, piece in Framer(OUTBOUND).feed(data, now):
-        end += len(piece)
-        with contextlib.suppress(ProtocolError):
-            if kind == FRAME and end > sent and address_of(piece, OUTBOUND):
-                found.append(piece)
-    return found
+def is_good_frame(piece: bytes) -> bool:
+    """Whether a piece of a device's stream is a frame with good CRC, envelope and serial number."""
+    with contextlib.suppress(ProtocolError):
+        return Framer(OUTBOUND).feed(piece, 0.0) == [(FRAME, piece)] and bool(address_of(piece, OUTBOUND))
+    return False
 
 
 def draws_bat(where: Address) -> bool:
@@ -1591,17 +1723,41 @@ def draws_bat(where: Address) -> bool:
     return where.function in (LIVE, BUFFERED) and family(where.cls, where.serial) == "HK1000"
 
 
-def may_draw_bat(rest: bytes) -> bool:
-    """Whether an unfinished frame may turn out to be one that gets the bat."""
-    cls, function = rest[10:11] or bytes([METER]), rest[11:12] or bytes([LIVE])
-    serial = rest[LONG.serial : LONG.iv].decode("latin-1")
-    fits = (
-        OUTBOUND.prefix.startswith(rest[: len(OUTBOUND.prefix)]) and cls[0] == METER and function[0] in (LIVE, BUFFERED)
-    )
-    return fits and family(METER, serial) == "HK1000"
+# first, latest: when a piece left for the portal; end: HOST:PORT of our end of the connection on which it left last
+Departure = collections.namedtuple("Departure", "first latest end")
+
+
+class SentPieces:
+    """The pieces that have left for the portal lately, each by its hash: one that comes in from a device is a loop."""
+
+    def __init__(self) -> None:
+        self._departures: collections.OrderedDict[int, Departure] = collections.OrderedDict()
+
+    def note(self, piece: bytes, end: str, now: float) -> None:
+        """Remember that a piece leaves."""
+        key, departures = hash(piece), self._departures
+        before = departures.pop(key, None)
+        departures[key] = Departure(before.first if before else now, now, end)
+        if len(departures) > SENT_PIECES:
+            departures.popitem(last=False)
+
+    def departure(self, piece: bytes) -> Departure | None:
+        """When and where a piece has left, if that is remembered."""
+        return self._departures.get(hash(piece))
+
+    def forget(self, piece: bytes) -> None:
+        """Called when a device's frame is new: the next departure is its first."""
+        self._departures.pop(hash(piece), None)
 
 
 # ----------------------------------------------------------------------------------------------------------- files
+
+
+def first_bytes(path: str) -> bytes:
+    """The first bytes of a file, none if it cannot be read."""
+    with contextlib.suppress(OSError, ValueError), open(path, "rb") as file:
+        return file.read(4)
+    return b""
 
 
 def capture_line(wall: float, peer: str, direction: str, verdict: str, data: bytes) -> str:
@@ -1635,12 +1791,10 @@ class Appender:
         return written
 
 
-def count_file_error(store: Store, name: str, path: str, error: OSError, count: int, more: str = "") -> None:
+def count_file_error(store: Store, name: str, path: str, error: OSError, count: int) -> None:
     """Count lines that a file did not take, and say so once a minute."""
-    with store.lock:
-        store.add("sems_mitm_file_errors_total", count, label("file", name))
-        text = f"cannot write --sems.{name}{'-file' if name == 'spool' else ''} {path}: {error.strerror}{more}"
-        store.troubles.say(f"file {name}", text, time.monotonic())
+    store.add("sems_mitm_file_errors_total", count, label("file", name))
+    store.troubles.say(f"file {name}", f"cannot write --sems.{name} {path}: {error.strerror}", time.monotonic())
 
 
 class RecordFile:
@@ -1649,16 +1803,16 @@ class RecordFile:
     def __init__(self, path: str, name: str, store: Store) -> None:
         self.path, self.name, self.store = path, name, store
         self._appender: Appender | None = None
-        self._lines: list[str] = []  # of this round
+        self.lines: list[str] = []  # of this round
         self.flush(is_rotated=True)
 
     def put(self, line: str) -> None:
         """Append a line at the end of the round."""
-        self._lines.append(line)
+        self.lines.append(line)
 
     def flush(self, is_rotated: bool = False) -> None:
         """Write the lines of this round, to a file opened anew if another stands under the name now."""
-        lines, self._lines = self._lines, []
+        lines, self.lines = self.lines, []
         if not lines and not is_rotated:
             return
         try:
@@ -1691,6 +1845,10 @@ class Files:
         if self.backfill and wire is OUTBOUND and kind.endswith(f"{BUFFERED:02x}"):
             self.backfill.put(line)
 
+    def has_lines(self) -> bool:
+        """Whether anything is recorded and not written."""
+        return any(file.lines for file in self.open)
+
     def flush(self) -> None:
         """At the end of a round: open anew what was rotated, write what was recorded."""
         are_rotated, self.are_rotated = self.are_rotated, False
@@ -1698,166 +1856,309 @@ class Files:
             file.flush(are_rotated)
 
 
-def synced(file: int) -> None:
-    """Have the disk itself take what was written to a file. Raises OSError."""
-    if hasattr(fcntl, "F_FULLFSYNC"):  # macOS: its fsync stops at the disk's own cache
-        fcntl.fcntl(file, fcntl.F_FULLFSYNC)
-    else:
-        os.fdatasync(file)
+# ----------------------------------------------------------------------------------------------- files: the spool
+
+SPOOL_ID = int.from_bytes(b"SEMS", "big")  # PRAGMA application_id of a spool file
+SPOOL_SCHEMA = f"""
+PRAGMA auto_vacuum = FULL;
+BEGIN;
+PRAGMA application_id = {SPOOL_ID};
+CREATE TABLE spool (serial TEXT, type TEXT, id INTEGER, count INTEGER, mark INTEGER, frame BLOB,
+                    PRIMARY KEY (serial, type, id)) WITHOUT ROWID;
+CREATE TABLE totals (serial TEXT PRIMARY KEY, bytes INTEGER, last INTEGER, acked INTEGER) WITHOUT ROWID;
+COMMIT;
+"""
+# Of a Debian build, secure_delete alone would write 28 MB to delete 28 MB. In exclusive mode there is no -shm file, and a
+# second process is locked out.
+SPOOL_PRAGMAS = (
+    "locking_mode = EXCLUSIVE", "secure_delete = OFF", "synchronous = FULL", "temp_store = MEMORY", "cache_size = -256",
+    "journal_mode = WAL", "wal_autocheckpoint = 64",
+)  # fmt: skip
+
+NO_ANSWER = "none"
+# A frame of the spool. type: of the answer to it, or NO_ANSWER; id: its place; count: how often it has counted against it
+# that the portal did not like it; mark: what `acked` was then.
+Row = collections.namedtuple("Row", "type id count mark frame")
 
 
-class Journal:
-    """What the spools have not delivered, on the disk: a capture file that is a spool's memory after a power cut.
+class Total:
+    """What the table holds of a serial number: bytes, the last id, and how many frames the portal has acknowledged."""
 
-    A frame is put, and is on the disk after `commit`; whoever acknowledges it must do so later. Nothing marks a frame as
-    delivered: the file is emptied when all are, and now and then it is written anew with those that are not.
+    __slots__ = ("acked", "bytes", "last")
+
+    def __init__(self, size: int = 0, last: int = 0, acked: int = 0) -> None:
+        self.bytes, self.last, self.acked = size, last, acked
+
+
+def check_spool_file(path: str) -> None:
+    """Make the file if it is not there. Raises StartError for one that is not ours, OSError if it cannot be opened."""
+    file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NONBLOCK, 0o600)
+    try:
+        is_regular, head = stat.S_ISREG(os.fstat(file).st_mode), b""
+        if is_regular:
+            head = os.pread(file, 100, 0)
+    finally:
+        os.close(file)
+    name = f"--sems.spool-file={path}"
+    if not is_regular:
+        raise StartError(f"{name}: it is not a regular file")
+    if head.lstrip().startswith(b"{"):
+        raise StartError(
+            f"{name}: it holds lines of version 2 or of a capture; let version 2 deliver them, or give another path"
+        )
+    if head and not (head.startswith(b"SQLite format 3\0") and head[68:72] == SPOOL_ID.to_bytes(4, "big")):
+        raise StartError(f"{name}: it is another program's file; give another path")
+
+
+class SpoolTable:
+    """The frames that mode spool has not delivered yet, a row a frame, in an SQLite database: a file, or memory.
+
+    The frames of a round are stored by `commit`, before they are acknowledged; what is delivered is deleted with the next
+    frames or at the next look, so after a kill only what was under way is sent again.
     """
 
     def __init__(self, path: str, store: Store) -> None:
-        """Raises StartError if the file cannot be had, or another process has it."""
-        self.path, self.store = os.path.realpath(path), store  # a link leads to the disk that was chosen
-        self.undelivered: Callable[[], Iterable[bytes]] = tuple  # asked when the file is written anew
-        self._lines: list[str] = []  # of this round
-        self._broken = False  # a write failed: frames are in memory alone until the file is written anew
-        self._next = 0.0  # when that may be tried again
+        """Raises StartError if the file cannot be used. A disk that is full or read-only is tried again at each look."""
         try:
-            self._appender = Appender(self._locked())
-            self.size = os.fstat(self._appender.file).st_size
+            import sqlite3  # 3 MB that only this mode needs
+        except ImportError:
+            raise StartError("mode spool needs Python's module sqlite3, which this Python does not have") from None
+        self._sqlite, self._path, self._store = sqlite3, os.path.abspath(path) if path else ":memory:", store
+        self._limits = SPOOL_FILE if path else SPOOL_MEMORY
+        self._db: sqlite3.Connection | None = None
+        self.totals: dict[str, Total] = {}
+        self.is_stored = True  # the new frames of this round are
+        self.size = 0  # bytes of all frames
+        self._new: list[tuple[str, str, int, bytes]] = []  # serial, type, id, frame
+        self._delivered: dict[tuple[str, str, int], None] = {}  # serial, type, id
+        self._moved: dict[tuple[str, str, int], tuple[int, int, int]] = {}  # the same to new id, count, mark
+        self._changed: set[str] = set()  # serial numbers whose totals are not written yet
+        try:
+            self._open()
+        except StartError:
+            raise
         except OSError as error:
-            raise StartError(f"--sems.spool-file={path}: {error.strerror}") from None
+            if error.errno not in (errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EIO):
+                raise StartError(f"--sems.spool-file={path}: {error.strerror}") from None
+            self._failed(error.strerror or str(error), 0)
+        except sqlite3.OperationalError as error:
+            if "locked" in str(error):
+                raise StartError(f"--sems.spool-file={path}: another process has it") from None
+            self._failed(str(error), 0)
+        except sqlite3.DatabaseError as error:
+            raise StartError(f"--sems.spool-file={path}: {error}; move it away, or give another path") from None
 
-    def _locked(self) -> int:
-        """The file, opened and locked, so that no other process writes it. Raises OSError."""
-        while True:
-            file = os.open(self.path, APPENDING, 0o600)
-            try:
-                if not stat.S_ISREG(os.fstat(file).st_mode):
-                    raise OSError(errno.EINVAL, "not a regular file")
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                if os.path.samestat(os.fstat(file), os.stat(self.path)):  # else it was written anew meanwhile
-                    return file
-            except BlockingIOError:
-                os.close(file)
-                raise OSError(errno.EBUSY, "another process has it") from None
-            except OSError:
-                os.close(file)
-                raise
-            os.close(file)
+    def _open(self) -> None:
+        """Raises OSError, StartError, or an error of sqlite3."""
+        if self._path != ":memory:":
+            check_spool_file(self._path)
+        db = self._sqlite.connect(self._path, isolation_level=None, timeout=2, check_same_thread=False)
+        try:
+            # A frame of over a quarter of a page takes pages of its own: in memory that counts, in a file each write does.
+            db.execute(f"PRAGMA page_size = {4096 if self._path != ':memory:' else 16384}")
+            for pragma in SPOOL_PRAGMAS[:-2]:
+                db.execute(f"PRAGMA {pragma}")
+            if not db.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]:
+                db.executescript(SPOOL_SCHEMA)
+            for pragma in SPOOL_PRAGMAS[-2:]:
+                db.execute(f"PRAGMA {pragma}").fetchall()
+            for serial, *numbers in db.execute("SELECT serial, bytes, last, acked FROM totals"):
+                self.totals[serial] = Total(*numbers)
+            self.size = sum(total.bytes for total in self.totals.values())
+        except self._sqlite.Error:
+            db.close()
+            raise
+        self._db = db
 
-    def load(self) -> list[bytes]:
-        """The good frames in the file, in order. A line that holds none is passed over and counted."""
-        found, bad = [], 0
-        with open(self.path, "rb") as file:
-            for line in iter(lambda: file.readline(JOURNAL_LONGEST), b""):
-                try:
-                    frames = good_frames(bytes.fromhex(json.loads(line)["hex"]), 0.0)
-                except (ValueError, TypeError, KeyError, RecursionError):
-                    frames = []
-                bad += not frames
-                found += frames
-        if bad:
-            with self.store.lock:
-                self.store.add("sems_mitm_file_errors_total", bad, label("file", "spool"))
-            log.warning("%d lines of --sems.spool-file %s hold no frame", bad, self.path)
+    # New frames
+
+    @property
+    def is_open(self) -> bool:
+        """Whether the database could be opened."""
+        return self._db is not None
+
+    def has_room(self, serial: str, size: int) -> bool:
+        """Whether a frame of so many bytes can be kept."""
+        if not self.is_open:
+            self._failed("it cannot be opened; what devices send is not acknowledged meanwhile", 1)
+            return False
+        of_one, of_all = self._limits
+        own = self.totals[serial].bytes if serial in self.totals else 0
+        return own + size <= of_one and self.size + size <= of_all
+
+    def put(self, serial: str, kind: str, frame: bytes) -> int:
+        """Add a frame, which the next `commit` stores; its id."""
+        total = self.totals.setdefault(serial, Total())
+        total.bytes += len(frame)
+        self.size += len(frame)
+        total.last += 1
+        self._new.append((serial, kind, total.last, frame))
+        return total.last
+
+    def commit(self) -> list[tuple[str, str, int, bytes]]:
+        """Store the new frames of a round; those that are not, because the disk does not take them. Sets `is_stored`."""
+        new, self._new = self._new, []
+        self._changed.update(serial for serial, *_ in new)
+        self.is_stored = True
+        is_due = (
+            new or len(self._delivered) >= WINDOW
+        )  # what is delivered is not sent again after a kill, but for so many
+        trouble = self._write(new) if is_due else ""
+        if trouble:
+            self.is_stored = not new
+            for serial, _, _, frame in new:
+                self.totals[serial].bytes -= len(frame)
+                self.size -= len(frame)
+            self._failed(f"{trouble}; what devices send is not acknowledged meanwhile" if new else trouble, len(new))
+        return new if trouble else []
+
+    def _write(self, new: list[tuple[str, str, int, bytes]]) -> str:
+        """Write new frames and all changes that wait, in one transaction; what prevents it."""
+        db = self._db
+        if db is None or new and not self._disk_has_room():
+            return "no space is left on its disk" if db else "it cannot be opened"
+        moved = [(*place, *key) for key, place in self._moved.items()]
+        totals = [(serial, total.bytes, total.last, total.acked) for serial, total in self._changed_totals()]
+        try:
+            db.execute("BEGIN IMMEDIATE")
+            db.executemany("DELETE FROM spool WHERE serial = ? AND type = ? AND id = ?", list(self._delivered))
+            db.executemany(
+                "UPDATE spool SET id = ?, count = ?, mark = ? WHERE serial = ? AND type = ? AND id = ?", moved
+            )
+            db.executemany("INSERT INTO spool VALUES (?, ?, ?, 0, 0, ?)", new)
+            db.executemany("REPLACE INTO totals VALUES (?, ?, ?, ?)", totals)
+            db.execute("COMMIT")
+        except self._sqlite.Error as error:
+            # "full" has rolled back by itself already; nothing of the transaction counts, whatever the error was
+            with contextlib.suppress(self._sqlite.Error):
+                db.execute("ROLLBACK")
+            return str(error)
+        self._delivered.clear()
+        self._moved.clear()
+        self._changed.clear()
+        return ""
+
+    def _changed_totals(self) -> list[tuple[str, Total]]:
+        return [(serial, self.totals[serial]) for serial in self._changed if serial in self.totals]
+
+    def _disk_has_room(self) -> bool:
+        """Whether the disk has more room than the part that is left free: SQLite needs some to delete, too."""
+        if self._path == ":memory:":
+            return True
+        part, least, most = SPOOL_RESERVE
+        with contextlib.suppress(OSError):
+            disk = os.statvfs(self._path)
+            return disk.f_bavail * disk.f_frsize >= min(max(part * disk.f_blocks * disk.f_frsize, least), most)
+        return True  # it does not say: the write will
+
+    # What is there
+
+    def types(self, serial: str) -> dict[str, int]:
+        """The types of a serial number's frames, and the last id of each."""
+        found: dict[str, int] = {}
+        kind = ""
+        while rows := self._select("SELECT min(type) FROM spool WHERE serial = ? AND type > ?", serial, kind):
+            kind = rows[0][0]
+            if kind is None:
+                break
+            found[kind] = self._select("SELECT max(id) FROM spool WHERE serial = ? AND type = ?", serial, kind)[0][0]
         return found
 
-    def put(self, peer: str, frame: bytes) -> None:
-        """Append a frame with the next `commit`."""
-        self._lines.append(capture_line(time.time(), peer, OUTBOUND.name, "answered", frame))
+    def next(self, serial: str, kind: str, after: int) -> Row | None:
+        """The first frame of a type with an id above `after` that can be sent."""
+        query = "SELECT type, id, count, mark, frame FROM spool WHERE serial = ? AND type = ? AND id > ? ORDER BY id LIMIT 1"
+        while rows := self._select(query, serial, kind, after):
+            row = Row(*rows[0])
+            if (serial, kind, row.id) not in self._delivered and (serial, kind, row.id) not in self._moved:
+                return row
+            after = row.id  # the disk has not taken that change yet
+        return None
 
-    def commit(self) -> None:
-        """Have all frames of this round on the disk."""
-        lines, self._lines = self._lines, []
-        if not lines or self._broken:  # then the spools have them, and so will the file when it is written anew
-            return
-        try:
-            self.size += self._appender.append(lines)
-            synced(self._appender.file)
-        except OSError as error:
-            self._broken = True
-            self._failed(error)
-
-    def empty(self) -> None:
-        """Nothing is undelivered."""
-        if self.size and not self._broken:
-            try:
-                os.ftruncate(self._appender.file, 0)
-                self._appender, self.size = Appender(self._appender.file), 0
-            except OSError as error:
-                self._broken = True
-                self._failed(error)
-
-    def tend(self, now: float) -> None:
-        """Write the file anew if it is time to; once a second."""
-        if now < self._next:
-            return
-        try:
-            if not self._is_in_place():
-                old, self._appender, self._broken = self._appender, Appender(self._locked()), True
-                os.close(old.file)
-            elif os.fstat(self._appender.file).st_size != self.size:  # somebody has cut it
-                self._broken = True
-        except OSError as error:
-            self._broken = True
-            return self._failed(error)
-        has_grown = self.size > JOURNAL_MIN and self.size > JOURNAL_GROWTH * sum(
-            2 * len(frame) + JOURNAL_LINE for frame in self.undelivered()
+    def frame(self, serial: str, row: Row) -> bytes:
+        """The frame of a row."""
+        rows = self._select(
+            "SELECT frame FROM spool WHERE serial = ? AND type = ? AND id = ?", serial, row.type, row.id
         )
-        if self._broken or has_grown:
-            self.rewrite()
+        return rows[0][0] if rows else b""
 
-    def _is_in_place(self) -> bool:
-        """Whether the file still stands under its name. Raises OSError."""
-        try:
-            return os.path.samestat(os.fstat(self._appender.file), os.stat(self.path))
-        except FileNotFoundError:
-            return False
+    def newest(self, serial: str, kinds: Iterable[str]) -> list[bytes]:
+        """The newest frames of a serial number, NEWEST at most, oldest first."""
+        query = "SELECT id, frame FROM spool WHERE serial = ? AND type = ? ORDER BY id DESC LIMIT ?"
+        found = sorted(itertools.chain(*(self._select(query, serial, kind, NEWEST) for kind in kinds)))
+        return [frame for _, frame in found[-NEWEST:]]
 
-    def rewrite(self) -> None:
-        """Write the file anew, beside itself, with what is undelivered."""
-        new = f"{self.path}.new"
+    def _select(self, query: str, *values: object) -> list[tuple]:
+        """All rows of a query, none if the database cannot be read."""
+        if self._db is None:
+            return []
         try:
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(new)
-            file = os.open(new, APPENDING | os.O_EXCL, 0o600)
+            return self._db.execute(query, values).fetchall()
+        except self._sqlite.Error as error:
+            self._failed(str(error), 1)
+            return []
+
+    # What becomes of it
+
+    def deliver(self, serial: str, row: Row, size: int) -> None:
+        """Delete a frame of so many bytes, with the next frames or at the next look."""
+        self._delivered[serial, row.type, row.id] = None
+        self.totals[serial].bytes -= size
+        self.size -= size
+        self._changed.add(serial)
+
+    def move_behind(self, serial: str, row: Row, count: int, mark: int) -> int:
+        """Let a frame wait behind all others of its serial number, with the next frames or at the next look; its new id."""
+        total = self.totals[serial]
+        total.last += 1
+        self._moved[serial, row.type, row.id] = (total.last, count, mark)
+        self._changed.add(serial)
+        return total.last
+
+    def apply(self) -> None:
+        """Write the changes that wait."""
+        if self._changed:
+            trouble = self._write([])
+            if trouble:
+                self._failed(trouble, 0)
+
+    def forget(self, serial: str) -> None:
+        """Drop the total of a serial number without frames."""
+        self.apply()
+        if self.totals.pop(serial, None):
+            self._select("DELETE FROM totals WHERE serial = ? AND bytes = 0", serial)
+
+    def tend(self) -> None:
+        """Write what waits, and open the file if that was not possible before; called once a second."""
+        if self._db is None:
             try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                with open(file, "wb", closefd=False) as buffered:
-                    for frame in self.undelivered():
-                        line = capture_line(time.time(), "spool", OUTBOUND.name, "answered", frame)
-                        buffered.write(line.encode())
-                synced(file)
-                os.rename(new, self.path)
-            except OSError:
-                os.close(file)
-                os.unlink(new)
-                raise
-            old, self._appender = self._appender, Appender(file)
-            self.size, self._broken = os.fstat(file).st_size, False
-            os.close(old.file)
-            self._sync_directory()
-        except OSError as error:
-            self._failed(error)
+                self._open()
+            except (OSError, self._sqlite.Error) as error:
+                return self._failed(str(error), 0)
+        self.apply()
 
-    def _sync_directory(self) -> None:
-        directory = os.open(os.path.dirname(os.path.abspath(self.path)), os.O_RDONLY | os.O_CLOEXEC)
-        try:
-            os.fsync(directory)
-        finally:
-            os.close(directory)
-
-    def _failed(self, error: OSError) -> None:
-        self._next = time.monotonic() + JOURNAL_RETRY
-        count_file_error(self.store, "spool", self.path, error, 1, "; the spool is in memory meanwhile")
+    def _failed(self, trouble: str, count: int) -> None:
+        """Count frames that are not stored, say so, and have SQLite give back what it can."""
+        self._store.add("sems_mitm_file_errors_total", count, label("file", "spool"))
+        self._store.troubles.say(
+            "file spool", f"cannot use --sems.spool-file {self._path}: {trouble}", time.monotonic()
+        )
+        if self._db:
+            with contextlib.suppress(self._sqlite.Error):
+                self._db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
 
     def close(self) -> None:
-        """Let another process have the file."""
-        os.close(self._appender.file)
+        """Write what waits, and let another process have the file."""
+        self.apply()
+        if self._db:
+            with contextlib.suppress(self._sqlite.Error):
+                self._db.close()
+            self._db = None
 
 
 # ------------------------------------------------------------------------------------------------- network: names
 
 Endpoint = collections.namedtuple("Endpoint", "family sockaddr")
+HOST_ERRORS = (OSError, UnicodeError)  # of a host that cannot be had, or whose name cannot be one
 
 
 def plain(host: str) -> str:
@@ -1925,20 +2226,11 @@ def _dns_name_end(data: bytes, pos: int) -> int:
     return pos + (2 if data[pos] else 1)
 
 
-def dns_answer(data: bytes, query: bytes) -> list[str] | None:
-    """The IPv4 addresses in the answer to a query, [] if the name does not exist, None if it tells nothing.
-
-    Raises ProtocolError for what is no answer to this query: another's, forged, cut.
-    """
-    if (
-        data[:2] != query[:2]
-        or len(data) < 12
-        or not data[2] & 0x80
-        or data[12 : len(query)].lower() != query[12:].lower()
-    ):
+def dns_answer(data: bytes, query: bytes) -> list[str]:
+    """The IPv4 addresses in the answer to a query. Raises ProtocolError for what is no answer to it: another's, forged, cut."""
+    is_answer = len(data) >= 12 and data[:2] == query[:2] and data[2] & 0x80
+    if not is_answer or data[12 : len(query)].lower() != query[12:].lower():
         raise ProtocolError("not the answer to the question", data)
-    if data[3] & 0x0F:
-        return [] if data[3] & 0x0F == 3 else None
     found, pos = [], len(query)
     try:
         for _ in range(struct.unpack_from(">H", data, 6)[0]):
@@ -1950,11 +2242,11 @@ def dns_answer(data: bytes, query: bytes) -> list[str] | None:
     except (struct.error, IndexError, OSError):
         if not found:
             raise ProtocolError("a record runs past the end", data) from None
-    return found or None
+    return found
 
 
 def ask_dns(server: tuple[str, int], name: str, timeout: float = 2) -> list[str] | None:
-    """What a name server says of a name, as `dns_answer`; None too if it does not answer in time. Raises OSError."""
+    """The addresses that a name server gives for a name; None if it does not answer in time. Raises OSError."""
     query = dns_query(name, int.from_bytes(os.urandom(2), "big"))
     family, kind, _, _, sockaddr = socket.getaddrinfo(*server, type=socket.SOCK_DGRAM)[0]
     with socket.socket(family, kind) as sock:
@@ -1966,14 +2258,14 @@ def ask_dns(server: tuple[str, int], name: str, timeout: float = 2) -> list[str]
             try:
                 return dns_answer(sock.recv(4096), query)
             except ProtocolError:
-                continue  # the true answer may still come
+                continue  # the true answer can still come
             except socket.timeout:  # TimeoutError since Python 3.10
                 break
     return None
 
 
 def system_addresses(host: str, port: int) -> list[Endpoint]:
-    """What the system's name service says, [] for nothing."""
+    """The addresses that the system's name service gives, [] if it gives none."""
     try:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
     except (OSError, ValueError):  # the system's resolver has its own ideas of what a name is
@@ -1981,40 +2273,37 @@ def system_addresses(host: str, port: int) -> list[Endpoint]:
     return [Endpoint(family, sockaddr) for family, _, _, _, sockaddr in found]
 
 
+def literal_addresses(host: str, port: int) -> list[Endpoint]:
+    """The addresses of a host that is an address or `localhost`, [] for any other name. Asks nobody."""
+    with contextlib.suppress(ValueError):
+        family = socket.AF_INET6 if ipaddress.ip_address(host.partition("%")[0]).version == 6 else socket.AF_INET
+        return [Endpoint(family, (host, port))]
+    both = [Endpoint(socket.AF_INET, ("127.0.0.1", port)), Endpoint(socket.AF_INET6, ("::1", port))]
+    return both if host.lower() == "localhost" else []
+
+
 def resolve(host: str, port: int, servers: list[tuple[str, int]]) -> list[Endpoint]:
     """The portal's addresses. Raises Unresolved.
 
-    The system's answer, if all of it is routable: the override that brings the devices here must not lead the exporter to
-    itself. Otherwise what the servers say; if they say that there is no such name, the system's answer after all.
+    The servers are asked first: in this network the name leads to this machine, which must not connect to itself. Then the
+    system's answer counts, but for addresses of this machine.
     """
+    for server in servers:
+        with contextlib.suppress(OSError, UnicodeError):
+            routable = [address for address in ask_dns(server, host) or () if is_global(address)]
+            if routable:
+                return [Endpoint(socket.AF_INET, (address, port)) for address in routable]
     system = system_addresses(host, port)
-    good = [address for address in system if is_global(address.sockaddr[0])]
-    asked = [] if is_literal(host) or good and len(good) == len(system) else servers
-    if system and not asked:
-        return system
-    unroutable = False
-    for server in asked:
-        try:
-            found = ask_dns(server, host)
-        except (OSError, UnicodeError):
-            continue
-        if found == [] and system:
-            return system
-        routable = [Endpoint(socket.AF_INET, (address, port)) for address in found or () if is_global(address)]
-        if routable:
-            return routable + good
-        unroutable = unroutable or bool(found)
-    if good:  # beside the override: an IPv6 address, say
-        return good
-    if unroutable:
-        mend = "name a server there that knows its real address, or give that as --sems.upstream"
-        raise Unresolved("loop", f"{host} is overridden at --sems.upstream-dns too: {mend}")
-    why = (
-        f" that can be used: here it is {system[0].sockaddr[0]}, and --sems.upstream-dns does not help"
-        if system
-        else ""
+    others = [address for address in system if not is_this_machine(address.sockaddr[0])]
+    if others or not system:
+        if others:
+            return others
+        raise Unresolved("dns", f"{host} has no address, neither at --sems.upstream-dns nor here")
+    where = system[0].sockaddr[0]
+    change = "let --sems.upstream-dns name a server that knows its real address, or give that as --sems.upstream"
+    raise Unresolved(
+        "loop", f"{host} leads to this machine ({where}), and --sems.upstream-dns gives no other address: {change}"
     )
-    raise Unresolved("dns", f"{host} has no address{why}")
 
 
 # ----------------------------------------------------------------------------------------------- network: sockets
@@ -2023,7 +2312,7 @@ def resolve(host: str, port: int, servers: list[tuple[str, int]]) -> list[Endpoi
 def tuned(sock: socket.socket, idle: int, interval: int, patience: float = 0) -> socket.socket:
     """A stream socket that does not block, does not wait for more to send, and notices a peer that is gone.
 
-    idle, interval: s of silence before keep-alives, and between them; patience: s that what is sent may stay unacknowledged.
+    idle, interval: s of silence before keep-alives, and between them; patience: s that what is sent can stay unacknowledged.
     """
     sock.setblocking(False)
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -2035,6 +2324,16 @@ def tuned(sock: socket.socket, idle: int, interval: int, patience: float = 0) ->
     for name, value in options:
         if hasattr(socket, name):
             sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
+    return sock
+
+
+def with_small_buffers(sock: socket.socket) -> socket.socket:
+    """The same socket: the kernel holds little for it. Before `listen` and `connect`, or the windows are set already."""
+    for option in (socket.SO_RCVBUF, socket.SO_SNDBUF):
+        sock.setsockopt(socket.SOL_SOCKET, option, SOCKET_BUFFERS)
+    # On the loopback interface one segment would fill the buffer, and each wait for a delayed acknowledgement: 40 ms.
+    with contextlib.suppress(OSError):
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_MAXSEG, SEGMENT)
     return sock
 
 
@@ -2053,7 +2352,8 @@ def listeners(host: str, port: int) -> list[socket.socket]:
                 sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
             chosen = found[0].getsockname()[1] if found else port  # port 0: the same for both families
             sock.bind((sockaddr[0], chosen, *sockaddr[2:]))
-            sock.listen(128)
+            with_small_buffers(sock).listen(128)
+            sock.setblocking(False)
         except OSError as error:
             sock.close()
             if found and (port == 0 or error.errno == errno.EADDRNOTAVAIL):
@@ -2067,103 +2367,222 @@ def listeners(host: str, port: int) -> list[socket.socket]:
     return found
 
 
-# What the selector holds: ready(events, now) is called when a socket is, on behalf of an owner (a mode, or None).
-Handler = collections.namedtuple("Handler", "ready owner")
-
-
 class Connection:
-    """A socket that does not block, with what waits for its peer; once closed, it does nothing.
+    """A connected socket that does not block, and the pieces that wait for its peer.
 
-    on_data(data, now) is told what came, on_end(error or None, now) that no more will. Both only put; `flush` sends.
+    `receive` and `send` set `ended` when the peer sends no more, and `error` when the connection is lost. Whoever owns it
+    closes it; the selector holds (owner, connection).
     """
 
-    def __init__(
-        self, selector: selectors.BaseSelector, sock: socket.socket, outbox: Outbox, handler: Handler,
-        on_data: Callable[[bytes, float], None], on_end: Callable[[OSError | None, float], None],
-    ) -> None:  # fmt: skip
-        self._selector, self.sock, self.outbox, self._handler = selector, sock, outbox, handler
-        self.on_data, self.on_end = on_data, on_end
-        self.is_open = True
+    def __init__(self, loop: Loop, sock: socket.socket, owner: Owner, outbox: Outbox, now: float) -> None:
+        self.loop, self.sock, self.outbox = loop, sock, outbox
+        self.owner: Owner | None = owner
+        self.ended = False
+        self.error: OSError | None = None
+        self.heard = now  # when the peer last sent something, or connected
         self._events = 0  # that the selector waits for
-        self._room = 0  # how many bytes may come at once
-        self._progress: float | None = None  # since when bytes wait for the peer, or when it last took some
+        self._progress: float | None = None  # when the peer last took something of what waits, or that began to wait
 
-    @property
-    def backlog(self) -> int:
-        """Bytes that wait for the peer."""
-        return self.outbox.size if self.is_open else 0
-
-    def watch(self, room: int, writing: bool = False) -> None:
-        """Wait for the peer to speak, if there is room for so many bytes, and to take what waits (or, writing, to connect)."""
-        self._room = min(room, RECV_SIZE)
-        wants_write = writing or self.backlog > 0
-        events = (selectors.EVENT_READ if room > 0 else 0) | (selectors.EVENT_WRITE if wants_write else 0)
-        if events == self._events or not self.is_open:
-            return
-        if not events:
-            self._selector.unregister(self.sock)
-        elif self._events:
-            self._selector.modify(self.sock, events, self._handler)
-        else:
-            self._selector.register(self.sock, events, self._handler)
-        self._events = events
-
-    def receive(self, now: float) -> bool:
-        """Read once, if there is room, and tell what came; whether more may have."""
-        if self._room <= 0:  # paused in the very round that found it ready
-            return False
+    def receive(self, now: float) -> bytes:
+        """Read once."""
+        data = b""
         try:
-            data = self.sock.recv(self._room)
+            data = self.sock.recv(RECV_SIZE)
+            self.ended = not data
         except (BlockingIOError, InterruptedError):
-            return False
+            self.ended = self.error is not None  # nothing more comes from a peer that is lost
         except OSError as error:
-            self.on_end(error, now)
-            return False
-        if not data:
-            self.on_end(None, now)
-            return False
-        self.on_data(data, now)
-        return True
+            self.ended, self.error = True, error
+        if data:
+            self.heard = now
+        return data
 
-    def push(self, now: float) -> OSError | None:
-        """Send what the peer takes; the error if it is gone. Tells no handler."""
-        gone = None
+    def send(self, now: float) -> list[bytes]:
+        """Send what the peer takes of what waits; the pieces that are sent whole by that."""
+        outbox, whole = self.outbox, []  # type: ignore[var-annotated]
         try:
-            while self.backlog:
-                data = self.outbox.ready()
+            while outbox.size and not self.error:
+                data = outbox.ready()
                 count = self.sock.send(data)
-                self.outbox.took(count)
+                whole += outbox.took(count)
                 self._progress = now
                 if count < len(data):
                     break
         except (BlockingIOError, InterruptedError):
             pass
         except OSError as error:
-            gone = error
-        self._progress = (self._progress or now) if self.backlog else None
-        return gone
+            self.error = error
+        self._progress = (self._progress or now) if outbox.size else None
+        return whole
 
-    def flush(self, now: float) -> None:
-        """Send what the peer takes. If it is gone: what it still gave, then `on_end`."""
-        error = self.push(now)
-        if error:
-            self._room = RECV_SIZE
-            while self.is_open and self.receive(now):
-                pass
-            if self.is_open:
-                self.on_end(error, now)
+    def watch(self, reading: bool, writing: bool = False) -> None:
+        """Have the selector wait until the peer sends, if it is read, and until it takes what waits (or has connected)."""
+        wants_write = writing or self.outbox.size > 0 and not self.error
+        events = (selectors.EVENT_READ if reading and not self.ended else 0) | (
+            selectors.EVENT_WRITE if wants_write else 0
+        )
+        if events == self._events:
+            return
+        selector = self.loop.selector
+        if not events:
+            selector.unregister(self.sock)
+        elif self._events:
+            selector.modify(self.sock, events, (self.owner, self))
+        else:
+            selector.register(self.sock, events, (self.owner, self))
+        self._events = events
 
     def is_stalled(self, now: float) -> bool:
         """Whether the peer has taken nothing of what waits for it for too long."""
         return self._progress is not None and now - self._progress >= STALL
 
+    def half_close(self) -> None:
+        """Say that nothing more will be sent."""
+        with contextlib.suppress(OSError):
+            self.sock.shutdown(socket.SHUT_WR)
+
     def close(self) -> None:
-        """Close the socket, and wait for it no more."""
-        if self.is_open:
-            if self._events:
-                self._selector.unregister(self.sock)
-            self.is_open = False
-            self.sock.close()
+        """Close the socket, if it is not closed yet, and forget the owner: they refer to each other."""
+        if self.sock.fileno() < 0:
+            return
+        if self._events:
+            self.loop.selector.unregister(self.sock)
+            self._events = 0
+        self.ended, self.error = True, self.error or ConnectionAbortedError()
+        self.sock.close()
+        self.owner = None
+
+
+# What a peer has sent, recognized: kind (packet type, malformed, junk, keepalive), bytes, address of a good frame or None,
+# and of the portal's the meaning of `allowed`, or keepalive, if it is let through; else "".
+Message = tuple[str, bytes, Union[Address, None], str]
+
+
+class Reader:
+    """Recognizes the pieces of one direction of a connection, and counts them. classes: those that the device has sent."""
+
+    def __init__(self, wire: Wire, loop: Loop, name: str, classes: set[int]) -> None:
+        self.wire, self.loop, self.name, self.classes = wire, loop, name, classes
+        self.framer = Framer(wire)
+        self._in_junk = False  # a run of junk, which is one packet, can go on
+
+    def recognized(self, pieces: list[Piece], now: float) -> list[Message]:
+        """The messages of pieces."""
+        recognize = self._outward if self.wire is OUTBOUND else self._inward
+        return [recognize(kind, data, now) for kind, data in pieces]
+
+    def _outward(self, kind: str, data: bytes, now: float) -> Message:
+        """A device's piece; the store meets its good frames."""
+        if kind != FRAME:
+            return kind, data, None, ""
+        store = self.loop.store
+        if len(data) > 13 and data[11] not in FUNCTIONS:  # in 13 bytes the CRC stands there
+            store.add("outbound_unknown_packets_total")
+        try:
+            where = address(data[:30], len(data), OUTBOUND)
+        except ProtocolError:
+            return MALFORMED, data, None, ""
+        self.classes.add(where.cls)
+        store.meet(where, data, now)
+        return where.type, data, where, ""
+
+    def _inward(self, kind: str, data: bytes, now: float) -> Message:
+        """The portal's piece; what is not let through is logged."""
+        store, where, meaning = self.loop.store, None, KEEPALIVE if kind == KEEPALIVE else ""
+        if kind == FRAME:
+            try:
+                where = address_of(data, INBOUND)
+                kind, meaning = where.type, allowed(where, decode(data, INBOUND).clear, self.classes)
+            except ProtocolError:
+                kind = MALFORMED
+            if not meaning:
+                store.add("inbound_unknown_packets_total")
+        if not meaning:
+            text = f"blocked what the portal sent to {self.name}, type {kind}: {data[:LOG_HEX].hex()}"
+            store.troubles.say("blocked", text, now)
+        if where and meaning == "nack":
+            store.answered(where.owner, NACKS)
+            text = f"the portal did not accept a packet of {where.serial} (NACK), type {where.type}"
+            store.troubles.say("nack", text, now)
+        return kind, data, where, meaning
+
+    def decide(self, message: Message, verdict: str) -> None:
+        """Count and record a message whose fate is decided."""
+        kind, data, where, _ = message
+        if kind != JUNK or not self._in_junk:
+            self.loop.store.count(self.wire, kind, verdict)
+        self._in_junk = kind == JUNK
+        self.loop.files.record(self.name, self.wire, kind, verdict, data)
+        if self.loop.is_debugging:
+            serial = where.serial[-8:] if where else "-"
+            log.debug("%s %s %s, %d bytes: %s", self.wire.name, kind, serial, len(data), verdict)
+
+
+class Peer:
+    """A connection on which frames come, from a device or from the portal."""
+
+    def __init__(self, connection: Connection, reader: Reader) -> None:
+        self.connection, self.reader = connection, reader
+
+    def pieces(self, now: float) -> list[Piece]:
+        """Read once: the pieces that are complete. At the end of the stream the rest is one, too."""
+        data = self.connection.receive(now)
+        reader = self.reader
+        reader.loop.store.add("sems_mitm_bytes_total", len(data), f'direction="{reader.wire.name}"')
+        pieces = reader.framer.feed(data, now)
+        return pieces + reader.framer.close() if self.connection.ended else pieces
+
+    def read(self, now: float) -> list[Message]:
+        """Read once: the messages that are complete."""
+        return self.reader.recognized(self.pieces(now), now)
+
+    def rest(self, now: float) -> list[Message]:
+        """The messages that the kernel still has from a peer to which nothing can be sent any more."""
+        found: list[Message] = []
+        while self.connection.error and not self.connection.ended:
+            found += self.read(now)
+        return found
+
+    def overdue(self, now: float) -> list[Message]:
+        """The messages of an unfinished frame whose end has not come in time."""
+        return self.reader.recognized(self.reader.framer.expire(now), now) if self.reader.framer.rest else []
+
+
+class DevicePeer(Peer):
+    """A device's connection: it can be a loop, or be a stranger, which does not speak this protocol."""
+
+    def __init__(self, loop: Loop, sock: socket.socket, owner: Owner, name: str, now: float) -> None:
+        super().__init__(Connection(loop, sock, owner, Outbox(), now), Reader(OUTBOUND, loop, name, set()))
+        self.host = name.rpartition(":")[0].strip("[]")
+        self.is_loop = False
+        self._began: float | None = now  # until its first piece is complete
+
+    def read(self, now: float) -> list[Message]:
+        """Read once: the messages that are complete."""
+        return self._checked(self.pieces(now), LOOP_WINDOW, now)
+
+    def overdue(self, now: float) -> list[Message]:
+        """See to deadlines: an unfinished frame, a silent device, one that takes nothing."""
+        connection, framer, patience = self.connection, self.reader.framer, PATIENCE[OUTBOUND.name]
+        if self._began is not None and now - self._began >= STRANGER and not framer.rest:
+            self._began = math.inf
+            self.reader.loop.store.name_stranger(self.host, "nothing", now)
+        pieces = framer.expire(now)
+        is_silent = not connection.ended and now - connection.heard >= SILENCE
+        if is_silent or connection.is_stalled(now):
+            connection.ended, connection.error = True, TimeoutError()
+            pieces += framer.close()
+        return self._checked(pieces, LOOP_WINDOW + patience, now)
+
+    def _checked(self, pieces: list[Piece], window: float, now: float) -> list[Message]:
+        """The messages of pieces; none if the first piece of the connection has left for the portal within a window."""
+        if pieces and self._began is not None:
+            self._began = None
+            loop, (_, first) = self.reader.loop, pieces[0]
+            if first.startswith(b"\x16\x03"):  # a TLS record with a client hello
+                loop.store.name_stranger(self.host, "tls", now)
+            self.is_loop = loop.portal.has_sent(first, self.reader.name, window, now)
+        return [] if self.is_loop else self.reader.recognized(pieces, now)
 
 
 # --------------------------------------------------------------------------------- network: the way to the portal
@@ -2171,817 +2590,820 @@ class Connection:
 
 def reason_of(error: OSError) -> str:
     """The label of the failures counter for an error of connect."""
-    told = {errno.ECONNREFUSED: "refused", errno.ETIMEDOUT: "timeout"}.get(error.errno or 0, "other")
-    return getattr(error, "reason", told)
+    known = {errno.ECONNREFUSED: "refused", errno.ETIMEDOUT: "timeout"}.get(error.errno or 0, "other")
+    return getattr(error, "reason", known)
 
 
-class Upstream:
-    """The portal, as all lines to it see it: its name and addresses, whether it is there, our ends of the connections to it."""
+class Portal:
+    """The portal, as all links to it see it: its name, its addresses, whether it is there, what was sent to it."""
 
-    def __init__(
-        self, settings: argparse.Namespace, store: Store, selector: selectors.BaseSelector, later: Callable[..., None]
-    ) -> None:
-        """later(work, owner): have the loop call work(now) on behalf of an owner or None; from any thread."""
-        self.settings, self.store, self.selector, self._later = settings, store, selector, later
-        self.up: int | None = None  # whether the last attempt of any line succeeded
-        self.lines: set[Line] = set()  # that have a connection, standing or under way
-        self.own_addresses: set[tuple[str, int]] = set()  # where this exporter listens
-        self._waiting: dict[Line, None] = {}  # for the look-up that is under way
-        self._asked = -math.inf  # when it began
+    def __init__(self, loop: Loop) -> None:
+        self.loop = loop
+        self.up: int | None = None  # whether the last attempt of any link succeeded, and its connection was not lost
+        self.links: dict[str, PortalLink] = {}  # that are connected, by our HOST:PORT of the connection
+        self.sent = SentPieces()
+        self._refused: dict[int, float] = {}  # hashes of pieces that were refused as a loop, and when
+        self._waiting: dict[PortalLink, None] = {}  # for the look-up that is under way
+        self._is_looking = False  # in a thread
+        self._late: tuple[list[Endpoint], float] = ([], -math.inf)  # addresses that came when nobody waited, and when
 
-    def look_up(self, line: Line, now: float) -> None:
-        """Have the line's on_addresses called with the portal's addresses, or with Unresolved. One look-up serves all that wait."""
-        host, port = self.settings.upstream
-        with contextlib.suppress(ValueError):
-            family = socket.AF_INET6 if ipaddress.ip_address(host.partition("%")[0]).version == 6 else socket.AF_INET
-            return line.on_addresses([Endpoint(family, (host, port))], now)
-        is_under_way = bool(self._waiting) and now - self._asked < STUCK
-        self._waiting[line] = None
-        if not is_under_way:
-            self._asked = now
+    def look_up(self, link: PortalLink, now: float) -> None:
+        """Have the link's `addressed` called with the portal's addresses, or with what prevents it."""
+        host, port = self.loop.settings.upstream
+        found, came = self._late
+        self._late = ([], -math.inf)
+        known = literal_addresses(host, port) or (found if now - came < 2 * BACKOFF[1] else [])
+        if known:
+            return link.addressed(known, now)
+        self._waiting[link] = None
+        if not self._is_looking:
+            self._is_looking = True
             try:
-                threading.Thread(target=self._resolve, name="resolver", daemon=True).start()
-            except RuntimeError:  # no thread to be had
-                self._found(Unresolved("dns", "there is no thread for the look-up"))
+                threading.Thread(target=self._resolve, args=(host, port), name="resolver", daemon=True).start()
+            except RuntimeError:
+                self._resolved(Unresolved("dns", "this system starts no thread for the look-up"), now)
 
-    def _resolve(self) -> None:
-        """In a thread of its own: a look-up may take long."""
-        found: list[Endpoint] | Unresolved
+    def _resolve(self, host: str, port: int) -> None:
+        """In a thread: a look-up can take long. There is one at a time, so that one that hangs costs one thread."""
+        found: list[Endpoint] | Exception
         try:
-            host, port = self.settings.upstream
-            found = resolve(host, port, self.settings.upstream_dns)
-        except Unresolved as error:
+            found = resolve(host, port, self.loop.settings.upstream_dns)
+        except Exception as error:
             found = error
-        except Exception:
-            with self.store.lock:
-                self.store.broke("a look-up's result")
-            found = Unresolved("other", "the look-up failed")
-        self._later(lambda now: self._found(found), None)
+        self.loop.mailbox.put(functools.partial(self._resolved, found))
 
-    def _found(self, found: list[Endpoint] | Unresolved) -> None:
-        """Tell all that wait, each as an event of its own."""
+    def _resolved(self, found: list[Endpoint] | Exception, now: float) -> None:
+        """Called when the look-up has ended."""
+        self._is_looking = False
         waiting, self._waiting = self._waiting, {}
-        for line in waiting:
-            self._later(functools.partial(line.on_addresses, found), line.owner)
+        if isinstance(found, list) and not waiting:
+            self._late = (found, now)
+        for link in waiting:
+            answer = found if isinstance(found, (list, Unresolved)) else Unresolved("other", "the look-up failed")
+            self.loop.touch(link.owner)
+            self.loop.do("a look-up's result", link.owner, link.addressed, answer, now)
+        if isinstance(found, Exception) and not isinstance(found, Unresolved):
+            raise found
+
+    def wait_no_more(self, link: PortalLink) -> None:
+        """Called when a link's attempt has ended."""
+        self._waiting.pop(link, None)
 
     def is_own(self, endpoint: Endpoint) -> bool:
         """Whether an address is one where this exporter listens."""
         host, port = plain(endpoint.sockaddr[0]), endpoint.sockaddr[1]
-        return any((own, port) in self.own_addresses for own in ("0.0.0.0", "::", host)) and is_this_machine(host)
+        own = {sock.getsockname()[:2] for listener in self.loop.listeners for sock in listener.sockets}
+        return any((name, port) in own for name in ("0.0.0.0", "::", host)) and is_this_machine(host)
 
-    def suspects(self, peer: str, now: float) -> list[Line]:
-        """The lines that a connection from a peer may be the far end of: it says so, or NAT may hide it and they began just now.
+    def has_sent(self, piece: bytes, peer: str, window: float, now: float) -> bool:
+        """Whether a device's first piece is one that an open connection of ours to the portal has sent: a loop.
 
-        What the connection says then decides: a device on this machine may have the port of one of our ends by chance.
+        Where the device's address is our end of that connection, it is no other; else once and within a window only, since
+        a device can repeat what it said on a connection that is still open.
         """
-        lines = (line for line in self.lines if line.up and line.may_come_back)
-        return [line for line in lines if line.own_end == peer or now - line.began <= LOOP_WINDOW]
+        departure = self.sent.departure(piece)
+        if not departure or departure.end not in self.links:
+            return False
+        if departure.end == peer:
+            return True
+        self._refused = {key: at for key, at in self._refused.items() if now - at < RETURN_WINDOW}
+        if now - departure.latest > window or hash(piece) in self._refused:
+            return False
+        self._refused[hash(piece)] = now
+        return True
 
-    def came(self, now: float) -> None:
-        """A connection stands."""
+    def connected(self, link: PortalLink, end: str, now: float) -> None:
+        """Called when a link is connected; end: our HOST:PORT."""
+        self.links[end] = link
         if not self.up:
-            text = f"the portal is there: {self.settings.upstream_text}"
-            self.store.troubles.say("portal there", text, now, level=logging.INFO)
+            text = f"connected to the portal {self.loop.settings.upstream_text}"
+            self.loop.store.troubles.say("portal there", text, now, level=logging.INFO)
         self.up = 1
 
     def failed(self, reason: str, text: str, now: float) -> None:
-        """An attempt failed."""
+        """Called when an attempt has failed."""
         self.up = 0
-        self.store.add("sems_mitm_upstream_connect_failures_total", 1, label("reason", reason))
-        where = f"cannot reach the portal {self.settings.upstream_text}: {text}"
-        self.store.troubles.say(f"portal {reason}", where, now)
+        self.loop.store.add("sems_mitm_upstream_connect_failures_total", 1, label("reason", reason))
+        where = f"cannot reach the portal {self.loop.settings.upstream_text}: {text}"
+        self.loop.store.troubles.say(f"portal {reason}", where, now)
 
 
-class Line:
-    """The way of one relay or courier to the portal: an attempt, a connection, the back-off until the next.
+IDLE, LOOKING, CONNECTING, UP = "idle", "looking", "connecting", "up"  # states of a link
 
-    Its owner has `on_portal`, `on_portal_up`, `on_portal_down`, `has_ended`, and an outbox that outlives connections.
+
+class PortalLink:
+    """The way of one owner to the portal: an attempt, a connection, the wait until the next attempt.
+
+    `outbox` outlives connections. `was_lost` is set when an attempt has failed or a connection has ended; the owner, which
+    then decides what waits on, resets it.
     """
 
-    def __init__(self, upstream: Upstream, owner: Relay | Courier, outbox: Outbox, inward: Inward) -> None:
-        self.upstream, self.owner, self.outbox, self.inward = upstream, owner, outbox, inward
-        self.connection: Connection | None = None
-        self.up = False  # it stands
-        self.since = 0.0  # when it did, or its attempt began
-        self.own_end = ""  # our HOST:PORT of it
-        self.opening, self.began = b"", -math.inf  # the first bytes sent on it, and when
-        self.may_come_back = True  # they may: a device that repeats itself is taken for a loop once
-        self.sent = False  # something was ever sent
-        self.trying = False  # an attempt is under way: a look-up, or a connection that does not stand yet
-        self._addresses: list[Endpoint] = []  # still to be tried in it
-        self._patience = 0.0  # s for each
-        self._backoff: float = BACKOFF[0]
-        self._retry = 0.0  # when the next attempt may begin
+    def __init__(self, loop: Loop, owner: Owner, name: str, classes: set[int]) -> None:
+        self.loop, self.owner = loop, owner
+        self.outbox = Outbox()
+        self.state, self.was_lost, self.has_sent = IDLE, False, False  # has_sent: anything, on any connection
+        self.peer: Peer | None = None
+        self.end = ""  # our HOST:PORT of the connection
+        self.reader = Reader(INBOUND, loop, name, classes)
+        self._since = 0.0  # when the state began
+        self._addresses: list[Endpoint] = []  # of the attempt, still to be tried
+        self._patience = float(CONNECT_TIMEOUT)  # s for each
+        self._backoff, self._retry = float(BACKOFF[0]), 0.0  # s until the next attempt; when it can begin
+
+    def can_begin(self, now: float) -> bool:
+        """Whether there is no attempt and no connection, and the wait is over."""
+        return self.state == IDLE and now >= self._retry
 
     def reach(self, now: float) -> None:
-        """Begin an attempt, unless there is one, or a connection, or its time has not come."""
-        if not self.trying and not self.connection and now >= self._retry:
-            self.trying, self.since = True, now
-            self.upstream.look_up(self, now)
+        """Begin an attempt if that is possible."""
+        if self.can_begin(now):
+            self.state, self._since = LOOKING, now
+            self.loop.portal.look_up(self, now)
 
-    def on_addresses(self, found: list[Endpoint] | Unresolved, now: float) -> None:
-        """The look-up has an answer."""
-        if not self.trying or self.connection:  # nobody waits for it any more
+    def addressed(self, found: list[Endpoint] | Unresolved, now: float) -> None:
+        """Called when the portal's addresses are known, or cannot be known."""
+        if self.state != LOOKING:
             return
         if isinstance(found, Unresolved):
-            return self.failed(found.reason, str(found), now)
+            return self._fail(found.reason, str(found), now)
         self._addresses = list(found[:ADDRESSES])
-        self._patience = CONNECT_TIMEOUT / len(self._addresses)
-        self._try_next("other", "no address", now)
+        self._patience = CONNECT_TIMEOUT / (2 if len(self._addresses) > 1 else 1)
+        self._try_next("other", "it has no address", now)
 
     def _try_next(self, reason: str, text: str, now: float) -> None:
-        """Connect to the next address; after the last, the attempt has failed for the reason given."""
+        """Connect to the next address; behind the last, the attempt has failed for this reason."""
         self._disconnect()
         while self._addresses:
-            endpoint, self.since = self._addresses.pop(0), now
+            endpoint = self._addresses.pop(0)
             try:
-                return self._connect(endpoint)
+                return self._connect(endpoint, now)
             except OSError as error:
                 self._disconnect()
                 reason, text = reason_of(error), error.strerror or str(error)
-        self.failed(reason, text, now)
+        self._fail(reason, text, now)
 
-    def _connect(self, endpoint: Endpoint) -> None:
+    def _connect(self, endpoint: Endpoint, now: float) -> None:
         """Begin to connect. Raises OSError."""
-        if self.upstream.is_own(endpoint):
+        if self.loop.portal.is_own(endpoint):
             where = endpoint_text(endpoint.sockaddr)
-            raise Unresolved(
-                "loop", f"its address {where} is this exporter's own: check --sems.upstream and --sems.upstream-dns"
-            )
-        sock = socket.socket(endpoint.family, socket.SOCK_STREAM)
-        handler = Handler(self._on_ready, self.owner)
-        self.connection = Connection(self.upstream.selector, sock, self.outbox, handler, self._on_data, self._on_end)
-        self.upstream.lines.add(self)
+            change = "check --sems.upstream and --sems.upstream-dns"
+            raise Unresolved("loop", f"its address {where} is this exporter's own: {change}")
+        sock = with_small_buffers(socket.socket(endpoint.family, socket.SOCK_STREAM))
+        connection = Connection(self.loop, sock, self.owner, self.outbox, now)
+        self.reader.framer = Framer(INBOUND)
+        self.peer = Peer(connection, self.reader)
+        self.state, self._since = CONNECTING, now
         tuned(sock, 20, 10, STALL)
         code = sock.connect_ex(endpoint.sockaddr)
         if code not in (0, errno.EINPROGRESS):
             raise OSError(code, os.strerror(code))
-        self.own_end = endpoint_text(sock.getsockname())
-        self.connection.watch(0, writing=True)
+        self.end = endpoint_text(sock.getsockname())
+        connection.watch(False, writing=True)
 
-    def _on_ready(self, events: int, now: float) -> None:
-        assert self.connection
-        if self.trying:
-            code = self.connection.sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+    def ready(self, events: int, now: float) -> list[Message]:
+        """Called when the socket is ready: what the portal sent."""
+        assert self.peer
+        connection = self.peer.connection
+        if self.state == CONNECTING:
+            code = connection.sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
             if code:
-                return self._try_next(reason_of(OSError(code, "")), os.strerror(code), now)
-            self.trying, self.up, self.since, self.opening, self.may_come_back = False, True, now, b"", True
-            self.upstream.came(now)
-            self.owner.on_portal_up(now)
+                self._try_next(reason_of(OSError(code, "")), os.strerror(code), now)
+            else:
+                self.state, self._since = UP, now
+                self.loop.portal.connected(self, self.end, now)
         elif events & selectors.EVENT_READ:
-            self.connection.receive(now)
+            messages = self.peer.read(now)
+            if messages or not connection.ended:
+                self._backoff = BACKOFF[0]  # it is the portal, and well
+            self._notice_end(now)
+            return messages
+        return []
 
-    def _on_data(self, data: bytes, now: float) -> None:
-        self._backoff = BACKOFF[0]  # it is the portal, and well: the next attempt need not wait long
-        self.owner.on_portal(self.inward.feed(data, now), now)
+    def write(self, now: float) -> list[Message]:
+        """Send what the portal takes; if it is gone, what it still sent."""
+        if self.state != UP or not self.peer or not self.outbox.size:
+            return []
+        self.has_sent = True
+        for piece in self.peer.connection.send(now)[:REMEMBERED]:
+            self.loop.portal.sent.note(piece, self.end, now)
+        messages = self.peer.rest(now)
+        self._notice_end(now)
+        return messages
 
-    def push(self, now: float) -> None:
-        """Send what the portal takes, if it is there; a trouble is left to `flush`."""
-        if self.connection and self.up and self.outbox.size:
-            self.sent = True
-            self.began = self.began if self.opening else now
-            if len(self.opening) < OPENING:
-                self.opening += self.outbox.ready()[: OPENING - len(self.opening)]
-            self.connection.push(now)
+    def _notice_end(self, now: float) -> None:
+        if self.peer and self.peer.connection.ended:
+            self.lose(self.peer.connection.error, now)
 
-    def flush(self, now: float) -> None:
-        """Send what the portal takes; if it is gone, that ends the connection."""
-        self.push(now)
-        if self.connection and self.up and self.outbox.size:
-            self.connection.flush(now)
+    def watch(self, reading: bool) -> None:
+        """Have the selector wait for the portal: until it has connected, sends, takes what waits."""
+        if self.peer:
+            self.peer.connection.watch(reading and self.state == UP, writing=self.state == CONNECTING)
 
-    def watch(self, room: int) -> None:
-        """Wait for the portal: that it connects, speaks if there is room for so many bytes, takes what waits."""
-        if self.connection:
-            self.connection.watch(room if self.up else 0, writing=self.trying)
-
-    def look(self, now: float) -> None:
+    def overdue(self, now: float) -> list[Message]:
         """See to deadlines: an unfinished frame, an attempt that takes too long, a portal that takes nothing."""
-        self.owner.on_portal(self.inward.expired(now), now)
-        if self.connection and self.trying and now - self.since >= self._patience:
+        waited = now - self._since
+        if self.state == LOOKING and waited >= CONNECT_TIMEOUT:
+            self._fail("dns", f"the name servers have not answered for {CONNECT_TIMEOUT} s", now)
+        elif self.state == CONNECTING and waited >= self._patience:
             self._try_next("timeout", f"no answer for {self._patience:.0f} s", now)
-        elif self.trying and not self.connection and now - self.since >= CONNECT_TIMEOUT:
-            self.failed("dns", f"the name services have not answered for {CONNECT_TIMEOUT} s", now)
-        elif self.connection and self.up and self.connection.is_stalled(now):
-            self._on_end(TimeoutError(errno.ETIMEDOUT, "it takes nothing"), now)
+        elif self.state == UP and self.peer:
+            messages = self.peer.overdue(now)
+            if self.peer.connection.is_stalled(now):
+                self.lose(TimeoutError(errno.ETIMEDOUT, "it takes nothing"), now)
+            return messages
+        return []
 
-    def _on_end(self, error: OSError | None, now: float) -> None:
-        """The connection is gone."""
-        if error:
-            self.upstream.up = 0
-        self.ended(now)
-
-    def failed(self, reason: str, text: str, now: float) -> None:
+    def _fail(self, reason: str, text: str, now: float) -> None:
         """The attempt has failed."""
-        self.upstream.failed(reason, text, now)
-        self.ended(now)
-
-    def ended(self, now: float) -> None:
-        """An attempt or a connection has ended: the next waits for the back-off."""
+        self.loop.portal.failed(reason, text, now)
         self.drop(now)
-        self.owner.on_portal(self.inward.closed(now), now)
-        self.owner.on_portal_down(now)
+
+    def lose(self, error: OSError | None, now: float) -> None:
+        """The connection has ended, by an error or without one."""
+        if error:
+            self.loop.portal.up = 0
+        self.drop(now)
 
     def drop(self, now: float) -> None:
-        """Have no connection, and no attempt before the back-off is over."""
+        """Have no connection, and begin no attempt before the wait is over."""
+        self._disconnect()
+        self.was_lost = True
         self._retry = now + self._backoff * random.uniform(0.7, 1)
         self._backoff = min(2 * self._backoff, BACKOFF[1])
-        self._disconnect()
-        self.trying = False
+        self.state = IDLE
 
     def _disconnect(self) -> None:
-        if self.connection:
-            self.connection.close()
-        self.upstream.lines.discard(self)
-        self.connection, self.up, self.own_end = None, False, ""
+        self.loop.portal.wait_no_more(self)
+        if self.loop.portal.links.get(self.end) is self:
+            del self.loop.portal.links[self.end]
+        if self.peer:
+            self.peer.connection.close()
+        self.peer, self.end = None, ""
 
 
 # ----------------------------------------------------------------------------------------------------------- modes
 #
-# Three small things, each with its sockets and told by the loop what came:
+# Four owners of connections. The loop calls them so:
 #
-#     Relay      forward: a device's connection and its portal connection, a pipe with a filter
-#     Answerer   local, spool: a device's connection that the exporter answers; in spool it hands good frames to a courier
-#     Courier    spool: what a serial number has for the portal, and its portal connection; it knows no device's connection
+#     ready(connection, events, now)   a socket of theirs is ready: they read, and put pieces where they are to go
+#     settle(now)                      the end of a round that touched them: a lost connection, writes, the end, in this order
+#     look(now)                        once a second: deadlines
+#     close()                          at once, whatever the state; also after an error of our own
 #
-# A handler only puts. At the end of a round the loop has the journal on the disk, then calls `end_round` of each that was
-# touched; `look` once a second. `close` ends it at once and feeds nothing to a handler again, so it may follow a fault of our own.
-
-
-# What a reader makes of a piece: (kind, bytes, address of a good frame or None; inward also its meaning); kind is its type.
-Taken = tuple
-
-
-class Stream:
-    """What comes on a connection, as pieces that are recognised. classes: those that the device has sent."""
-
-    recognised: Callable[[list[Piece], float], list[Taken]]  # by direction
-
-    def __init__(self, wire: Wire, loop: Loop, peer: str, classes: set[int]) -> None:
-        self.wire, self.loop, self.peer, self.classes = wire, loop, peer, classes
-        self.framer = Framer(wire)
-
-    def feed(self, data: bytes, now: float) -> list[Taken]:
-        """What data completes."""
-        self.loop.store.add("sems_mitm_bytes_total", len(data), f'direction="{self.wire.name}"')
-        return self.recognised(self.framer.feed(data, now), now)
-
-    def expired(self, now: float) -> list[Taken]:
-        """What a frame was that is unfinished for too long."""
-        return self.recognised(self.framer.expire(now), now) if self.framer.rest else []
-
-    def closed(self, now: float) -> list[Taken]:
-        """What is left when the stream has ended; the next begins anew."""
-        pieces, self.framer = self.framer.close(), Framer(self.wire)
-        return self.recognised(pieces, now)
-
-    def decide(self, kind: str, verdict: str, piece: bytes) -> None:
-        """Count and record a piece whose fate is decided."""
-        if kind:
-            self.loop.store.count(self.wire, kind, verdict, len(piece) // 2 if kind == KEEPALIVE else 1)
-        self.loop.files.record(self.peer, self.wire, kind, verdict, piece)
-
-
-class Outward(Stream):
-    """The reader of a device's connection: the store meets its good frames."""
-
-    def recognised(self, pieces: list[Piece], now: float) -> list[Taken]:
-        """Pieces with their addresses."""
-        store, found = self.loop.store, []
-        for kind, piece in pieces:
-            where = None
-            if kind == FRAME:
-                if len(piece) > 13 and piece[11] not in FUNCTIONS:  # in 13 bytes the CRC stands there
-                    store.add("outbound_unknown_packets_total")
-                try:
-                    where = address_of(piece, OUTBOUND)
-                    kind = where.type
-                except ProtocolError:
-                    kind = MALFORMED
-            if where:
-                self.classes.add(where.cls)
-                store.meet(where, piece, now)
-            found.append((kind, piece, where))
-        return found
-
-
-class Inward(Stream):
-    """The reader of a portal's connection: a piece has the meaning of `allowed`, or keepalive; without one it may not pass."""
-
-    def recognised(self, pieces: list[Piece], now: float) -> list[Taken]:
-        """Pieces with addresses and meanings."""
-        return [self._read(kind, piece, now) for kind, piece in pieces]
-
-    def _read(self, kind: str, piece: bytes, now: float) -> Taken:
-        store, where, meaning = self.loop.store, None, KEEPALIVE if kind == KEEPALIVE else ""
-        if kind == FRAME:
-            try:
-                where = address_of(piece, INBOUND)
-                kind, meaning = where.type, allowed(where, decode(piece, INBOUND).clear, self.classes)
-            except ProtocolError:
-                kind = MALFORMED
-            if not meaning:
-                store.add("inbound_unknown_packets_total")
-        if not meaning:
-            what = f"blocked what the portal sent to {self.peer}, type {kind or JUNK}: {piece[:LOG_HEX].hex()}"
-            store.troubles.say("blocked", what, now)
-        if where and meaning == "nack":
-            store.answered(where.owner, NACKS)
-            text = f"the portal did not accept a packet of {where.serial} (NACK), type {where.type}"
-            store.troubles.say("nack", text, now)
-        return kind, piece, where, meaning
-
-
-class DeviceEnd:
-    """A device's connection, and its life: it may fall silent, take nothing, send its end and still read.
-
-    Its owner's `on_bytes(data, now)` is told what came, then its `on_device(pieces, data, now)` the pieces that it completes.
-    """
-
-    def __init__(self, loop: Loop, sock: socket.socket, peer: str, now: float, owner: Relay | Answerer) -> None:
-        handler = Handler(self._on_ready, owner)
-        self.connection = Connection(loop.selector, sock, Outbox(), handler, self._on_data, self._on_end)
-        self.outward = Outward(OUTBOUND, loop, peer, set())
-        self.ended = False  # it sends no more
-        self.suspects: list[Line] | None = None  # lines that it may be the far end of: they began as it does so far
-        self._opening = b""
-        self._owner, self._heard = owner, now
-
-    def _on_ready(self, events: int, now: float) -> None:
-        if events & selectors.EVENT_READ:
-            self._heard = now
-            self.connection.receive(now)
-
-    def _on_data(self, data: bytes, now: float) -> None:
-        if self._is_loop(data, now):
-            self.outward.loop.door.refuse("loop", self.outward.peer, now)
-            return self._owner.close()
-        self._owner.on_bytes(data, now)
-        self._owner.on_device(self.outward.feed(data, now), data, now)
-
-    def _is_loop(self, data: bytes, now: float) -> bool:
-        """Whether this is a connection of ours to the portal, come back: from its first byte it says the same."""
-        if self.suspects is None:
-            self.suspects = self.outward.loop.upstream.suspects(self.outward.peer, now)
-        if not self.suspects:
-            return False
-        self._opening += data[: OPENING - len(self._opening)]
-        same = [line for line in self.suspects if line.opening.startswith(self._opening)]
-        self.suspects = [line for line in same if line.up and not line.owner.has_ended]
-        if not self.suspects or len(self._opening) < OPENING:
-            return False
-        self.suspects[0].may_come_back = False
-        return True
-
-    def _on_end(self, error: OSError | None, now: float) -> None:
-        if error:
-            self.connection.close()
-        if not self.ended:
-            self.ended = True
-            self._owner.on_device(self.outward.closed(now), b"", now)
-
-    def watch(self, room: int) -> None:
-        """Wait for the device: that it speaks if there is room for so many bytes, takes what waits."""
-        self.connection.watch(0 if self.ended else room)
-
-    def look(self, now: float) -> None:
-        """See to deadlines: an unfinished frame; a device that is silent or takes nothing is gone."""
-        is_held_long = now - self._heard >= PATIENCE[OUTBOUND.name]
-        self.suspects = [] if is_held_long else self.suspects and [line for line in self.suspects if line.up]
-        if self.outward.framer.rest:
-            self._owner.on_device(self.outward.expired(now), b"", now)
-        if self.connection.is_open and (now - self._heard >= SILENCE or self.connection.is_stalled(now)):
-            self._on_end(TimeoutError(), now)
+#     Relay        mode forward: a device's connection and its connection to the portal
+#     Answerer     modes local and spool: a device's connection that the exporter answers
+#     SpoolSender  mode spool: what a serial number has for the portal, and the connection that delivers it
+#     HttpClient   in the section HTTP
 
 
 class Relay:
-    """Mode forward: a device's connection and its portal connection, a pipe with a filter.
+    """Mode forward: while the portal is connected, or the first attempt is under way, every piece goes to it; else good
+    frames wait for it, and nothing else."""
 
-    While the portal is there, and while the first attempt to reach it is under way, bytes go (or wait) as they came; else
-    only whole good frames wait.
-    """
-
-    def __init__(self, loop: Loop, sock: socket.socket, peer: str, now: float) -> None:
+    def __init__(self, loop: Loop, sock: socket.socket, name: str, now: float) -> None:
         self.loop = loop
-        self.device = DeviceEnd(loop, sock, peer, now, self)
-        self.outbox = Outbox()  # for the portal
-        self.line = Line(loop.upstream, self, self.outbox, Inward(INBOUND, loop, peer, self.device.outward.classes))
-        self._bat = loop.store.batsignal
-        self._piping = True
-        self._ahead = 0  # with the bat: how much of the unfinished frame is in the outbox already
-        self._deadline: float | None = None  # when all ends, after the device's last byte
-        self._half_closed = False  # the portal is told of the end
+        self.device = DevicePeer(loop, sock, self, name, now)
+        self.link = PortalLink(loop, self, name, self.device.reader.classes)
+        self._is_away = False  # the portal: an attempt has failed, or a connection was lost
+        self._deadline: float | None = None  # when all ends, behind the device's end
+        self._is_half_closed = False  # towards the portal
 
     @property
-    def has_ended(self) -> bool:
-        """Whether the device sends no more."""
-        return self.device.ended
+    def waiting(self) -> int:
+        """Bytes in its queues."""
+        return self.link.outbox.size + self.device.connection.outbox.size
 
-    @property
-    def weight(self) -> int:
-        """Bytes of memory that wait."""
-        return self.outbox.weight + self.device.connection.outbox.weight
+    def ready(self, connection: Connection, events: int, now: float) -> None:
+        """Called when one of the two sockets is ready."""
+        if connection is not self.device.connection:
+            return self._pass_inward(self.link.ready(events, now))
+        if events & selectors.EVENT_READ:
+            self._pass_outward(self.device.read(now), now)
+            self._pass_inward(self.link.write(now))  # at once: that is what a packet is held up by
 
-    @property
-    def _is_pure(self) -> bool:
-        """Whether bytes go (or wait) as they came."""
-        return self._piping and not self._bat
+    def _pass_outward(self, messages: list[Message], now: float) -> None:
+        """Queue what the device sent for the portal."""
+        outbox, decide, draws = self.link.outbox, self.device.reader.decide, self.loop.store.batsignal
+        for message in messages:
+            _, piece, where, _ = message
+            if where is None:
+                if not self._is_away:
+                    outbox.put(piece)
+                decide(message, "dropped" if self._is_away else "forwarded")
+                continue
+            drawn = with_bat(piece) if draws and draws_bat(where) else None
+            outbox.put(drawn or piece)
+            decide(message, "rewritten" if drawn else "forwarded")
+            self.link.reach(now)
+        if self._is_away:
+            self._bound_queue()
 
-    def on_bytes(self, data: bytes, now: float) -> None:
-        """Pass bytes on as they came, and before they are looked at: that is what a packet is held up by."""
-        if self._is_pure:
-            self.outbox.put(data)
-            self.line.push(now)
-
-    def on_device(self, pieces: list[Taken], data: bytes, now: float) -> None:
-        """Decide what becomes of what the device sent; a pipe without the bat has passed on its bytes."""
-        for kind, piece, where in pieces:
-            self.device.outward.decide(kind, "forwarded" if self._is_pure else self._queued(piece, where), piece)
-        self._pass_rest(now)
-        if data and not self.device.suspects:  # else it may be a loop, and another connection would be its next turn
-            self.line.reach(now)
-
-    def _queued(self, piece: bytes, where: Address | None) -> str:
-        """Let a piece wait where bytes do not just pass, the portal is away or there is the bat; its verdict."""
-        drawn = with_bat(piece) if self._bat and where and draws_bat(where) and not self._ahead else None
-        if self._piping:
-            self.outbox.put((drawn or piece)[self._ahead :])
-            self._ahead = max(self._ahead - len(piece), 0)
-        elif where:
-            self.outbox.put(drawn or piece)
-            self._shed(self.outbox.size - QUEUE)
-        return "rewritten" if drawn else "forwarded" if self._piping or where else "dropped"
-
-    def _pass_rest(self, now: float) -> None:
-        """With the bat: pass on an unfinished frame that does not wait for it."""
-        framer = self.device.outward.framer
-        if not (self._piping and self._bat and framer.rest):
-            return
-        if self._ahead or now - framer.since >= HOLD or not may_draw_bat(framer.rest):
-            self.outbox.put(framer.rest[self._ahead :])
-            self._ahead = len(framer.rest)
-
-    def on_portal(self, pieces: list[Taken], now: float) -> None:
-        """Let through what has a meaning."""
-        for kind, piece, where, meaning in pieces:
-            passes = meaning and self.device.connection.is_open
+    def _pass_inward(self, messages: list[Message]) -> None:
+        """Queue what the portal is allowed to send for the device."""
+        for message in messages:
+            _, piece, where, meaning = message
+            passes = meaning and not self.device.connection.error
             if passes:
                 self.device.connection.outbox.put(piece)
-            if meaning == "ack":
+            if meaning == "ack" and where:
                 self.loop.store.answered(where.owner, ACKS)
-            self.line.inward.decide(kind, "forwarded" if passes else "dropped", piece)
+            self.link.reader.decide(message, "forwarded" if passes else "dropped")
 
-    def on_portal_up(self, now: float) -> None:
-        """The portal is there: first what waited, then what comes."""
-        if not self._piping:
-            self._piping = True
-            self._pass_rest(now)
-            if not self._bat:
-                self.outbox.put(self.device.outward.framer.rest)
-        self._deadline = None
+    def _bound_queue(self) -> None:
+        """Bound what waits for an absent portal."""
+        self.shed(self.link.outbox.size - QUEUE)
 
-    def on_portal_down(self, now: float) -> None:
-        """An attempt failed, or the connection is gone: from now on only whole good frames wait."""
-        if self._piping:
-            data, sent = self.outbox.take_all()
-            for frame in good_frames(data, now, sent):
-                self.outbox.put(frame)
-            self._piping, self._ahead = False, 0
-        self._shed(self.outbox.size - QUEUE)
+    def shed(self, excess: int) -> None:
+        """Drop the oldest frames for the portal, so many bytes of them."""
+        self.loop.store.add("sems_mitm_queue_dropped_packets_total", self.link.outbox.shed(excess))
 
-    def _shed(self, excess: int) -> None:
-        """Drop the oldest frames, so many bytes of them."""
-        while excess > 0 and self.outbox.size:
-            excess -= len(self.outbox.drop_oldest())
-            self.loop.store.add("sems_mitm_queue_dropped_packets_total")
-
-    def lighten(self, excess: int, now: float) -> None:
-        """All queues together are too heavy, and this one is the heaviest: drop its oldest frames."""
-        if self.device.connection.outbox.weight > self.outbox.weight:
+    def settle(self, now: float) -> None:
+        """Send what waits, both ways; wait for what can come next, or end."""
+        device, link = self.device, self.link
+        if device.is_loop:
+            return self.loop.refuse(self, "loop", now)
+        device.connection.send(now)
+        self._pass_outward(device.rest(now), now)
+        self._pass_inward(link.write(now))
+        if link.was_lost:
+            link.was_lost, self._is_away = False, True
+            link.outbox.restart(is_good_frame)
+            self._bound_queue()
+        elif link.state == UP:
+            self._is_away, self._deadline = False, self._deadline if self._is_half_closed else None
+        if device.connection.ended and self._is_over(now):
             return self.close()
-        if self._piping:  # the portal takes nothing; what is sent of a frame cannot be taken back
-            self.line.ended(now)
-        self._shed(min(excess, self.outbox.size))
+        device.connection.watch(self._is_away or link.outbox.size < BACKLOG)
+        link.watch(device.connection.outbox.size < BACKLOG)
 
-    def end_round(self, now: float) -> None:
-        """Send what waits, both ways; wait for what may come next, or end."""
-        self.line.flush(now)
-        self.device.connection.flush(now)
-        if self.device.ended and self._is_done(now):
-            return self.close()
-        limit = BACKLOG if self.line.up else FIRST_ATTEMPT if self._piping else 2 * QUEUE
-        self.device.watch(limit - self.outbox.size)
-        self.line.watch(BACKLOG - self.device.connection.backlog)
-
-    def _is_done(self, now: float) -> bool:
-        """Whether nothing is left to do for a device that sends no more; sees to the next step if something is."""
-        if not self.line.up:
-            self._deadline = self._deadline or now + LAST_ATTEMPT
-            return not self.line.trying
-        if self.outbox.size or self._half_closed:
-            return False
-        if not self.line.sent:
+    def _is_over(self, now: float) -> bool:
+        """Whether nothing is left to do for a device that sends no more; takes the next step if something is."""
+        if self.link.outbox.size and not self._is_away:
+            self.link.reach(now)
+        if self.link.state == IDLE:
             return True
-        assert self.line.connection
-        self._half_closed, self._deadline = True, now + LINGER
-        with contextlib.suppress(OSError):
-            self.line.connection.sock.shutdown(socket.SHUT_WR)
+        if self.link.state != UP:
+            self._deadline = self._deadline or now + LAST_ATTEMPT
+        elif not self.link.has_sent and not self.link.outbox.size:
+            return True
+        elif self.link.peer and not self.link.outbox.size and not self._is_half_closed:
+            self.link.peer.connection.half_close()
+            self._is_half_closed, self._deadline = True, now + LINGER
         return False
 
     def look(self, now: float) -> None:
-        """See to deadlines."""
+        """See to deadlines; open the portal's connection for bytes that wait."""
         if self._deadline is not None and now >= self._deadline:
             return self.close()
-        self.device.look(now)
-        self.line.look(now)
-        if self.line.since or self.outbox.size and not self.device.suspects:  # the device has sent something
-            self.line.reach(now)
+        self._pass_outward(self.device.overdue(now), now)
+        self._pass_inward(self.link.overdue(now))
+        if self.link.outbox.size or self.device.reader.framer.rest and not self._is_away:
+            self.link.reach(now)
 
     def close(self) -> None:
         """Close both sockets, and be forgotten."""
         self.device.connection.close()
-        self.line.drop(time.monotonic())
+        self.link.drop(time.monotonic())
         self.loop.forget(self)
 
 
 class Answerer:
-    """Modes local and spool: a device's connection that the exporter answers."""
+    """Modes local and spool: a device's connection that the exporter answers. In mode spool a frame is answered at the end
+    of the round, behind the commit."""
 
-    def __init__(self, loop: Loop, sock: socket.socket, peer: str, now: float) -> None:
+    def __init__(self, loop: Loop, sock: socket.socket, name: str, now: float) -> None:
         self.loop = loop
-        self.device = DeviceEnd(loop, sock, peer, now, self)
+        self.device = DevicePeer(loop, sock, self, name, now)
+        self._messages: list[tuple[Message, str]] = []  # of this round, each with what `Spools.take` says of it
 
     @property
-    def weight(self) -> int:
-        """Bytes of memory that wait."""
-        return self.device.connection.outbox.weight
+    def waiting(self) -> int:
+        """Bytes in its queue."""
+        return self.device.connection.outbox.size
 
-    def on_bytes(self, data: bytes, now: float) -> None:
-        """Nothing is passed on as it came."""
+    def ready(self, connection: Connection, events: int, now: float) -> None:
+        """Called when the socket is ready."""
+        if events & selectors.EVENT_READ:
+            self._take(self.device.read(now), now)
 
-    def on_device(self, pieces: list[Taken], data: bytes, now: float) -> None:
-        """Answer good frames, in mode spool those that are kept."""
-        local = datetime.fromtimestamp(self.loop.store.clock(now))
-        for kind, piece, where in pieces:
+    def _take(self, messages: list[Message], now: float) -> None:
+        """Have the spool keep good frames; a frame of ours that comes back ends the connection."""
+        spools = self.loop.spools
+        for message in messages:
+            _, frame, where, _ = message
+            outcome = KEPT if where else REFUSED
+            if where and spools:
+                outcome = spools.take(frame, where, now)
+            self._messages.append((message, outcome))
+            self.device.is_loop = self.device.is_loop or outcome == COMES_BACK
+
+    def settle(self, now: float) -> None:
+        """Send; wait for what can come next, or end."""
+        if self.device.is_loop:
+            return self.loop.refuse(self, "loop", now)
+        connection = self.device.connection
+        connection.send(now)
+        self._take(self.device.rest(now), now)
+        if connection.ended and not self._messages and (connection.error or not connection.outbox.size):
+            return self.close()
+        if self._messages:  # the rest of a device that has gone: the next round commits it
+            self.loop.touch(self)
+        connection.watch(connection.outbox.size < ANSWERS)
+
+    def answer(self, now: float) -> None:
+        """Answer the frames of this round that are kept, and decide the fate of all; called behind the commit."""
+        if self.device.is_loop:
+            return
+        messages, self._messages = self._messages, []
+        spools, local = self.loop.spools, datetime.fromtimestamp(self.loop.store.clock(now))
+        for message, outcome in messages:
+            _, frame, where, _ = message
             verdict = "dropped"
-            if where and self._is_kept(piece, where, now):
-                clock = where.function == SETTINGS and self.loop.clock_ok(now)
-                reply = answer(where, local, clock)
+            if where and outcome == KEPT and (not spools or spools.table.is_stored):
+                sets_clock = where.function == SETTINGS and self.loop.has_good_clock(now)
+                reply = answer(where, local, sets_clock)
                 if reply:
                     self.device.connection.outbox.put(reply)
                     self.loop.store.answered(where.owner, ACKS)
                     verdict = "answered"
-                elif self.loop.settings.mode == SPOOL:
+                elif spools:
                     verdict = "forwarded"
-            self.device.outward.decide(kind, verdict, piece)
-
-    def _is_kept(self, frame: bytes, where: Address, now: float) -> bool:
-        """Whether a good frame may be answered: in mode spool if it is kept for the portal."""
-        if self.loop.settings.mode == LOCAL:
-            return True
-        if self.loop.depot.take(frame, where, now):
-            return True
-        text = f"the spool has no room for a packet of {where.serial}: it is not acknowledged, and stays the device's"
-        self.loop.store.troubles.say("spool full", text, now)
-        return False
-
-    def lighten(self, excess: int, now: float) -> None:
-        """All queues together are too heavy: this device takes none of its answers."""
-        self.close()
-
-    def end_round(self, now: float) -> None:
-        """Send what waits; wait for what may come next, or end."""
-        self.device.connection.flush(now)
-        if self.device.ended and not self.device.connection.backlog:
-            return self.close()
-        self.device.watch(FIRST_ATTEMPT - self.weight)
+                if spools:
+                    spools.answered(frame, where, reply)
+            self.device.reader.decide(message, verdict)
 
     def look(self, now: float) -> None:
         """See to deadlines."""
-        self.device.look(now)
+        self._take(self.device.overdue(now), now)
 
     def close(self) -> None:
         """Close the socket, and be forgotten."""
+        for message, _ in self._messages:
+            self.device.reader.decide(message, "dropped")
+        self._messages.clear()
         self.device.connection.close()
         self.loop.forget(self)
 
 
-class Courier:
-    """Mode spool: what a serial number has for the portal, and the portal connection that delivers it."""
+# A frame of a spool that is under way: its row without the frame, its size and hash; when it was sent, as which one.
+UnderWay = collections.namedtuple("UnderWay", "row size key at number")
 
-    has_ended = False
 
-    def __init__(self, loop: Loop, serial: str, now: float) -> None:
-        self.loop, self.serial = loop, serial
-        self.spool = Spool()
-        self.line = Line(loop.upstream, self, self.spool, Inward(INBOUND, loop, serial, set()))
+class SpoolSender:
+    """Mode spool: what a serial number has for the portal, and the connection that delivers it.
+
+    The portal's answers name no frame: one is for the oldest unanswered frame of its type. What is unanswered when the
+    connection ends is sent again on the next.
+    """
+
+    def __init__(self, loop: Loop, table: SpoolTable, serial: str, now: float) -> None:
+        self.loop, self.table, self.serial = loop, table, serial
         self.heard = now  # when its device's last frame came
-        self._since = now  # when the portal last answered, or was first sent what it owes an answer to
+        self._last = table.types(serial)  # of each type, the last id in the table
+        self._sent: dict[str, int] = {}  # of each type, the last id that was sent on this connection
+        # hashes of the newest frames that wait
+        self._newest = dict.fromkeys(map(hash, table.newest(serial, self._last)))
+        self._under_way: list[UnderWay] = []  # oldest first
+        self._answered = -math.inf  # when the portal last acknowledged a frame on this connection
+        self._reached = 0  # the number of the last frame that it has acknowledged there
+        # frames that were put behind: id to type, and until when they are not sent again on this connection
+        self._behind: dict[int, tuple[str, float]] = {}
+        self._own_answers: collections.deque[bytes] = collections.deque(maxlen=8)  # which we gave to frames under way
+        self._numbers = itertools.count(1)  # of frames, in the order in which they are sent
+        classes = {int(kind[:2], 16) for kind in self._last if kind != NO_ANSWER}
+        self.link = PortalLink(loop, self, serial, classes)
 
     @property
-    def weight(self) -> int:
-        """Bytes of memory that wait."""
-        return self.spool.weight
+    def waiting(self) -> int:
+        """Bytes in its queue; the table has bounds of its own."""
+        return self.link.outbox.size
 
-    def keep(self, frame: bytes, where: Address) -> None:
-        """Keep a frame, come what may: it is acknowledged."""
-        self.line.inward.classes.add(where.cls)
-        drawn = with_bat(frame) if self.loop.store.batsignal and draws_bat(where) else None
-        self.spool.put(drawn or frame)
+    @property
+    def undelivered(self) -> int:
+        """Bytes that the portal has not acknowledged."""
+        total = self.table.totals.get(self.serial)
+        return total.bytes if total else 0
 
-    def on_portal(self, pieces: list[Taken], now: float) -> None:
-        """Note the portal's answers: nothing of it reaches a device."""
-        for kind, piece, _, meaning in pieces:
-            if meaning in ("ack", "nack") and self.spool.answered(piece[6:8]):
-                self._since = now
-            self.line.inward.decide(kind, "dropped", piece)
+    # Frames come
 
-    def on_portal_up(self, now: float) -> None:
-        """The portal is there."""
+    def has(self, frame: bytes) -> bool:
+        """Whether a frame is one of the newest that wait."""
+        return hash(frame) in self._newest
 
-    def on_portal_down(self, now: float) -> None:
-        """An attempt failed, or the connection is gone: what is not answered goes again."""
-        self.spool.lost()
+    def put(self, frame: bytes, where: Address) -> None:
+        """Keep a new frame."""
+        self.link.reader.classes.add(where.cls)
+        kind = where.type if where.function in DATA else NO_ANSWER
+        self._last[kind] = self.table.put(self.serial, kind, frame)
+        self._newest[hash(frame)] = None
+        if len(self._newest) > NEWEST:
+            del self._newest[next(iter(self._newest))]
 
-    def end_round(self, now: float) -> None:
-        """Send what waits; go on, or wait for what may come next."""
-        if not self.spool.owed:
-            self._since = now
-        self.line.flush(now)
-        if self.spool.undelivered:
-            self.line.reach(now)
-        self.line.watch(RECV_SIZE)
+    def lose(self, frame: bytes) -> None:
+        """Called when the table could not store a new frame."""
+        self._newest.pop(hash(frame), None)
+
+    def answered(self, frame: bytes, reply: bytes) -> None:
+        """Called when a device has got an answer to a frame. If that is under way, the device can be a second exporter,
+        to which we are the portal's way: the same answer coming back from the portal would be our own."""
+        if reply and any(one.key == hash(frame) for one in self._under_way):
+            self._own_answers.append(Framer(INBOUND).feed(reply, 0.0)[0][1])
+
+    # The portal answers
+
+    def ready(self, connection: Connection, events: int, now: float) -> None:
+        """Called when the socket to the portal is ready."""
+        self._take(self.link.ready(events, now), now)
+
+    def _take(self, messages: list[Message], now: float) -> None:
+        """Note the portal's answers. Nothing of the portal's reaches a device."""
+        for message in messages:
+            kind, piece, where, meaning = message
+            if piece in self._own_answers:
+                self._own_answers.remove(piece)
+            elif meaning in ("ack", "nack") and where and where.serial == self.serial:
+                self._note_answer(kind, meaning == "ack", now)
+            self.link.reader.decide(message, "dropped")
+
+    def _note_answer(self, kind: str, is_ack: bool, now: float) -> None:
+        """The portal has acknowledged or refused the oldest unanswered frame of a type."""
+        frame = next((frame for frame in self._under_way if frame.row.type == kind), None)
+        if not frame:
+            return
+        if is_ack:
+            self._answered, self._reached = now, max(self._reached, frame.number)
+            self.table.totals[self.serial].acked += 1
+            self._deliver(frame)
+        else:
+            self._put_behind(frame, now)
+
+    def _deliver(self, frame: UnderWay) -> None:
+        """A frame is done with."""
+        self._under_way.remove(frame)
+        self._newest.pop(frame.key, None)
+        self.table.deliver(self.serial, frame.row, frame.size)
+
+    def _put_behind(self, frame: UnderWay, now: float) -> None:
+        """Let a frame that the portal does not like wait behind all others; at the third count against it, give it up.
+
+        It counts only if the portal has acknowledged another frame since the last count: a portal that likes nothing
+        costs no frame.
+        """
+        row, acked = frame.row, self.table.totals[self.serial].acked
+        is_counted = acked > row.mark
+        if is_counted and row.count + 1 >= GIVEN_UP:
+            data = self.table.frame(self.serial, row)
+            log.error(
+                "gave up a packet of %s, type %s, that the portal does not accept: %s",
+                self.serial,
+                row.type,
+                data[:LOG_HEX].hex(),
+            )
+            self.loop.store.add("sems_mitm_undeliverable_packets_total")
+            return self._deliver(frame)
+        self._under_way.remove(frame)
+        count, mark = (row.count + 1, acked) if is_counted else (row.count, row.mark)
+        self._last[row.type] = self.table.move_behind(self.serial, row, count, mark)
+        self._behind[self._last[row.type]] = (row.type, now + ANSWER_TIMEOUT)
+
+    # Frames go
+
+    def settle(self, now: float) -> None:
+        """See to a lost connection; send what waits, as much as can be under way; wait for what can come next."""
+        if self.link.was_lost:
+            self._start_anew(now)
+        if self.link.state == UP:
+            self._send(now)
+            self._take(self.link.write(now), now)
+            if self.link.state == UP and not self.link.outbox.size:  # what gets no answer is done once sent
+                for frame in [frame for frame in self._under_way if frame.row.type == NO_ANSWER]:
+                    self._deliver(frame)
+        if self.link.was_lost:
+            self._start_anew(now)
+        if self.undelivered and self.link.can_begin(now) and self._next():
+            self.link.reach(now)
+        self.link.watch(True)
+
+    def _start_anew(self, now: float) -> None:
+        """The connection has ended: what is unanswered is sent again. If the portal has answered nothing on it, its oldest
+        frame can be why, and goes behind the others."""
+        self.link.was_lost = False
+        self.link.outbox.restart(lambda piece: False)
+        unanswered = [frame for frame in self._under_way if frame.row.type != NO_ANSWER]
+        self._behind.clear()
+        if unanswered and self._answered == -math.inf:
+            self.loop.portal.up = 0
+            self._put_behind(unanswered[0], now)
+            self._behind.clear()
+        self._under_way.clear()
+        self._own_answers.clear()
+        self._sent.clear()
+        self._answered, self._reached = -math.inf, 0
+
+    def _send(self, now: float) -> None:
+        """Queue the next frames for the portal."""
+        outbox, draws = self.link.outbox, self.loop.store.batsignal
+        while len(self._under_way) < WINDOW and outbox.size < SEND_SIZE:
+            if len(self._behind) >= WINDOW and self._answered == -math.inf:
+                break  # it can be that it refuses everything
+            row = self._next()
+            if row is None:
+                break
+            self._sent[row.type] = row.id
+            drawn = with_bat(row.frame) if draws and draws_bat(address_of(row.frame, OUTBOUND)) else None
+            outbox.put(drawn or row.frame)
+            frame = UnderWay(row._replace(frame=b""), len(row.frame), hash(row.frame), now, next(self._numbers))
+            self._under_way.append(frame)
+
+    def _next(self) -> Row | None:
+        """The next frame to send: the oldest of the types of which not too many are unanswered."""
+        unanswered = collections.Counter(frame.row.type for frame in self._under_way)
+        skipped = {*self._behind, *(frame.row.id for frame in self._under_way)}
+        rows = []
+        for kind, last in self._last.items():
+            after = self._sent.get(kind, 0)
+            if after < last and unanswered[kind] < WINDOW_OF_TYPE:
+                row = self.table.next(self.serial, kind, after)
+                while row and row.id in skipped:
+                    row = self.table.next(self.serial, kind, row.id)
+                rows += [row] if row else []
+        return min(rows, key=lambda row: row.id, default=None)
+
+    # Deadlines
 
     def look(self, now: float) -> None:
-        """See to deadlines."""
-        if not self.spool.undelivered and now - self.heard >= SILENCE:
-            self.line.drop(now)
-            return self.loop.depot.forget(self)
-        self.line.look(now)
-        if self.line.up and self.spool.owed and now - self._since >= ANSWER_TIMEOUT:
-            suspect = next(iter(self.spool))
-            self.line.failed("timeout", f"no answer to a packet of {self.serial} for {ANSWER_TIMEOUT} s", now)
-            self.spool.postpone(suspect)
+        """See to deadlines: a spool without work, answers that do not come."""
+        if not self.undelivered and now - self.heard >= SILENCE and self.loop.spools:
+            self.loop.spools.forget(self)
+            return
+        self._take(self.link.overdue(now), now)
+        for at, (kind, until) in list(self._behind.items()):
+            if now >= until:
+                del self._behind[at]
+                self._sent[kind] = min(self._sent.get(kind, 0), at - 1)
+        late = [frame for frame in self._under_way if now - frame.at >= ANSWER_TIMEOUT and frame.row.type != NO_ANSWER]
+        for frame in late:
+            if frame.number < self._reached:  # frames behind it were answered: it is this one
+                self._put_behind(frame, now)
+            elif now - self._answered >= ANSWER_TIMEOUT:
+                text = f"no answer to a packet of {self.serial} for {ANSWER_TIMEOUT} s"
+                self.loop.portal.failed("timeout", text, now)
+                self._answered = -math.inf  # whatever it answered before, the oldest frame can be why it no longer does
+                return self.link.lose(None, now)
 
     def close(self) -> None:
-        """After an error of our own: the connection goes, what is spooled stays."""
-        self.line.drop(time.monotonic())
-        self.spool.lost()
+        """After an error of our own: the connection ends, what is spooled stays."""
+        self.link.drop(time.monotonic())
 
 
-Owner = Union[Relay, Answerer, Courier]
+KEPT, REFUSED, COMES_BACK = "kept", "refused", "comes back"  # what a spool says of a frame
+
+
+class Spools:
+    """Mode spool: the table of all spools, and a sender for each serial number that has something in it, or a device."""
+
+    def __init__(self, loop: Loop, table: SpoolTable) -> None:
+        self.loop, self.table = loop, table
+        self.senders: dict[str, SpoolSender] = {}
+
+    def wake(self, now: float) -> None:
+        """Have senders for what the table holds, as many as can be active; called at the start and once a second."""
+        for serial, total in self.table.totals.items():
+            if total.bytes and serial not in self.senders and len(self.senders) < self.loop.settings.max_connections:
+                self._sender(serial, now)
+
+    def take(self, frame: bytes, where: Address, now: float) -> str:
+        """What becomes of a device's good frame. What is kept can be answered once the table has stored this round's."""
+        sender, departure = self.senders.get(where.serial), self.loop.portal.sent.departure(frame)
+        waits = sender is not None and sender.has(frame)
+        # One that waits is sent again and again while the portal is silent. Its device, whose acknowledgement was lost, must
+        # be answered all the same a minute after the first time.
+        left = (departure.first if waits else departure.latest) if departure else -math.inf
+        if now - left < RETURN_WINDOW:
+            return COMES_BACK
+        if not waits:
+            is_active = sender or len(self.senders) < self.loop.settings.max_connections
+            if not is_active or not self.table.has_room(where.serial, len(frame)):
+                text = f"the spool has no room for a packet of {where.serial}: it is not acknowledged, and stays the device's"
+                self.loop.store.troubles.say("spool full", text, now)
+                return REFUSED
+            sender = sender or self._sender(where.serial, now)
+            sender.put(frame, where)
+            self.loop.portal.sent.forget(frame)
+        if sender:
+            sender.heard = now
+            self.loop.touch(sender)
+        return KEPT
+
+    def _sender(self, serial: str, now: float) -> SpoolSender:
+        sender = self.senders[serial] = SpoolSender(self.loop, self.table, serial, now)
+        self.loop.owners[sender] = None
+        self.loop.touch(sender)
+        return sender
+
+    def answered(self, frame: bytes, where: Address, reply: bytes) -> None:
+        """Called when a device has got an answer."""
+        sender = self.senders.get(where.serial)
+        if sender:
+            sender.answered(frame, reply)
+
+    def forget(self, sender: SpoolSender) -> None:
+        """Called when a sender has nothing to deliver, and its device has gone."""
+        sender.close()
+        del self.senders[sender.serial]
+        self.table.forget(sender.serial)
+        self.loop.forget(sender)
+
+    def commit(self) -> None:
+        """Store the frames of this round."""
+        for serial, _, _, frame in self.table.commit():
+            self.senders[serial].lose(frame)
+
+    def look(self, now: float) -> None:
+        """Have the table write what waits; called once a second."""
+        self.table.tend()
+        self.wake(now)
+
+
+Owner = Union[Relay, Answerer, SpoolSender, "HttpClient"]
 
 # ------------------------------------------------------------------------------------------------------------ loop
 
 REFUSALS = {
     "limit": "there are --sems.max-connections={max_connections} already",
     "not_allowed": "its address is not in --sems.allow-from",
-    "loop": "it is our own connection to the portal that came back; let --sems.upstream lead to the real portal,"
+    "loop": "it is our own connection to the portal that comes back; let --sems.upstream lead to the real portal,"
     " and redirect only what the devices send, not this machine",
 }
 
 
-class Door:
-    """Where devices come in. Out of descriptors it is shut for a moment, and the connections there are go on."""
+class Listener:
+    """Listening sockets of one kind. Out of descriptors it pauses until the next look; the connections there go on."""
 
-    def __init__(self, loop: Loop) -> None:
-        self.loop = loop
-        self.is_shut = True
-        for sock in loop.listening:
-            sock.setblocking(False)
+    def __init__(
+        self, loop: Loop, sockets: list[socket.socket], admit: Callable[[socket.socket, tuple, float], None]
+    ) -> None:
+        self.loop, self.sockets, self._admit = loop, sockets, admit
+        self.port = sockets[0].getsockname()[1]
+        self.is_open = False
 
     def open(self) -> None:
-        """Let devices in."""
-        if self.is_shut:
-            self.is_shut = False
-            for sock in self.loop.listening:
-                handler = Handler(functools.partial(self._on_ready, sock), None)
-                self.loop.selector.register(sock, selectors.EVENT_READ, handler)
+        """Have the selector wait for connections."""
+        if not self.is_open:
+            self.is_open = True
+            for sock in self.sockets:
+                self.loop.selector.register(sock, selectors.EVENT_READ, (self, sock))
 
-    def shut(self) -> None:
-        """Let nobody in."""
-        if not self.is_shut:
-            self.is_shut = True
-            for sock in self.loop.listening:
+    def pause(self) -> None:
+        """Accept nobody."""
+        if self.is_open:
+            self.is_open = False
+            for sock in self.sockets:
                 self.loop.selector.unregister(sock)
 
-    def _on_ready(self, listening: socket.socket, _: int, now: float) -> None:
-        for _ in range(EVENTS):  # then the others have their turn
+    def ready(self, listening: socket.socket, events: int, now: float) -> None:
+        """Accept connections, so many that the others have their turn."""
+        for _ in range(EVENTS):
             try:
                 sock, sockaddr = listening.accept()
             except (BlockingIOError, InterruptedError, ConnectionAbortedError):
                 return
             except OSError as error:  # out of descriptors or memory
-                text = f"cannot accept a connection: {error.strerror}"
-                self.loop.store.troubles.say("accept", text, now)
-                return self.shut()
-            self._let_in(sock, sockaddr, now)
+                self.loop.store.troubles.say("accept", f"cannot accept a connection: {error.strerror}", now)
+                return self.pause()
+            self._admit(sock, sockaddr, now)
 
-    def _let_in(self, sock: socket.socket, sockaddr: tuple, now: float) -> None:
-        peer = endpoint_text(sockaddr)
-        reason = self._objection(plain(sockaddr[0]))
-        if reason:
+    def close(self) -> None:
+        """Listen no more."""
+        self.pause()
+        for sock in self.sockets:
             sock.close()
-            return self.refuse(reason, peer, now)
-        try:
-            tuned(sock, 120, 30)
-        except OSError:  # gone already
-            return sock.close()
-        mode = Relay if self.loop.settings.mode == FORWARD else Answerer
-        owner = mode(self.loop, sock, peer, now)
-        self.loop.owners[owner] = None
-        self.loop.touch(owner)
-
-    def _objection(self, host: str) -> str:
-        settings = self.loop.settings
-        if settings.allow_from and not any(ipaddress.ip_address(host) in network for network in settings.allow_from):
-            return "not_allowed"
-        return "limit" if self.loop.device_connections() >= settings.max_connections else ""
-
-    def refuse(self, reason: str, peer: str, now: float) -> None:
-        """Count and log a device's connection that is refused."""
-        self.loop.store.add("sems_mitm_refused_connections_total", 1, label("reason", reason))
-        why = REFUSALS[reason].format(**vars(self.loop.settings))
-        self.loop.store.troubles.say(f"refused {reason}", f"refused the connection from {peer}: {why}", now)
-
-
-class Depot:
-    """Mode spool: the couriers, one for each serial number, and the journal that remembers for them."""
-
-    def __init__(self, loop: Loop, journal: Journal | None) -> None:
-        self.loop, self.journal = loop, journal
-        self.couriers: dict[str, Courier] = {}
-        self.room = QUEUES  # how many bytes may still be kept in this round, objects counted in
-        if journal:
-            journal.undelivered = lambda: itertools.chain(*(courier.spool for courier in self.couriers.values()))
-            for frame in journal.load():
-                where = address_of(frame, OUTBOUND)
-                self._courier(where.serial, time.monotonic()).keep(frame, where)
-            journal.rewrite()
-
-    def take(self, frame: bytes, where: Address, now: float) -> bool:
-        """Keep a good frame until it is delivered; whether there is room. The journal has it before it is acknowledged."""
-        is_known = where.serial in self.couriers
-        weight = len(frame) + OBJECT
-        if weight > self.room or not is_known and len(self.couriers) >= self.loop.settings.max_connections:
-            return False
-        courier = self._courier(where.serial, now)
-        if courier.spool.weight + weight > SPOOLED:
-            return False
-        self.room -= weight
-        courier.keep(frame, where)
-        courier.heard = now
-        self.loop.touch(courier)
-        if self.journal:
-            self.journal.put(where.serial, frame)
-        return True
-
-    def _courier(self, serial: str, now: float) -> Courier:
-        courier = self.couriers.get(serial)
-        if courier is None:
-            courier = self.couriers[serial] = Courier(self.loop, serial, now)
-            self.loop.owners[courier] = None
-            self.loop.touch(courier)
-        return courier
-
-    def forget(self, courier: Courier) -> None:
-        """A courier has nothing to deliver, and its device has gone."""
-        del self.couriers[courier.serial]
-        self.loop.forget(courier)
-
-    def remember(self) -> None:
-        """Have this round's frames on the disk; the file emptied when nothing is undelivered."""
-        if self.journal:
-            self.journal.commit()
-            if self.journal.size and not any(courier.spool.undelivered for courier in self.couriers.values()):
-                self.journal.empty()
 
 
 class Mailbox:
-    """Work that other threads and signals hand to the loop."""
+    """Work that another thread or a signal's handler hands to the loop, which a byte wakes."""
 
-    def __init__(self, selector: selectors.BaseSelector, do: Callable[..., None]) -> None:
-        """do(where, owner, work, now): has work(now) done at a boundary, on behalf of an owner or None."""
-        self._do = do
-        self._work: collections.deque[tuple] = collections.deque()
+    def __init__(self, loop: Loop) -> None:
+        self.loop = loop
+        self._work: collections.deque[Callable[[float], object]] = collections.deque()
         self._in, self._out = socket.socketpair()
         for sock in (self._in, self._out):
             sock.setblocking(False)
-        selector.register(self._in, selectors.EVENT_READ, Handler(self._on_ready, None))
+        loop.selector.register(self._in, selectors.EVENT_READ, (self, self._in))
 
-    def put(self, work: Callable[[float], object], owner: Relay | Courier | None) -> None:
+    def put(self, work: Callable[[float], object]) -> None:
         """Have the loop call work(now); from any thread, and from a signal's handler."""
-        self._work.append((work, owner))
-        with contextlib.suppress(OSError):  # full: it is awake already
+        self._work.append(work)
+        with contextlib.suppress(OSError):  # full: the loop is awake already; closed: it has ended
             self._out.send(b"\0")
 
-    def _on_ready(self, _: int, now: float) -> None:
+    def ready(self, sock: socket.socket, events: int, now: float) -> None:
+        """Do the work."""
         with contextlib.suppress(BlockingIOError):
-            while self._in.recv(4096):
+            while sock.recv(4096):
                 pass
         while self._work:
-            work, owner = self._work.popleft()
-            self._do("an event of a connection", owner, work, now)
+            self.loop.do("a look-up's result", None, self._work.popleft(), now)
 
     def close(self) -> None:
         """Take no more."""
@@ -2990,208 +3412,266 @@ class Mailbox:
 
 
 class Loop:
-    """Rounds of events: handlers put, then the journal is on the disk, then what waits is sent; deadlines once a second.
+    """Rounds of events: owners read and queue, the spool commits, owners settle; a look at deadlines once a second.
 
-    All of it in one thread, which holds the store's lock while it works on what is shown, and not while a disk does.
+    Everything happens in the thread that calls `run`, so there is no lock.
     """
 
-    def __init__(
-        self, store: Store, settings: argparse.Namespace, files: Files, journal: Journal | None = None
-    ) -> None:
-        """Raises OSError if the port cannot be had."""
+    def __init__(self, store: Store, settings: argparse.Namespace, files: Files) -> None:
+        """Raises OSError if the devices' port cannot be had, StartError for a spool file."""
         self.store, self.settings, self.files = store, settings, files
-        self.listening = listeners(*settings.listen_address)
-        self.port = self.listening[0].getsockname()[1]
-        self.selector = selectors.DefaultSelector()
-        self.mailbox = Mailbox(self.selector, self._do)
-        self.upstream = Upstream(settings, store, self.selector, self.mailbox.put)
+        self.is_debugging = log.isEnabledFor(logging.DEBUG)
         self.owners: dict[Owner, None] = {}
-        self.every_second: list[Callable[[float], None]] = []
-        self.stopping = False
-        self._touched: dict[Owner, None] = {}  # in this round
+        self.portal = Portal(self)
+        self.spools: Spools | None = None
+        self.listeners: list[Listener] = []
+        with contextlib.ExitStack() as resources:  # closed, the last first, by `close`, or now if one cannot be had
+            self.selector = selectors.DefaultSelector()
+            resources.callback(self.selector.close)
+            self.mailbox = Mailbox(self)
+            resources.callback(self.mailbox.close)
+            if settings.mode == SPOOL:
+                self.spools = Spools(self, SpoolTable(settings.spool_file, store))
+                resources.callback(self.spools.table.close)
+            self.listeners.append(Listener(self, listeners(*settings.listen_address), self._admit))
+            resources.callback(self.listeners[0].close)
+            self.resources = resources.pop_all()
+        self.every_second: list[Callable[[float], object]] = [store.look]
+        self.is_stopping = False
+        self._touched: dict[Owner, None] = {}  # owners that settle at the end of the round
         self._next_look = 0.0
-        self.door = Door(self)
-        self.own_addresses = self.upstream.own_addresses  # where this exporter listens: no portal is there
-        self.own_addresses.update(sock.getsockname()[:2] for sock in self.listening)
-        self.depot = Depot(self, journal)
         store.gauges["sems_mitm_queue_bytes"] = self._queue_bytes
         store.gauges["sems_mitm_device_connections"] = self.device_connections
-        store.gauges["sems_mitm_upstream_connections"] = lambda: sum(line.up for line in self.upstream.lines)
-        store.gauges["sems_mitm_upstream_up"] = lambda: self.upstream.up
+        store.gauges["sems_mitm_upstream_connections"] = lambda: len(self.portal.links)
+        store.gauges["sems_mitm_upstream_up"] = lambda: self.portal.up
+        if self.spools:
+            self.spools.wake(time.monotonic())
 
     def device_connections(self) -> int:
         """How many devices are connected."""
-        return len(self.owners) - len(self.depot.couriers)
+        return sum(isinstance(owner, (Relay, Answerer)) for owner in self.owners)
 
     def _queue_bytes(self) -> int:
-        return sum(owner.line.outbox.undelivered for owner in self.owners if not isinstance(owner, Answerer))
+        """Bytes that wait for the portal."""
+        relays = sum(owner.link.outbox.size for owner in self.owners if isinstance(owner, Relay))
+        return relays + (self.spools.table.size if self.spools else 0)
 
-    # What the modes ask for
+    # What the owners ask for
 
     def touch(self, owner: Owner) -> None:
-        """Have the owner send and settle at the end of the round."""
+        """Have the owner settle at the end of the round."""
         self._touched[owner] = None
 
     def forget(self, owner: Owner) -> None:
-        """The owner has closed its sockets for good."""
+        """Called when the owner has closed its sockets for good."""
         self.owners.pop(owner, None)
         self._touched.pop(owner, None)
 
-    def clock_ok(self, now: float) -> bool:
+    def has_good_clock(self, now: float) -> bool:
         """Whether this machine's clock is good enough to set a device's by it."""
         wall = self.store.clock(now)
-        if wall >= RELEASED and zone_is_known(os.environ.get("TZ"), os.path.isfile):
+        if wall >= RELEASED and zone_is_known(os.environ.get("TZ"), first_bytes):
             return True
         why = "TZ is no time zone that this system knows" if wall >= RELEASED else "this machine's own clock is wrong"
         self.store.troubles.say("clock", f"the devices' clocks are not set: {why}", now, CLOCK_PERIOD)
         return False
 
+    # Connections come
+
+    def _admit(self, sock: socket.socket, sockaddr: tuple, now: float) -> None:
+        """Give a device's connection an owner, or refuse it."""
+        name = endpoint_text(sockaddr)
+        reason = self._objection(plain(sockaddr[0]))
+        if reason:
+            sock.close()
+            return self._say_refused(reason, name, now)
+        try:
+            tuned(sock, 120, 30)
+        except OSError:  # gone already
+            return sock.close()
+        owner = (Relay if self.settings.mode == FORWARD else Answerer)(self, sock, name, now)
+        self.owners[owner] = None
+        self.touch(owner)
+
+    def _objection(self, host: str) -> str:
+        networks = self.settings.allow_from
+        if networks and not any(ipaddress.ip_address(host) in network for network in networks):
+            return "not_allowed"
+        return "limit" if self.device_connections() >= self.settings.max_connections else ""
+
+    def refuse(self, owner: Relay | Answerer, reason: str, now: float) -> None:
+        """Count and log a device's connection that is refused, and close it."""
+        self._say_refused(reason, owner.device.reader.name, now)
+        owner.close()
+
+    def _say_refused(self, reason: str, name: str, now: float) -> None:
+        self.store.add("sems_mitm_refused_connections_total", 1, label("reason", reason))
+        why = REFUSALS[reason].format(**vars(self.settings))
+        self.store.troubles.say(f"refused {reason}", f"refused the connection from {name}: {why}", now)
+
     # Rounds
 
     def run(self) -> None:
         """Serve until `stop`, then send what is queued."""
-        while not self.stopping:
+        for listener in self.listeners:
+            listener.open()
+        while not self.is_stopping:
             self._round(math.inf)
         self._finish()
 
     def stop(self) -> None:
         """End `run`; for signal handlers and other threads."""
-        self.stopping = True
-        self.mailbox.put(bool, None)  # nothing to do but wake
+        self.is_stopping = True
+        self.mailbox.put(bool)  # nothing to do but wake
 
     def reopen(self) -> None:
         """Open the capture and backfill files anew; for signal handlers and other threads."""
         self.files.are_rotated = True
-        self.mailbox.put(bool, None)
+        self.mailbox.put(bool)
+
+    def do(self, where: str, owner: Owner | None, work: Callable[..., object], *arguments: object) -> bool:
+        """Do work on behalf of an owner, or of nobody; whether it went well.
+
+        The one boundary: an error of our own is counted and logged, ends the owner's connections, and nothing else.
+        """
+        try:
+            work(*arguments)
+        except Exception:
+            self.store.broke(where)
+            if owner:
+                self.do("the end of a connection", None, owner.close)
+                self.forget(owner)
+            return False
+        return True
 
     def _round(self, until: float) -> None:
         """Wait for what comes next, and see to it."""
         ready = self.selector.select(self._patience(until))
         now = time.monotonic()
         for at in range(0, len(ready), EVENTS):
-            with self.store.lock:
-                for key, events in ready[at : at + EVENTS]:
-                    if key.fileobj.fileno() >= 0:  # type: ignore[union-attr]  # not closed by one before it
-                        self._do("an event of a connection", key.data.owner, key.data.ready, events, now)
+            for key, events in ready[at : at + EVENTS]:
+                if key.fileobj.fileno() >= 0:  # type: ignore[union-attr]  # not closed by one before it
+                    owner, connection = key.data
+                    self._call(owner, connection, events, now)
             self._end_round(now)
         if now >= self._next_look:
             self._look(now)
-        elif not ready and self.store.undecoded:
-            with self.store.lock:
-                if self.store.undecoded:
-                    self.store.digest_one(now)
+            self._end_round(now)
+
+    def _call(self, owner: Owner, connection: Connection, events: int, now: float) -> None:
+        """Have an owner, or a listener or the mailbox, see to its socket."""
+        is_owner = owner in self.owners
+        if is_owner:
+            self.touch(owner)
+        self.do("an event", owner if is_owner else None, owner.ready, connection, events, now)
 
     def _patience(self, until: float) -> float | None:
-        """How long to wait for events: not while something is to be decoded, else until the next look at deadlines."""
-        if self.store.undecoded:
+        """How long to wait for events: until the next look at deadlines, if there is anything to look at."""
+        if self._touched or self.files.has_lines():
             return 0
-        if self.owners or self.door.is_shut or until < math.inf:
+        is_closed = not all(one.is_open for one in self.listeners) or self.spools and not self.spools.table.is_open
+        if self.owners or self.store.undecoded or until < math.inf or is_closed:
             return max(min(self._next_look, until) - time.monotonic(), 0)
         return None
 
-    def _do(self, where: str, owner: Owner | None, work: Callable[..., object], *arguments: object) -> None:
-        """Do work on behalf of an owner, which sends and settles at the end of the round.
-
-        The boundary of an event and of a deadline: an error of our own ends the owner's connection, and nothing else.
-        """
-        if owner:
-            self._touched[owner] = None
-        try:
-            work(*arguments)
-        except Exception:
-            self.store.broke(where)
-            if owner:
-                owner.close()
-
     def _end_round(self, now: float) -> None:
-        """The journal first: what is sent now may be an acknowledgement."""
-        self.files.flush()
-        self.depot.remember()
-        waits = False
-        with self.store.lock:
-            while self._touched:
-                owner = next(iter(self._touched))
-                self._do("an event of a connection", owner, owner.end_round, now)
-                self._touched.pop(owner, None)
-                waits = waits or owner.weight > 0
-            if waits or self.depot.room < QUEUES:
-                self._bound(now)
+        """Commit the spool, have answers queued, write the files; then all settle, and the answers leave."""
+        touched, self._touched = self._touched, {}
+        if self.spools:
+            self.spools.table.is_stored = False  # until it says so
+            self.do("the end of a round", None, self._timed, "--sems.spool-file", self.spools.commit, now)
+        for owner in touched:
+            if isinstance(owner, Answerer):
+                self.do("the end of a round", owner, owner.answer, now)
+        self.do("the end of a round", None, self._timed, "--sems.capture or --sems.backfill", self.files.flush, now)
+        for owner in touched:
+            if owner in self.owners:
+                self.do("the end of a round", owner, owner.settle, now)
+        if touched:
+            self.do("the bounds of the queues", None, self._bound)
 
-    def _bound(self, now: float) -> None:
-        """See that all that waits has a bound: the heaviest queue of a device's connection gives way, spools take no more."""
-        total = sum(owner.weight for owner in self.owners)
-        self.depot.room = QUEUES - total
-        while total > QUEUES:
-            heaviest = max(self.owners, key=lambda owner: 0 if isinstance(owner, Courier) else owner.weight)
-            before = heaviest.weight
-            if isinstance(heaviest, Courier) or not before:
+    def _timed(self, what: str, work: Callable[[], None], now: float) -> None:
+        """Do work on a disk, and say so if it takes long: all else waits for it."""
+        begin = time.monotonic()
+        work()
+        took = time.monotonic() - begin
+        if took > SLOW:
+            text = f"the disk of {what} took {took:.1f} s, and all connections waited for it: use a local disk"
+            self.store.troubles.say("slow disk", text, now)
+
+    def _bound(self) -> None:
+        """Keep all queues together within bounds: the longest of mode forward loses its oldest frames, or is closed where
+        its device takes no answers."""
+        excess = sum(owner.waiting for owner in self.owners) - QUEUES
+        while excess > 0:
+            relays = [owner for owner in self.owners if isinstance(owner, Relay)]
+            longest = max(relays, key=lambda relay: relay.waiting, default=None)
+            before = longest.waiting if longest else 0
+            if not longest or not before:
                 return
-            heaviest.lighten(total - QUEUES, now)
-            total -= before - (heaviest.weight if heaviest in self.owners else 0)
+            longest.shed(excess)
+            if longest.waiting == before:
+                longest.close()
+            excess -= before - (longest.waiting if longest in self.owners else 0)
 
     def _look(self, now: float) -> None:
         """Look at all deadlines."""
         self._next_look = now + TICK
-        with self.store.lock:
-            if not self.stopping:
-                self.door.open()
-            for owner in list(self.owners):
-                self._do("a connection's deadline", owner, owner.look, now)
-            for hook in self.every_second:
-                self._do("a connection's deadline", None, hook, now)
-        if self.depot.journal:
-            self.depot.journal.tend(now)
-        self._end_round(now)
+        for listener in self.listeners if not self.is_stopping else ():
+            self.do("a look", None, listener.open)
+        for owner in list(self.owners):
+            self.touch(owner)
+            self.do("a look", owner, owner.look, now)
+        if self.spools:
+            self.do("a look", None, self._timed, "--sems.spool-file", functools.partial(self.spools.look, now), now)
+        for hook in self.every_second:
+            self.do("a look", None, hook, now)
+        if self.store.undecoded:  # there was too much for one look
+            self._next_look = now
 
     def _finish(self) -> None:
-        """Stop accepting, send what is queued for two seconds at most, close everything."""
+        """Accept nobody, send what is queued for two seconds at most, close everything."""
         end = time.monotonic() + SHUTDOWN
-        self.door.shut()
+        for listener in self.listeners:
+            listener.close()
         self._end_round(time.monotonic())
         while time.monotonic() < end and any(
             key.events & selectors.EVENT_WRITE for key in self.selector.get_map().values()
         ):
             self._round(end)
         for owner in list(self.owners):
-            owner.close()
+            self.do("the end", None, owner.close)
         self.close()
 
     def close(self) -> None:
         """Give back what `run` needs; it does so itself at its end."""
-        for sock in self.listening:
-            sock.close()
-        self.selector.close()
-        self.mailbox.close()
-        if self.depot.journal:
-            self.depot.journal.close()
+        self.resources.close()
 
 
 # ------------------------------------------------------------------------------------------------------- household
 #
 # What a house makes and takes, in keys that do not depend on the model. Figures are key to number, and without what is
-# not known. Flows are in W (generation_watts, house_watts; export_watts, negative while importing; battery_watts,
-# positive while discharging) and %; energies in kWh.
+# not known. Flows are in W (generation_watts, house_watts; export_watts, negative while importing, and grid_watts, the
+# same the other way round; battery_watts, positive while discharging) and %; energies in kWh.
 
-# Of the house's figures, by their keys' first words: the families of devices that are asked; the first of which any is
-# known count. HomeKit 1000s measure the roof, and an inverter beside them adds nothing; a hybrid's own meter is at the
-# same grid as theirs.
-ROOF, GRID_SIDE = (("HK1000",), ("GRID", "HYBRID")), (("HK1000", "HK3000"), ("HYBRID",))
-ASKED = {
-    "generation": ROOF, "generated": ROOF, "export": GRID_SIDE, "exported": GRID_SIDE, "imported": GRID_SIDE,
-    "battery": (FAMILIES,),
+COUNTED = {  # energies: the counters of which the first that there is counts
+    "generated": ("meter_energy_generation_decawatt_hours_total", "inverter_energy_output_hectowatt_hours_total"),
+    "imported": ("meter_energy_import_decawatt_hours_total", "inverter_meter_energy_import_watthours_total"),
+    "exported": ("meter_energy_export_decawatt_hours_total", "inverter_meter_energy_export_watthours_total"),
+    "battery_charged": ("battery_energy_charge_watthours_total",),
+    "battery_discharged": ("battery_energy_discharge_watthours_total",),
+}
+SOLAR = {  # what a device of a family knows of the roof
+    "HK1000": "meter_power_generation_watts", "HK3000": "",
+    "GRID": "inverter_power_output_watts", "HYBRID": "inverter_string_power_watts",
 }  # fmt: skip
-SOLAR = ("meter_power_generation_watts", "inverter_string_power_watts", "inverter_power_output_watts")  # the first
-COUNTED = {  # energies: the counters of which the first that there is counts, and how much of it is a kWh
-    "generated": {"meter_energy_generation_decawatt_hours_total": 100, "inverter_energy_output_hectowatt_hours_total": 10},
-    "imported": {"meter_energy_import_decawatt_hours_total": 100},
-    "exported": {"meter_energy_export_decawatt_hours_total": 100},
-    "battery_charged": {"battery_energy_charge_watthours_total": 1000},
-    "battery_discharged": {"battery_energy_discharge_watthours_total": 1000},
-}  # fmt: skip
-DAILY = ("generated", "imported", "exported")
 FLOWS = ("generation_watts", "house_watts", "export_watts", "battery_watts", "battery_charge_percent")
-TODAY = tuple(f"{word}_today_kilowatt_hours" for word in DAILY)
-KEYS = (*FLOWS, *TODAY, *(f"{word}_kilowatt_hours" for word in COUNTED))
+TODAY = tuple(
+    f"{word}_today_kilowatt_hours"
+    for word in ("generated", "used", "imported", "exported", "battery_charged", "battery_discharged")
+)
+SHARES = ("self_sufficiency_percent", "self_consumption_percent")
+KEYS = (*FLOWS[:3], "grid_watts", *FLOWS[3:], *TODAY, *SHARES, *(f"{word}_kilowatt_hours" for word in COUNTED))
 SERIES: dict[str, list[Series]] = collections.defaultdict(list)  # of a metric, for all its labels
 for _series in dict.fromkeys(value.series for values in VALUES.values() for value in values):
     SERIES[_series[0]].append(_series)
@@ -3203,195 +3683,253 @@ def total(gauges: dict[Series, float], *metrics: str) -> float | None:
     return next((sum(numbers) for numbers in sets if numbers), None)
 
 
-def flows(gauges: dict[Series, float]) -> dict[str, float]:
+def less(one: float | None, other: float | None) -> float | None:
+    """A difference, if both are known."""
+    return None if one is None or other is None else one - other
+
+
+def load_watts(gauges: dict[Series, float]) -> float | None:
+    """What the house behind a HomeKit 1000 or a hybrid takes."""
+    roof = total(gauges, "meter_power_generation_watts")
+    if roof is not None:
+        return less(roof, total(gauges, "meter_power_export_watts"))
+    active = total(gauges, "inverter_active_power_watts")
+    power = less(total(gauges, "inverter_power_output_watts"), active)
+    load, backup = total(gauges, "inverter_load_watts"), total(gauges, "inverter_backup_load_watts")
+    return load + (backup or 0) if power is None and load is not None else power
+
+
+def flows(family: str, gauges: dict[Series, float]) -> dict[str, float]:
     """A device's flows by its last reading."""
-    roof, export = total(gauges, "meter_power_generation_watts"), total(gauges, "meter_power_export_watts")
-    load = total(gauges, "inverter_load_watts") if roof is None or export is None else roof - export
-    batteries = [labels for _, labels in SERIES["battery_mode"] if gauges.get(("battery_mode", labels), 1)]  # 0: none
-    powers, charges = (
-        [gauges[metric, labels] for labels in batteries if (metric, labels) in gauges]
-        for metric in ("battery_power_watts", "battery_state_of_charge_ratio")
-    )
-    percent = 100 * sum(charges) / len(charges) if charges else None
-    found = zip(FLOWS, (total(gauges, *SOLAR), load, export, sum(powers) if powers else None, percent))
-    return {key: round(number, 3) for key, number in found if number is not None}
+    export = total(gauges, "meter_power_export_watts", "inverter_meter_power_watts", "inverter_active_power_watts")
+    charges = [gauges[series] for series in SERIES["battery_state_of_charge_ratio"] if series in gauges]
+    found = {
+        "generation_watts": total(gauges, SOLAR[family]),
+        "house_watts": load_watts(gauges),
+        "export_watts": export,
+        "battery_watts": total(gauges, "battery_power_watts"),
+        "battery_charge_percent": 100 * sum(charges) / len(charges) if charges else None,
+        "grid_watts": less(0, export),
+    }
+    return {key: round(number, 3) for key, number in found.items() if number is not None}
 
 
-def energies(counters: dict[Series, float], base: dict[Series, float] | None = None) -> dict[str, float]:
-    """A device's energies by the words of COUNTED: for life, or what they gained since the counters were at base."""
+def energies(counters: Mapping[Series, float]) -> dict[str, float]:
+    """Energies, in kWh, by the words of COUNTED: of counters, or of what they gained."""
     found: dict[str, float] = {}
     for word, metrics in COUNTED.items():
-        for series, parts in (((metric, ""), parts) for metric, parts in metrics.items()):
-            if word not in found and series in counters and (base is None or series in base):
-                gained = counters[series] - (base[series] if base else 0)
-                found[word] = round(max(gained, 0) / parts, 3)  # a counter that started anew has gained nothing
+        for metric in metrics:
+            if word not in found and (metric, "") in counters:
+                found[word] = round(counters[metric, ""] * watt_hours(metric) / 1000, 3)
     return found
 
 
+def gains(live: Live, since: datetime | None) -> dict[str, float]:
+    """What a device's counters have gained since a moment that its day remembers, as `energies`."""
+    base = live.day.marks.get(since) if live.day else None
+    if base is None:
+        return {}
+    return energies({series: number - base.get(series, 0) for series, number in live.held.gained().items()})
+
+
 def today(live: Live) -> dict:
-    """A device's energies of the day of its last reading, and since when they are counted if that is not midnight."""
+    """A device's energies of the day, and since when they are counted if that is not midnight."""
     if live.day is None:
         return {}
-    gained = {word: number for word, number in energies(live.counters, live.day.base).items() if word in DAILY}
-    daily = live.gauges.get(("inverter_energy_output_hectowatt_hours_day", ""))
-    if daily is not None:  # by the inverter's own count, which begins at midnight
-        gained.pop("generated", None)
-    since = {"today_since": live.day.since.isoformat(timespec="seconds")} if gained and live.day.since else {}
-    gained.update({} if daily is None else {"generated": daily / 10})
-    return {**{f"{word}_today_kilowatt_hours": gained[word] for word in DAILY if word in gained}, **since}
+    gained, own = gains(live, live.day.since), live.own_count()
+    if live.day.since and own is not None:
+        counted = {word for word in gained if word != "generated"}
+        gained["generated"] = round(own * watt_hours(OWN_DAY[0]) / 1000, 3)
+    else:
+        counted = set(gained)
+    since = {"today_since": live.day.since.isoformat(timespec="seconds")} if counted and live.day.since else {}
+    return {**{f"{word}_today_kilowatt_hours": number for word, number in gained.items()}, **since}
 
 
-# A device of the house. told: the keys of what it knows while it is not silent; figures: what is known of it now.
-Member = collections.namedtuple("Member", "family told figures")
+# A device of the house. told: the keys of what it knows while it is not silent; figures: what is known of it now;
+# metered: a meter of its own speaks; day: its gains by the moments of Day.marks; since: the moment since which it counts.
+Member = collections.namedtuple("Member", "family told figures metered day since", defaults=(False, {}, None))
 
 
 def flow_member(device: Device, store: Store, now: float) -> Member:
-    """A device's flows; the store's lock is held. They go when it is silent."""
-    told = flows(device.live.gauges)
-    return Member(device.family, told.keys(), {} if store.is_stale(device.live.fresh, now) else told)
+    """A device's flows. They go when it is silent."""
+    gauges = device.live.gauges
+    told = flows(device.family, gauges)
+    metered = total(gauges, "meter_power_export_watts", "inverter_meter_power_watts") is not None
+    return Member(device.family, told.keys(), {} if store.is_stale(device.live.fresh, now) else told, metered)
 
 
 def member(device: Device, store: Store, now: float) -> Member:
-    """All figures of a device; the store's lock is held. Today's energies go at local midnight."""
+    """All figures of a device. Today's energies go at local midnight."""
     live, flowing = device.live, flow_member(device, store, now)
-    gained, lifetime = today(live), energies(live.counters)
+    day = live.day if live.day and live.day.date == datetime.fromtimestamp(store.clock(now)).date() else None
+    gained, lifetime = today(live) if day else {}, energies(live.counters)
+    marks = {since: gains(live, since) for since in day.marks} if day else {}
     if live.gauges and "battery_watts" not in flowing.told:  # it counts what goes into a battery that is not there
+        gained = {key: number for key, number in gained.items() if "battery" not in key}
         lifetime = {word: number for word, number in lifetime.items() if "battery" not in word}
+        marks = {since: {w: n for w, n in words.items() if "battery" not in w} for since, words in marks.items()}
     counted = {f"{word}_kilowatt_hours": number for word, number in lifetime.items()}
-    over = live.day is None or live.day.date != datetime.fromtimestamp(store.clock(now)).date()
-    figures = {**flowing.figures, **({} if over else gained), **counted}
-    return Member(device.family, {*flowing.told, *gained, *counted}, figures)
+    told = {*flowing.told, *counted, *gained, *(f"{word}_today_kilowatt_hours" for word in lifetime)}
+    figures = {**flowing.figures, **gained, **counted}
+    return Member(device.family, told, figures, flowing.metered, marks, day.since if day else None)
+
+
+def sources(key: str, members: Sequence[Member]) -> Iterator[list[Member]]:
+    """The groups of devices that know a figure of the house; the first of which any is known counts, so each flow once.
+
+    HomeKit 1000s measure the roof, and an inverter beside them adds nothing; but their second channel sees what a
+    hybrid gives and takes, the battery's share included. A hybrid without a meter knows its own terminals alone.
+    """
+    roofs, kits, hybrids, grid_tied = (
+        [one for one in members if one.family == name] for name in ("HK1000", "HK3000", "HYBRID", "GRID")
+    )
+    word = key.partition("_")[0]
+    if word in ("generation", "generated"):
+        if any(key in one.figures for one in hybrids):
+            yield hybrids + grid_tied
+        yield from (roofs, hybrids + grid_tied)
+    elif word in ("export", "exported", "imported"):
+        yield from (roofs, kits, [one for one in hybrids if one.metered], grid_tied, hybrids)
+    elif word == "house":
+        yield from (roofs, hybrids)
+    else:
+        yield [*members]
+
+
+def knowing(key: str, members: Sequence[Member]) -> list[Member]:
+    """The devices whose sum is a figure of the house; none if it is not known."""
+    for several in sources(key, members):
+        group = [one for one in several if key in one.told]
+        known = [one for one in group if key in one.figures]
+        if known:  # a member that is not known makes a sum unknown, not smaller
+            return known if len(known) == len(group) else []
+    return []
+
+
+def day_of_house(members: Sequence[Member]) -> dict:
+    """What a house has used today and its two shares, made of gains over one window, the longest that all have seen."""
+    words = ("generated", "imported", "exported")
+    groups = {word: knowing(f"{word}_today_kilowatt_hours", members) for word in words}
+    roofs = [one for one in groups["exported"] if one.family == "HK1000"]
+    batteries = [] if roofs else [one for one in members if "battery_charged_today_kilowatt_hours" in one.told]
+    everyone = [*itertools.chain(roofs, batteries, *groups.values())]
+    since = max((one.since for one in everyone if one.since), default=None)
+
+    def gained(word: str, group: Sequence[Member]) -> float | None:
+        numbers = [one.day.get(since, {}).get(word) for one in group]
+        return None if None in numbers else sum(numbers)
+
+    made, bought, sold = (gained(word, groups[word]) if groups[word] else None for word in words)
+    parts = [gained(word, roofs) for word in words] if roofs else [made, bought, sold]
+    parts += [gained(f"battery_{word}", batteries) for word in ("discharged", "charged")]
+    used = None if None in parts else sum(sign * (part or 0) for sign, part in zip((1, 1, -1, 1, -1), parts))
+    found: dict = {} if used is None else {"used_today_kilowatt_hours": max(round(used, 3), 0)}
+    for key, whole, other in zip(SHARES, (used, made), (bought, sold)):
+        if whole is not None and whole > 0 and other is not None:
+            found[key] = round(min(max(100 * (whole - other) / whole, 0), 100), 1)
+    return {**found, "today_since": since.isoformat(timespec="seconds")} if found and since else found
 
 
 def house(members: Sequence[Member], keys: Iterable[str] = KEYS) -> dict:
-    """The house's figures, each flow once. A member that is not known makes a sum unknown, not smaller."""
+    """The house's figures, each flow once."""
     found: dict = {}
-    since: set[str] = set()
+    since = {""}
     for key in keys:
-        for families in ASKED.get(key.partition("_")[0], ()):
-            group = [one for one in members if one.family in families and key in one.told]
-            known = [one.figures[key] for one in group if key in one.figures]
-            if known and len(known) == len(group):
-                found[key] = round(sum(known) / (len(known) if key.endswith("percent") else 1), 3)
-                since.update(one.figures.get("today_since", "") for one in group if "_today_" in key)
-            if known:
-                break
-    solar, export = found.get("generation_watts"), found.get("export_watts")
-    if solar is not None:  # at night an inverter takes a few watts, and the roof gives none
-        found["generation_watts"] = solar = max(solar, 0)
-    has_battery = any("battery_watts" in one.told for one in members)
-    if solar is not None and export is not None and ("battery_watts" in found or not has_battery):
-        found["house_watts"] = round(solar - export + found.get("battery_watts", 0), 3)
-    found["today_since"] = max(since, default="")
+        group = knowing(key, members)
+        if group:
+            numbers = [one.figures[key] for one in group]
+            found[key] = round(sum(numbers) / (len(numbers) if key == "battery_charge_percent" else 1), 3)
+            since.update(one.figures.get("today_since", "") for one in group if "_today_" in key)
+    if "generation_watts" in found:  # at night an inverter takes a few watts, and the roof gives none
+        found["generation_watts"] = max(found["generation_watts"], 0)
+    export = found.get("export_watts")
+    load = less(found.get("generation_watts"), export)
+    if load is not None and not any("house_watts" in one.figures for one in members):
+        found["house_watts"] = round(load, 3)
+    found.update({} if export is None else {"grid_watts": less(0, export)})
+    if "used_today_kilowatt_hours" in keys:
+        found.update(day_of_house(members))
+    found["today_since"] = max(*since, found.get("today_since", ""))
     return {key: found[key] for key in (*KEYS, "today_since") if found.get(key, "") != ""}
 
 
-# A step of the picture. begin, end: seconds since 1970 of the shown time; means: of PICTURED, None is not known.
-Point = collections.namedtuple("Point", "begin end means")
-PICTURED = FLOWS[:4]
-DAY = 86400
-STEPS = 600  # of the picture, at most
-STEP = 0.625  # s, the first: doubled eight times, 540 are a day; of the demo's day, four minutes, 384 are
+# A minute of the picture. time: seconds since 1970 of the shown time; watts: of PICTURED, None is not known.
+Point = collections.namedtuple("Point", "time watts")
+PICTURED = ("generation_watts", "house_watts", "grid_watts", "battery_watts")  # sources are positive
+
+
+def is_known(point: Point) -> bool:
+    """Whether anything is known of a minute."""
+    return any(watts is not None for watts in point.watts)
 
 
 class History:
-    """The house's flows of the last day for the picture, as means in equal steps of time; in memory only.
-
-    Steps are numbered on the monotonic axis and turned into shown time when drawn, so a clock that jumps does no harm.
-    A flow holds from one reading to the next, at most until its device is silent.
-    """
+    """The house's flows of the last 24 hours for the picture, in memory only: one point a minute of the shown time."""
 
     def __init__(self, store: Store) -> None:
-        self.store, self.step = store, STEP
-        self.sums: dict[int, list[float]] = {}  # of a step: of each flow the W·s, then of each the seconds it was known
-        self._flows: list[float | None] = []  # since `_since`, at most until `_until`
-        self._since = self._until = -math.inf
-        self._readings = -1
+        self.store = store
+        self._points: collections.deque[Point] = collections.deque()
 
     def note(self, now: float) -> None:
-        """Look whether the flows have changed; about once a second, with the store's lock held."""
-        store = self.store
-        if store.readings == self._readings and now < self._until:
-            return
-        store.digest(now)
-        devices = store.names.values()
-        fresh = [device.live.fresh for device in devices if not store.is_stale(device.live.fresh, now)]
-        newest = max(fresh, default=now) if store.readings != self._readings else now
-        self._hold(min(max(newest, self._since), now))
-        flowing = house([flow_member(device, store, now) for device in devices], FLOWS)
-        self._flows = [flowing.get(key) for key in PICTURED]
-        self._until = min(fresh, default=math.inf) + (store.stale_after or math.inf)
-        self._readings = store.readings
+        """Add a point if a new minute has begun. Called once a second."""
+        points, moment = self._points, self.store.clock(now)
+        while points and points[-1].time > moment:  # the clock was set back
+            points.pop()
+        while points and points[0].time < moment - DAY:
+            points.popleft()
+        if not points or points[-1].time // 60 < moment // 60:
+            point = self._present(now)
+            points.extend([point] if points or is_known(point) else [])
 
-    def _hold(self, now: float) -> None:
-        """The flows have held until now, or until a device fell silent."""
-        clock = self.store.clock
-        oldest = now - DAY * DAY / (clock(now) - clock(now - DAY))  # a day of shown time ago
-        self.sums = {number: sums for number, sums in self.sums.items() if number * self.step >= oldest}
-        at, end = max(self._since, oldest), min(now, self._until)
-        if self._flows.count(None) == len(self._flows):
-            at = now  # nothing to add
-        self._since = max(self._since, now)
-        while now // self.step - min([*self.sums, at // self.step]) >= STEPS:
-            self._double()
-        while at < end:
-            number = int(at // self.step)
-            until = min((number + 1) * self.step, end)
-            sums = self.sums.setdefault(number, [0.0] * 2 * len(PICTURED))
-            for i, watts in enumerate(self._flows):
-                if watts is not None:
-                    sums[i] += watts * (until - at)
-                    sums[i + len(PICTURED)] += until - at
-            at = until
-
-    def _double(self) -> None:
-        """Make steps twice as long."""
-        pairs, self.sums = self.sums, {}
-        self.step *= 2
-        for number, sums in pairs.items():
-            self.sums[number // 2] = [a + b for a, b in zip(sums, self.sums.get(number // 2, itertools.repeat(0.0)))]
+    def _present(self, now: float) -> Point:
+        self.store.look(now)
+        figures = house([member(device, self.store, now) for device in self.store.names.values()])
+        return Point(self.store.clock(now), [figures.get(key) for key in PICTURED])
 
     def points(self, now: float) -> list[Point]:
-        """The steps from the first of which anything is known until now, none left out; the store's lock is held."""
+        """The points from the first of which anything is known, and one for now. While nothing is known it is a gap."""
         self.note(now)
-        self._hold(now)
-        clock, count = self.store.clock, len(PICTURED)
-        found = []
-        for number in range(min(self.sums), math.ceil(now / self.step)) if self.sums else ():
-            sums = self.sums.get(number, [0.0] * 2 * count)
-            means = [watts / seconds if seconds else None for watts, seconds in zip(sums, sums[count:])]
-            found.append(Point(clock(number * self.step), clock(min((number + 1) * self.step, now)), means))
-        return found
+        points = [*self._points, self._present(now)]
+        return list(itertools.dropwhile(lambda point: not is_known(point), points))
 
 
 # ------------------------------------------------------------------------------------------- page, API, Home Assistant
 #
-# What HTTP shows beside the metrics. `see` takes what is needed under the store's lock; all else is text made of that.
+# What HTTP shows beside the metrics: `see` takes a snapshot of the store, all else is text made of that.
 
-# A device as it is shown. age: s since its last packet; values: series to number, gauges only while it is not silent.
-Shown = collections.namedtuple("Shown", "name serial info up age member values")
-Seen = collections.namedtuple("Seen", "devices house upstream blocked")
+# A device as it is shown. age: s since its last packet; asleep: silent, as an inverter is while the roof gives nothing;
+# values: series to number, gauges only while it is not silent.
+Shown = collections.namedtuple("Shown", "name serial info up asleep age member values")
+Seen = collections.namedtuple(
+    "Seen", "devices house upstream blocked strangers time"
+)  # time: the shown one, s since 1970
+ASLEEP = 100  # W at most of an inverter's last packet, or of the roof, when the inverter goes to sleep
 
 
 def shown(device: Device, store: Store, now: float) -> Shown:
-    """A device as it is shown; the store's lock is held."""
-    live, age = device.live, round(max(now - device.good, 0), 1)
+    """A device as it is shown, by itself."""
+    live, age, up = device.live, round(max(now - device.good, 0), 1), not store.is_stale(device.good, now)
     values = {**({} if store.is_stale(live.fresh, now) else live.gauges), **live.counters}
-    up = not store.is_stale(device.good, now)
-    return Shown(device.name, label_text(device.serial), dict(device.info), up, age, member(device, store, now), values)
+    asleep = not up and device.kind != "meter" and flows(device.family, live.gauges).get("generation_watts", 0) < ASLEEP
+    figures = member(device, store, now)
+    return Shown(device.name, label_text(device.serial), dict(device.info), up, asleep, age, figures, values)
 
 
 def see(store: Store, settings: argparse.Namespace, now: float) -> Seen:
     """Everything that the page and the API show, but for the picture."""
-    with store.lock:
-        store.digest(now)
-        devices = [shown(device, store, now) for device in store.names.values()]
-        up, waiting = (store.gauges.get(f"sems_mitm_{name}", lambda: None)() for name in ("upstream_up", "queue_bytes"))
-        blocked = store.totals["inbound_unknown_packets_total", ""]
+    store.look(now)
+    devices = [shown(device, store, now) for device in store.names.values()]
+    figures = house([device.member for device in devices])
+    roof = figures.get("generation_watts")
+    if roof is not None:  # another device knows whether the roof gives anything
+        devices = [one._replace(asleep=not one.up and one.name[0] != "meter" and roof < ASLEEP) for one in devices]
+    up, waiting = (store.gauges.get(f"sems_mitm_{name}", lambda: None)() for name in ("upstream_up", "queue_bytes"))
     address = "" if settings.mode == LOCAL else settings.upstream_text
     reachable = None if up is None else bool(up)
     upstream = {"mode": settings.mode, "address": address, "up": reachable, "queue_bytes": waiting or 0}
-    return Seen(devices, house([device.member for device in devices]), upstream, blocked)
+    blocked = store.totals["inbound_unknown_packets_total", ""]
+    return Seen(devices, figures, upstream, blocked, dict(store.strangers), store.clock(now))
 
 
 @functools.lru_cache(maxsize=1024)
@@ -3404,11 +3942,13 @@ def devices_json(seen: Seen) -> Iterator[str]:
     """/api/devices."""
     yield '{"devices": ['
     for i, device in enumerate(seen.devices):
-        told = dict(zip(("device", "model", "serial", "full_serial"), (*device.name, device.serial)))
-        told = {**told, **device.info, "up": device.up, "age_seconds": device.age, **device.member.figures}
+        name = dict(zip(("device", "model", "serial", "full_serial"), (*device.name, device.serial)))
+        about = {**name, **device.info, "up": device.up, "age_seconds": device.age, **device.member.figures}
         values = {flat(*series): number for series, number in device.values.items()}
-        yield f"{',' if i else ''}\n {json.dumps({**told, 'values': values})}"
-    yield f'],\n"upstream": {json.dumps(seen.upstream)},\n"blocked": {seen.blocked}}}\n'
+        yield f"{',' if i else ''}\n {json.dumps({**about, 'values': values})}"
+    strangers = [{"host": host, "said": said} for host, said in seen.strangers.items()]
+    rest = {"upstream": seen.upstream, "blocked": seen.blocked, "strangers": strangers}
+    yield "],\n" + json.dumps(rest)[1:] + "\n"
 
 
 def household_json(seen: Seen) -> Iterator[str]:
@@ -3417,61 +3957,64 @@ def household_json(seen: Seen) -> Iterator[str]:
     yield json.dumps({"house": seen.house, "devices": devices}) + "\n"
 
 
-# A household figure by its key: title on the page, title while it is negative (it has no sign then), colour; its name in
-# Home Assistant.
-TITLES = {
-    "generation_watts": ("Solar", "", "solar", "solar power"),
-    "house_watts": ("House", "", "", "house power"),
-    "export_watts": ("To the grid", "From the grid", "grid", "power to the grid"),
-    "battery_watts": ("From the battery", "Into the battery", "battery", "power from the battery"),
-    "battery_charge_percent": ("Battery", "", "battery", "battery charge"),
-    "generated_today_kilowatt_hours": ("Solar", "", "solar", "solar energy today"),
-    "imported_today_kilowatt_hours": ("From the grid", "", "grid", "energy from the grid today"),
-    "exported_today_kilowatt_hours": ("To the grid", "", "grid", "energy to the grid today"),
-    "generated_kilowatt_hours": ("", "", "", "solar energy"),
-    "imported_kilowatt_hours": ("", "", "", "energy from the grid"),
-    "exported_kilowatt_hours": ("", "", "", "energy to the grid"),
-    "battery_charged_kilowatt_hours": ("", "", "", "energy into the battery"),
-    "battery_discharged_kilowatt_hours": ("", "", "", "energy from the battery"),
+# Figures of the house on the page, by their keys: title and colour; the same where the figure is negative, and is shown
+# without its sign. The rest of the contract's keys is for the API and Home Assistant.
+NOW_TILES = {
+    "generation_watts": ("Solar", "solar"),
+    "house_watts": ("House", "house"),
+    "grid_watts": ("From the grid", "bought", "To the grid", "sold"),
+    "battery_watts": ("From the battery", "battery", "Into the battery", "battery"),
+    "battery_charge_percent": ("Battery", "battery"),
 }
-# By the last word of the key: unit, decimals on the page; Home Assistant's device_class and state_class.
-FORMS = {
-    "watts": ("W", 0, "power", "measurement"),
-    "percent": ("%", 0, "battery", "measurement"),
-    "hours": ("kWh", 1, "energy", "total_increasing"),
+TODAY_TILES = {
+    "generated_today_kilowatt_hours": ("Solar", "solar"),
+    "used_today_kilowatt_hours": ("Used", "house"),
+    "imported_today_kilowatt_hours": ("From the grid", "bought"),
+    "exported_today_kilowatt_hours": ("To the grid", "sold"),
+    "battery_charged_today_kilowatt_hours": ("Into the battery", "battery"),
+    "battery_discharged_today_kilowatt_hours": ("From the battery", "battery"),
+    "self_sufficiency_percent": ("Self-sufficiency", ""),
+    "self_consumption_percent": ("Self-consumption", ""),
 }
+UNIT_OF = {"watts": ("W", 0), "percent": ("%", 0), "hours": ("kWh", 1)}  # by a key's last word: unit and decimals
+REFRESH = 30  # s between reloads of the page, where the settings say nothing else
 STYLE = """
-:root{color-scheme:light dark;--ink:#1c2430;--dim:#566070;--back:#f4f5f7;--card:#fff;--line:#dde1e6;
---solar:#9a5800;--grid:#1a5fb4;--battery:#8a2a8a;--good:#17693b;--bad:#b3261e}
-@media(prefers-color-scheme:dark){:root{--ink:#e6e9ee;--dim:#a3adba;--back:#14181d;--card:#1d232a;--line:#38414c;
---solar:#ffb454;--grid:#82b4ff;--battery:#e79be7;--good:#6fd394;--bad:#ff8a80}}
+:root{color-scheme:light dark;--ink:#1c2430;--dim:#566070;--back:#f4f5f5;--card:#fff;--line:#dde1e6;--good:#17693b;--bad:#b3261e;
+--solar:#9a6c00;--house:#3274d9;--bought:#e55400;--sold:#37872d;--battery:#a352cc}
+@media(prefers-color-scheme:dark){:root{--ink:#e6e9ee;--dim:#a3adba;--back:#111217;--card:#181b1f;--line:#343b45;--good:#6fd394;
+--bad:#ff8a80;--solar:#e0b400;--house:#5794f2;--bought:#fa6400;--sold:#56a64b;--battery:#b877d9}}
 *{box-sizing:border-box}
 body{margin:0 auto;max-width:64rem;padding:1rem;background:var(--back);color:var(--ink);font:1rem/1.5 system-ui,sans-serif;
 overflow-wrap:anywhere}
 h1{font-size:1.25rem;margin:0}h2{font-size:1.1rem;margin:0}p{margin:.25rem 0}b{font-weight:400}a{color:inherit}code{font-size:.95em}
 header,footer{display:flex;flex-wrap:wrap;gap:.25rem 1rem;align-items:baseline;justify-content:space-between}
-main{display:grid;gap:1rem;margin:1rem 0;grid-template-columns:repeat(auto-fit,minmax(min(100%,20rem),1fr));align-items:start}
-section{background:var(--card);border:1px solid var(--line);border-radius:.5rem;padding:1rem}.wide{grid-column:1/-1}
-small,.dim,dt,footer{color:var(--dim);font-size:.875rem;font-weight:400}.good{color:var(--good)}.bad{color:var(--bad)}
-dl{display:grid;grid-template-columns:repeat(auto-fill,minmax(7.5rem,1fr));gap:.75rem 1rem;margin:.5rem 0 0}
-dd{margin:0;font-size:1.35rem;font-variant-numeric:tabular-nums}
-.solar{color:var(--solar)}.grid{color:var(--grid)}.battery{color:var(--battery)}
-figure{margin:1.5rem 0 0}figure>svg{display:block;width:100%;height:17rem;overflow:visible}
-text{font-size:.8125rem;fill:var(--dim);paint-order:stroke;stroke:var(--card);stroke-width:4px;stroke-linejoin:round}
-path{fill:none;stroke:currentColor;stroke-width:2px;vector-effect:non-scaling-stroke}
-path.area{fill:currentColor;fill-opacity:.3;stroke-width:1px}path.house{stroke-width:2.5px}path.grid{stroke-dasharray:7 4}
-path.battery{stroke-width:3px;stroke-dasharray:.1 6;stroke-linecap:round}path.rule{stroke:var(--line);stroke-width:1px}
-path.zero{stroke:var(--dim);stroke-width:1px}
-ul{list-style:none;display:flex;flex-wrap:wrap;gap:.25rem 1.25rem;margin:.5rem 0 0;padding:0;font-size:.875rem}
+main{display:flex;flex-wrap:wrap;gap:1rem;margin:1rem 0}
+section{flex:1 1 20rem;min-width:0;background:var(--card);border:1px solid var(--line);border-radius:.5rem;padding:1rem}
+section.wide{flex-basis:100%}
+small,.dim,dt,footer{color:var(--dim);font-size:.875rem;font-weight:400}.asleep{color:var(--dim)}.good{color:var(--good)}.bad{color:var(--bad)}
+dl{display:grid;grid-template-columns:repeat(var(--columns),1fr);gap:.5rem 1rem;margin:.5rem 0 0}
+dt{line-height:1.3}dd{margin:0;font-size:1.75rem;line-height:1.25;font-variant-numeric:tabular-nums;white-space:nowrap}
+dd small{color:inherit;font-size:1.25rem}dl.now dd{font-size:clamp(1.75rem,4.5vw,2.75rem)}
+@media(max-width:48rem){dl{grid-template-columns:1fr 1fr}div:last-child:nth-child(odd){grid-column:1/-1}}
+.solar{color:var(--solar)}.house{color:var(--house)}.bought{color:var(--bought)}.sold{color:var(--sold)}
+.battery{color:var(--battery)}
+figure{margin:1.25rem 0 0}figure>svg{display:block;width:calc(100% - 4.5rem);height:17rem;margin:0 1rem 2rem 3.5rem;overflow:visible}
+text{font-size:.8125rem;fill:var(--dim)}text.level{transform:translate(-.5rem,.3em)}text.time{transform:translateY(1.2rem)}
+text.midnight{fill:var(--ink);font-weight:600}
+path{fill:none;stroke:currentColor;stroke-width:2px;vector-effect:non-scaling-stroke;stroke-linejoin:round}
+path.area{fill:currentColor;fill-opacity:.3;stroke-width:1px}path.house{stroke-width:2.5px}
+path.grid{stroke:url(#grid)}path.grid,path.bought,path.sold{stroke-dasharray:7 4}path.battery{stroke-width:3px;stroke-dasharray:.1 6;stroke-linecap:round}
+path.rule{stroke:var(--line);stroke-width:1px}path.zero,path.midnight{stroke:var(--dim);stroke-width:1px}
+ul{list-style:none;display:flex;flex-wrap:wrap;gap:.25rem 1.25rem;margin:0;padding:0;font-size:.875rem}
 ul svg{width:2rem;height:.75rem;margin-right:.4rem;vertical-align:middle}li{margin:.25rem 0}ol{padding-left:1.25rem}
 summary{cursor:pointer;margin-top:.5rem}table{border-collapse:collapse;width:100%;font-size:.875rem}
 th,td{padding:.2rem 0;border-top:1px solid var(--line);text-align:left;font-weight:400;vertical-align:top}
 td{text-align:right;padding-left:1rem;white-space:nowrap;font-variant-numeric:tabular-nums}
-.level{transform:translate(2px,-4px)}@media(max-width:40rem){.other{display:none}}
+@media(max-width:40rem){.other{display:none}}
 """
 HEAD = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1">
-<meta http-equiv="refresh" content="30"><link rel="icon" href="data:,"><title>sems_mitm</title><style>{style}</style></head>
+<meta http-equiv="refresh" content="{refresh}"><link rel="icon" href="data:,"><title>sems_mitm</title><style>{style}</style></head>
 <body><header><h1>sems_mitm</h1><p>{portal}</p></header>
 <main>
 """
@@ -3480,7 +4023,8 @@ FOOT = """</main>
 <p><a href="{telemetry}">Metrics</a> · <a href="/api/devices">JSON</a> · <a href="/home-assistant.yaml">Home Assistant</a> · version {version}</p></footer></body></html>
 """
 SECTION = '<section class="wide"><h2>{}</h2>{}</section>\n'
-SILENT_HOUSE = '<p class="dim">Nothing is known now: what would tell it is silent.</p>'
+SILENT_HOUSE = '<p class="dim">Nothing is known now: the devices that measure the house are silent.</p>'
+AWAY = "; what is shown here does not need it. To see why, run <code>python3 sems_mitm.py doctor</code> on this machine"
 SET_UP = """<ol>
 <li>Give this machine a fixed address{now}, and let the name service of your router or Pi-hole answer <code>{host}</code>
 with it.</li>
@@ -3492,12 +4036,13 @@ with it.</li>
 
 
 def portal_state(upstream: dict) -> str:
-    """The portal's state in words."""
+    """The portal's state in words, with the next step where there is one."""
     if upstream["mode"] == LOCAL:
         return "Local: no portal, the exporter answers"
     states = {None: "not tried yet", True: '<b class="good">reachable</b>', False: '<b class="bad">away</b>'}
     waiting = f", {upstream['queue_bytes']:,} bytes wait for it" if upstream["queue_bytes"] else ""
-    return f"Portal {html.escape(upstream['address'])}: {states[upstream['up']]}{waiting}"
+    step = AWAY if upstream["up"] is False else ""
+    return f"Portal {html.escape(upstream['address'])}: {states[upstream['up']]}{waiting}{step}"
 
 
 def minus(text: str) -> str:
@@ -3505,26 +4050,64 @@ def minus(text: str) -> str:
     return text.replace("-", "−")
 
 
-def in_words(key: str, number: float) -> tuple[str, str]:
-    """A figure's title and text, without a sign where the title says it."""
-    title, negative, *_ = TITLES[key]
-    unit, decimals, *_ = FORMS[key.rpartition("_")[2]]
-    title, number = (negative, -number) if negative and number < 0 else (title, number)
-    return title, minus(f"{number:,.{decimals}f} {unit}")
+def in_words(tiles: dict, key: str, number: float) -> tuple[str, str, str, str]:
+    """A figure's title, colour, number and unit; the number has no sign where the title says it."""
+    title, colour, *negative = tiles[key]
+    unit_name, decimals = UNIT_OF[key.rpartition("_")[2]]
+    number = round(number, decimals) + 0.0  # without the sign of a 0
+    if negative and number < 0:
+        (title, colour), number = negative, -number
+    return title, colour, minus(f"{number:,.{decimals}f}"), unit_name
 
 
-def tiles(figures: dict, keys: Sequence[str]) -> str:
-    """The figures that are known."""
-    told = ((TITLES[key][2], *in_words(key, figures[key])) for key in keys if key in figures)
-    found = "".join(f'<div><dt>{title}</dt><dd class="{css}">{text}</dd></div>' for css, title, text in told)
-    return found and f"<dl>{found}</dl>"
+def tile_row(tiles: dict, figures: dict, css: str) -> str:
+    """The figures that are known, in rows of equal length."""
+    known = [in_words(tiles, key, figures[key]) for key in tiles if key in figures]
+    columns = len(known) if len(known) <= 6 else (len(known) + 1) // 2
+    divs = (
+        f'<div><dt>{title}</dt><dd class="{colour}">{number}<small> {unit_name}</small></dd></div>'
+        for title, colour, number, unit_name in known
+    )
+    return f'<dl class="{css}" style="--columns:{columns}">{"".join(divs)}</dl>' if known else ""
+
+
+# The foldable table. A quantity's name is its metric's, without kind of device and unit, or one of these.
+NAMES = {
+    "meter_power_export_watts": "Power to the grid",
+    "meter_channel_power_watts": "Power",
+    "meter_channel_energy_export_watthours_total": "Energy out",
+    "meter_channel_energy_import_watthours_total": "Energy in",
+    "meter_energy_export_decawatt_hours_total": "Energy to the grid",
+    "meter_energy_import_decawatt_hours_total": "Energy from the grid",
+    "meter_power_generation_watts": "Solar power",
+    "meter_energy_generation_decawatt_hours_total": "Solar energy",
+    "inverter_meter_power_watts": "Power at the CT meter",
+    "inverter_meter_energy_export_watthours_total": "Energy to the grid",
+    "inverter_meter_energy_import_watthours_total": "Energy from the grid",
+    "inverter_active_power_watts": "Power at the grid connection",
+    "inverter_energy_output_hectowatt_hours_day": "Energy generated today",
+    "inverter_energy_output_hectowatt_hours_total": "Energy generated",
+    "inverter_energy_export_watthours_total": "Energy out of its grid terminals",
+    "inverter_energy_import_watthours_total": "Energy into its grid terminals",
+    "inverter_energy_load_watthours_total": "Energy used",
+    "inverter_uptime_hours_total": "Time of operation",
+    "inverter_hybrid_work_mode": "Work mode",
+    "inverter_error_bitmap": "Errors",
+    "inverter_warning_bitmap": "Warnings",
+    "inverter_derating_bitmap": "Derating",
+    "inverter_rssi_percent": "Wi-Fi signal",
+    "battery_energy_charge_watthours_total": "Energy into the battery",
+    "battery_energy_discharge_watthours_total": "Energy from the battery",
+}
 
 
 @functools.lru_cache(maxsize=1024)
-def quantity(metric: str, labels: str) -> str:
-    """What a series is: Voltage of a meter channel (channel 1)."""
-    label = " ".join(re.findall(r"\w+", labels))
-    return html.escape(METRICS[metric][1].rstrip(".") + (f" ({label})" if label else ""))
+def quantity(metric: str) -> str:
+    """What a metric is, in a few words: String voltage."""
+    bare = re.sub("_(total|day)$", "", metric)
+    ending = next((ending for ending in UNITS if bare.endswith(f"_{ending}")), "")
+    words = re.sub("^(meter|inverter)_", "", bare.removesuffix(f"_{ending}") if ending else bare)
+    return NAMES.get(metric) or words.replace("_", " ").capitalize()
 
 
 @functools.lru_cache(maxsize=1024)
@@ -3532,20 +4115,51 @@ def shown_unit(metric: str) -> tuple[str, float]:
     """The unit in which a metric is shown, and by what its values are multiplied."""
     size, _, name = unit(metric).rpartition(" ")  # the original has units such as 0.1 V
     number = float(size or 1)
+    if metric.startswith("battery_state"):
+        return "%", 100
     return ("kWh", number / 1000) if name == "Wh" else (name.replace("1", ""), number)
 
 
 def amount(metric: str, number: float) -> str:
-    """A value with its unit."""
+    """A value for people: with its unit, a mode in words."""
+    if metric.endswith("_mode"):  # its help names the modes
+        return dict(re.findall(r"(\d+) ([a-z ]+)", METRICS[metric][1])).get(f"{number:g}", f"{number:g}")
+    if metric.endswith("_bitmap"):
+        return f"{number:#x}" if number else "none"
     name, multiply = shown_unit(metric)
-    return minus(f"{round(number * multiply, 3) if multiply != 1 else number:,} {name}").rstrip()
+    return minus(f"{round(number * multiply, 3):,.12g} {name}").rstrip()
 
 
-def table(values: dict[Series, float]) -> str:
-    """All values of a device, foldable."""
-    told = ((quantity(*series), amount(series[0], number)) for series, number in values.items())
-    rows = (f"<tr><th>{what}</th><td>{text}</td></tr>" for what, text in told)
-    return f"<details><summary>All {len(values)} values</summary><table>{''.join(rows)}</table></details>"
+@functools.cache
+def one_a_quantity(name: str) -> tuple[Series, ...]:
+    """The series of a family, one of those that read the same registers: in V and not in 0.1 V, and without a channel."""
+    best: dict[tuple[int, ...], Series] = {}
+    for value in sorted(VALUES[name], key=lambda value: (unit(value.series[0]).startswith("0."), value.series[1])):
+        best.setdefault((value.register, *value.later), value.series)
+    kept = set(best.values())
+    return tuple(dict.fromkeys(value.series for value in VALUES[name] if value.series in kept))
+
+
+def table_rows(name: str, values: dict[Series, float]) -> list[tuple[str, str]]:
+    """(what, how much) of a device of the family `name`, without channels, strings and the like of which all is 0."""
+    there = {labels for (_, labels), number in values.items() if number}
+    known = [series for series in one_a_quantity(name) if series in values]
+    known = [series for series in known if not series[1] or series[1] in there or series[1].endswith('"1"')]
+    several = {labels.partition("=")[0] for _, labels in known if labels and not labels.endswith('"1"')}
+    rows = []
+    for metric, labels in known:
+        kind, _, which = labels.replace('"', "").partition("=")
+        which = which if kind in quantity(metric).lower() else f"{kind} {which}"
+        what = f"{quantity(metric)}, {which}" if kind in several else quantity(metric)
+        rows.append((what, amount(metric, values[metric, labels])))
+    return rows
+
+
+def table(device: Shown) -> str:
+    """The current values of a device, foldable."""
+    rows = table_rows(device.member.family, device.values)
+    cells = "".join(f"<tr><th>{html.escape(what)}</th><td>{text}</td></tr>" for what, text in rows)
+    return f"<details><summary>All values ({len(rows)})</summary><table>{cells}</table></details>" if rows else ""
 
 
 def span(seconds: float) -> str:
@@ -3555,48 +4169,59 @@ def span(seconds: float) -> str:
     return f"{seconds // size:.0f} {word}{'' if seconds // size == 1 else 's'}"
 
 
+def state(device: Shown) -> str:
+    """Whether a device speaks, in words and colour."""
+    if device.up:
+        return '<b class="good">reporting</b>'
+    return '<b class="asleep">asleep until the sun is up</b>' if device.asleep else '<b class="bad">silent</b>'
+
+
 def card(device: Shown) -> str:
     """A device on the page; every text of a device is escaped."""
     kind, model, serial, firmware = map(html.escape, (*device.name[:2], device.serial, device.info["firmware"]))
-    asleep = "" if kind == "meter" else " (an inverter sleeps at night)"
-    state = '<b class="good">reporting</b>' if device.up else f'<b class="bad">silent</b>{asleep}'
+    last = f"{span(device.age)} ago" if device.age >= 1 else "just now"
     return (
-        f"<section><h2>{model}</h2><p>{state}, last packet {span(device.age)} ago</p>"
+        f"<section><h2>{model}</h2><p>{state(device)}, last packet {last}</p>"
         f'<p class="dim">{kind} · serial {serial}{f" · firmware {firmware}" if firmware else ""}</p>'
-        f"{table(device.values) if device.values else ''}</section>\n"
+        f"{table(device)}</section>\n"
     )
 
 
-# The picture: of PICTURED, class and legend. Solar is an area, the others are lines of their own patterns.
-LEGEND = (
-    ("solar area", "Solar"),
-    ("house", "House"),
-    ("grid", "Grid: above 0 to it, below 0 from it"),
-    ("battery", "Battery: above 0 out of it, below 0 into it"),
+# The picture: of PICTURED, class of the path, and legend by the class of the swatch. Solar is an area, the others are lines
+# of their own patterns.
+LEGENDS = (
+    ("solar area", {"solar area": "Solar"}),
+    ("house", {"house": "House"}),
+    ("grid", {"bought": "Bought from the grid (above 0)", "sold": "Sold to the grid (below 0)"}),
+    ("battery", {"battery": "Battery (above 0: out of it, below 0: into it)"}),
 )
 SWATCH = '<li><svg viewBox="0 0 32 12" aria-hidden="true"><path class="{}" d="{}"/></svg>{}</li>'
 FIGURE = """<figure><svg role="img" aria-labelledby="title desc">
-<title id="title">Power of the house in the last 24 hours</title><desc id="desc">{told}</desc>
-<svg width="100%" height="{height}%" viewBox="{box}" preserveAspectRatio="none">{paths}</svg>
+<title id="title">Power of the house in the last 24 hours</title><desc id="desc">{now}</desc>
+<svg width="100%" height="100%" viewBox="{box}" preserveAspectRatio="none">
+<linearGradient id="grid" gradientUnits="userSpaceOnUse" x1="0" x2="0" y1="{top}" y2="{bottom}">
+<stop offset="{zero}" class="bought" stop-color="currentColor"/><stop offset="{zero}" class="sold" stop-color="currentColor"/>
+</linearGradient>{paths}</svg>
 {texts}</svg><figcaption><ul>{legend}</ul></figcaption></figure>
 """
-PLOT = 92  # % of the picture's height; the hours stand below
-
-
-def axis_text(x: float, y: float, css: str, text: str) -> str:
-    """A text at an axis, placed in % of the picture and within its sides."""
-    anchor = "start" if x < 1 else "end" if x > 99 else "middle"
-    return f'<text x="{x:.1f}%" y="{y:.1f}%" class="{css}" text-anchor="{anchor}">{minus(text)}</text>'
 
 
 def outline(points: list[Point], which: int, left: float) -> str:
-    """The path of a flow: a step for each point, broken where it is not known; solar's goes down to 0 and closes."""
-    parts: list[str] = []
-    for known, run in itertools.groupby(points, key=lambda point: point.means[which] is not None):
+    """The path of a flow in minutes and W, broken where it is not known; solar's goes down to 0 and closes.
+
+    What is known last holds until the next point, and alone it is a line, too.
+    """
+    parts = []
+    for known, run in itertools.groupby(
+        zip(points, [*points[1:], points[-1]]), lambda pair: pair[0].watts[which] is not None
+    ):
         if known:
-            steps = [(point.begin - left, point.end - left, -round(point.means[which])) for point in run]
-            line = "V".join(f"{y}H{end:.1f}" for _, end, y in steps)
-            parts.append(f"M{steps[0][0]:.1f} {line}" if which else f"M{steps[0][0]:.1f} 0V{line}V0Z")
+            pairs = list(run)
+            places = [point._replace(time=(point.time - left) / 60) for point, _ in pairs]
+            places.append(places[-1]._replace(time=(pairs[-1][1].time - left) / 60))
+            line = " ".join(f"{place.time:.1f} {-round(place.watts[which])}" for place in places)
+            first, last = places[0].time, places[-1].time
+            parts.append(f"M{line}" if which else f"M{first:.1f} 0 {line} {last:.1f} 0Z")
     return "".join(parts)
 
 
@@ -3604,77 +4229,91 @@ def outline(points: list[Point], which: int, left: float) -> str:
 Axes = collections.namedtuple("Axes", "left right low high step")
 
 
-def past_the_hour(moment: float) -> float:
-    """Seconds since the last whole hour of local time."""
-    local = datetime.fromtimestamp(moment)
-    return local.minute * 60 + local.second + local.microsecond / 1e6
-
-
 def axes_of(points: list[Point]) -> Axes:
-    """Time from the first point to the last, or for less than two hours the whole hours around them; 0 and all powers."""
-    begin, end = points[0].begin, points[-1].end
-    if end - begin < 7200:
-        begin -= past_the_hour(begin)
-        end = begin + 3600 * math.ceil((end - begin) / 3600)
-    known = [0.0, *(watts for point in points for watts in point.means if watts is not None)]
+    """Time from the minute of the first point to the last; 0 and all powers."""
+    begin, end = points[0].time // 60 * 60, points[-1].time
+    known = [0.0, *(watts for point in points for watts in point.watts if watts is not None)]
     lowest, highest = min(known), max(known)
-    wanted = (highest - lowest or 500) / 7  # at least: seven steps, or a few less
+    wanted = max(highest - lowest, 500) / 7  # W a step, at least: seven steps, or a few less
     size = 10 ** math.floor(math.log10(wanted))
     step = next(size * factor for factor in (1, 2, 5, 10) if size * factor >= wanted)
     low = step * math.floor(lowest / step)
-    return Axes(begin, end, low, max(step * math.ceil(highest / step), low + step), step)
+    return Axes(begin, max(end, begin + 1), low, max(step * math.ceil(highest / step), low + step), step)
 
 
-def whole_hours(axes: Axes) -> list[float]:
-    """Whole hours of local time, as many as can be read, in seconds from the left."""
-    width = axes.right - axes.left
-    every = next(every for every in (1, 2, 3, 4) if width / 3600 / every <= 8 or every == 4)
-    hours = range(round(-past_the_hour(axes.left) % 3600), round(width) + 1, 3600)
-    return [at for at in hours if datetime.fromtimestamp(round(axes.left + at)).hour % every == 0]
+def whole_hours(axes: Axes) -> list[datetime]:
+    """Whole hours of local time on the axis, midnight among them, as many as can be labelled."""
+    every = next(every for every in (1, 2, 3, 4) if (axes.right - axes.left) / 3600 / every <= 8 or every == 4)
+    first = datetime.fromtimestamp(axes.left)
+    begin = math.ceil(axes.left) + -(first.minute * 60 + math.ceil(first.second + first.microsecond / 1e6)) % 3600
+    hours = map(datetime.fromtimestamp, range(begin, math.floor(axes.right) + 1, 3600))
+    return [hour for hour in hours if hour.hour % every == 0]
+
+
+def axis_text(x: float, y: float, css: str, text: str) -> str:
+    """A text at an axis, placed in % of the plot: levels left of it, all else below."""
+    anchor = "end" if css == "level" else "middle"
+    return f'<text x="{x:.1f}%" y="{y:.1f}%" class="{css}" text-anchor="{anchor}">{minus(text)}</text>'
+
+
+def time_texts(axes: Axes, hours: list[datetime]) -> Iterator[str]:
+    """The labels below the plot: whole hours, the date at midnight; both ends where there is no hour to speak of."""
+    width, every = axes.right - axes.left, (hours[1].hour - hours[0].hour) % 24 or 1 if len(hours) > 4 else 24
+    if len(hours) < 2:
+        for x, moment in ((0, axes.left), (100, axes.right)):
+            yield axis_text(x, 100, "time", f"{datetime.fromtimestamp(moment):%H:%M}")
+    for hour in hours:
+        x = 100 * (hour.timestamp() - axes.left) / width
+        if len(hours) > 1 or 15 < x < 85:
+            other = " other" if hour.hour // every % 2 else ""  # every second one, which a phone has no room for
+            text = f"{hour:%H:%M}" if hour.hour else f"{hour.day} {hour:%b}"
+            yield axis_text(x, 100, f"time{other}" if hour.hour else "time midnight", text)
 
 
 def present(figures: dict) -> str:
     """The present figures in a sentence."""
-    told = [" ".join(in_words(key, figures[key])) for key in FLOWS if key in figures]
-    return f"Now: {'; '.join(told)}." if told else "Nothing is known now."
+    known = [in_words(NOW_TILES, key, figures[key]) for key in NOW_TILES if key in figures]
+    text = "; ".join(f"{title} {number} {unit_name}" for title, _, number, unit_name in known)
+    return f"Now: {text}." if known else "Nothing is known now."
 
 
 def picture(points: list[Point], figures: dict) -> str:
-    """The house's flows as SVG, nothing if there is none. It is drawn in seconds and W and stretches; its texts do not."""
-    drawn = [i for i in range(len(PICTURED)) if any(point.means[i] is not None for point in points)]
+    """The house's flows as SVG, nothing if there is none. It is drawn in minutes and W and stretches; its texts do not."""
+    drawn = [i for i in range(len(PICTURED)) if any(point.watts[i] is not None for point in points)]
     if not drawn:
         return ""
     axes = axes_of(points)
     levels = [axes.low + i * axes.step for i in range(round((axes.high - axes.low) / axes.step) + 1)]
-    width, height, hours = axes.right - axes.left, axes.high - axes.low, whole_hours(axes)
-    rules = [f"M0 {-level:g}H{width:.0f}" for level in levels] + [
-        f"M{at:.0f} {-axes.high:g}v{height:g}" for at in hours
-    ]
-    paths = [("rule", "".join(rules)), ("zero", f"M0 0H{width:.0f}")]
-    paths += [(LEGEND[i][0], outline(points, i, axes.left)) for i in drawn]
-    texts = [(0, PLOT * (axes.high - level) / height, "level", f"{level / 1000:g} kW") for level in levels]
-    for i, at in enumerate(hours):
-        clock = datetime.fromtimestamp(round(axes.left + at)).strftime("%H:%M")
-        texts.append((100 * at / width, 100, "other" if i % 2 and len(hours) > 4 else "", clock))
+    width, height, hours = (axes.right - axes.left) / 60, axes.high - axes.low, whole_hours(axes)
+    upright = [(hour, f"M{(hour.timestamp() - axes.left) / 60:.1f} {-axes.high:g}v{height:g}") for hour in hours]
+    across = "".join(f"M0 {-level:g}H{width:.2f}" for level in levels)
+    paths = [("rule", across + "".join(path for hour, path in upright if hour.hour)), ("zero", f"M0 0H{width:.2f}")]
+    paths += [("midnight", path) for hour, path in upright if not hour.hour]
+    paths += [(LEGENDS[i][0], outline(points, i, axes.left)) for i in drawn]
+    scale = [axis_text(0, 100 * (axes.high - level) / height, "level", f"{level / 1000:g} kW") for level in levels]
+    legend = [(css, text, i) for i in drawn for css, text in LEGENDS[i][1].items()]
     figure = FIGURE.format(
-        told=present(figures),
-        height=PLOT,
-        box=f"0 {-axes.high:g} {width:.0f} {height:g}",
-        paths="".join(f'<path class="{css}" d="{path}"/>' for css, path in paths),
-        texts="".join(axis_text(*text) for text in texts),
-        legend="".join(SWATCH.format(LEGEND[i][0], "M0 6H32" if i else "M1 11V3H31V11Z", LEGEND[i][1]) for i in drawn),
+        now=present(figures),
+        box=f"0 {-axes.high:g} {width:.2f} {height:g}",
+        top=f"{-axes.high:g}",
+        bottom=f"{-axes.low:g}",
+        zero=f"{axes.high / height:.4f}",
+        paths="".join(f'<path class="{css}" d="{path}"/>' for css, path in paths if path),
+        texts="".join((*scale, *time_texts(axes, hours))),
+        legend="".join(SWATCH.format(css, "M0 6H32" if i else "M1 11V3H31V11Z", text) for css, text, i in legend),
     )
-    return SECTION.format("Power", figure)
+    return SECTION.format("Power, last 24 hours", figure)
 
 
 def html_page(seen: Seen, points: list[Point], settings: argparse.Namespace, address: str) -> Iterator[str]:
     """The page at /, in parts. address: this machine's, if it is known."""
-    yield HEAD.format(style=STYLE, portal=portal_state(seen.upstream))
+    yield HEAD.format(style=STYLE, portal=portal_state(seen.upstream), refresh=getattr(settings, "refresh", REFRESH))
     if seen.devices:
-        yield SECTION.format("The house", tiles(seen.house, FLOWS) or SILENT_HOUSE)
+        yield SECTION.format("The house", tile_row(NOW_TILES, seen.house, "now") or SILENT_HOUSE)
         yield picture(points, seen.house)
-        row, since = tiles(seen.house, TODAY), seen.house.get("today_since", "")[11:16]
-        yield row and SECTION.format(f"Today <small>since {since}</small>" if since else "Today", row)
+        row, since = tile_row(TODAY_TILES, seen.house, "today"), seen.house.get("today_since", "")[11:16]
+        title = f"Today <small>since {since}</small>" if since not in ("", "00:00") else "Today"
+        yield row and SECTION.format(title, row)
     else:
         now = f" (now {html.escape(address)})" if address else ""
         steps = SET_UP.format(now=now, host=html.escape(settings.upstream[0]), port=settings.listen_address[1])
@@ -3688,28 +4327,89 @@ def html_page(seen: Seen, points: list[Point], settings: argparse.Namespace, add
     )
 
 
-PACKAGE = """# sems_mitm in Home Assistant: a package for the devices known now. Save it with
+# Home Assistant. A household key's sensor: name, icon.
+SENSORS = {
+    "generation_watts": ("solar power", "solar-power"),
+    "house_watts": ("house power", "home-lightning-bolt"),
+    "grid_watts": ("grid power", "transmission-tower"),
+    "battery_watts": ("power from the battery", "home-battery"),
+    "battery_charge_percent": ("battery charge", "battery"),
+    "generated_today_kilowatt_hours": ("solar energy today", "solar-power"),
+    "used_today_kilowatt_hours": ("energy used today", "home-lightning-bolt"),
+    "imported_today_kilowatt_hours": ("energy from the grid today", "transmission-tower-export"),
+    "exported_today_kilowatt_hours": ("energy to the grid today", "transmission-tower-import"),
+    "battery_charged_today_kilowatt_hours": ("energy into the battery today", "battery-arrow-down"),
+    "battery_discharged_today_kilowatt_hours": ("energy from the battery today", "battery-arrow-up"),
+    "self_sufficiency_percent": ("self-sufficiency today", "home-percent"),
+    "self_consumption_percent": ("self-consumption today", "solar-power-variant"),
+    "generated_kilowatt_hours": ("solar energy", "solar-power"),
+    "imported_kilowatt_hours": ("energy from the grid", "transmission-tower-export"),
+    "exported_kilowatt_hours": ("energy to the grid", "transmission-tower-import"),
+    "battery_charged_kilowatt_hours": ("energy into the battery", "battery-arrow-down"),
+    "battery_discharged_kilowatt_hours": ("energy from the battery", "battery-arrow-up"),
+}
+# device_class and state_class, by a key or its last word
+CLASSES = {
+    "battery_charge_percent": ("battery", "measurement"),
+    "percent": ("", "measurement"),
+    "watts": ("power", "measurement"),
+    "hours": ("energy", "total_increasing"),
+}
+PACKAGE = """# sems_mitm in Home Assistant: a package. Devices in it, as known on {time}:
+{devices}
+# Save it with
 #     curl -fo /config/packages/sems_mitm.yaml http://{address}/home-assistant.yaml
 # and have in configuration.yaml, once:
 #     homeassistant:
 #       packages: !include_dir_named packages
-# Then restart Home Assistant; fetch it again when a device is new. For the Energy dashboard take the sensors without "today".
+# Restart Home Assistant the first time; later, when the file is new, call the action rest.reload. Fetch the file again when a
+# device is new, and by day if an inverter is missing: it sleeps at night, and after a restart the exporter does not know it.
+#
+# Energy dashboard, which sensor for which field (take the devices' energies: those of the house are sums, which are others
+# for as long as a device is not known after a restart):
+{fields}
 """
+# Fields of the Energy dashboard, and the key that goes there: powers of the house, energies of devices, since the counters of
+# one device never change places with those of another.
+FIELDS = (
+    ("Grid, energy imported from the grid", "imported_kilowatt_hours"),
+    ("Grid, energy exported to the grid", "exported_kilowatt_hours"),
+    ("Grid, power (positive is bought: the standard direction)", "grid_watts"),
+    ("Solar panels, energy", "generated_kilowatt_hours"),
+    ("Solar panels, power", "generation_watts"),
+    ("Battery, energy discharged", "battery_discharged_kilowatt_hours"),
+    ("Battery, energy charged", "battery_charged_kilowatt_hours"),
+    ("Battery, power (positive is discharging: the standard direction)", "battery_watts"),
+)
 
 
-def sensor(serial: str, name: str, key: str) -> dict[str, str]:
-    """A sensor of Home Assistant; what is not known there is unavailable, without a word in its log."""
-    unit, _, device_class, state_class = FORMS[key.rpartition("_")[2]]
-    number = f"value_json.get('devices', {{}}).get('{serial}', {{}}).get('{key}')"
-    return {
-        "name": f"{name} {TITLES[key][3]}",
-        "unique_id": f"{serial}_{key}",
-        "device_class": device_class,
-        "state_class": state_class,
-        "unit_of_measurement": unit,
-        "value_template": f"{{{{ {number} if value_json is defined else none }}}}",
-        "availability": f"{{{{ value_json is defined and {number} is not none }}}}",
-    }
+def sensor_name(name: str, key: str) -> str:
+    """What a sensor is called: the house's power is not the "House house power"."""
+    return f"{name} {SENSORS[key][0].removeprefix('house ') if name == HOUSE else SENSORS[key][0]}"
+
+
+HOUSE = "House"
+
+
+def sensor(path: tuple[str, ...], name: str, key: str) -> dict[str, object]:
+    """A sensor of Home Assistant for a key under path in /api/household; what is not known there is unavailable."""
+    unit_word = key.rpartition("_")[2]
+    device_class, state_class = CLASSES.get(key) or CLASSES[unit_word]
+    if path[-1] == "house" and unit_word == "hours" and "_today_" not in key:
+        state_class = (
+            "total"  # while a device is not known yet, after a restart, the sum is another: a fall is no reset
+        )
+    steps = "".join(f".get('{part}', {{}})" for part in path)
+    number = f"value_json{steps}.get('{key}')"
+    fields: dict[str, object] = {"name": sensor_name(name, key), "unique_id": f"{path[-1]}_{key}"}
+    fields.update({"device_class": device_class} if device_class else {})
+    fields.update(state_class=state_class, unit_of_measurement=UNIT_OF[unit_word][0], icon=f"mdi:{SENSORS[key][1]}")
+    fields["value_template"] = f"{{{{ {number} if value_json is mapping else none }}}}"
+    fields["availability"] = f"{{{{ value_json is mapping and {number} is not none }}}}"
+    if "_today_" in key:
+        fields["json_attributes_path"] = "$" + "".join(f"['{part}']" for part in path)
+        fields["json_attributes"] = ["today_since"]
+    return fields
 
 
 def named_for_home(devices: Sequence[Shown]) -> list[tuple[Shown, str]]:
@@ -3723,38 +4423,70 @@ def named_for_home(devices: Sequence[Shown]) -> list[tuple[Shown, str]]:
     return [(device, name if models[name] == 1 else f"{name} {device.serial[-8:]}") for device, name in named]
 
 
-def counted_twice(named: list[tuple[Shown, str]]) -> str:
-    """Comments that say which sensors to take where two devices count the same."""
-    found = ""
+def counting(named: list[tuple[Shown, str]], key: str) -> list[list[str]]:
+    """Names of the devices that count a key: first those that the house takes, then those that count the same again."""
+    members = [device.member for device, _ in named]
+    groups = ([one for one in group if key in one.told] for group in sources(key, members))
+    return [[name for device, name in named if any(device.member is one for one in group)] for group in groups if group]
+
+
+def energy_fields(named: list[tuple[Shown, str]], of_house: Iterable[str]) -> Iterator[str]:
+    """Comments that say which sensor goes into which field of the Energy dashboard, and which count the same twice."""
+    for field, key in FIELDS:
+        of_a_power = [[HOUSE]] if key in of_house else []
+        takers = of_a_power if key.endswith("watts") else counting(named, key)
+        if takers:
+            yield f"#     {field}: {', '.join(sensor_name(name, key) for name in takers[0])}"
     for word, what in (("generated", "roof"), ("imported", "grid")):
-        key = f"{word}_kilowatt_hours"
-        groups = [
-            [name for device, name in named if device.member.family in families and key in device.member.told]
-            for families in ASKED[word]
-        ]
-        if all(groups):
-            better, other = (" and ".join(names) for names in groups)
-            found += f"# {better} and {other} count the same {what}: take only the energies of {better} there.\n"
-    return found
+        first, *again = counting(named, f"{word}_kilowatt_hours") or [[]]
+        others = dict.fromkeys(name for group in again for name in group if name not in first)
+        if others:
+            better, other = " and ".join(first), " and ".join(others)
+            yield f"# {better} and {other} count the same {what}: take only the energies of {better} there."
+
+
+def keys_of_house(members: Sequence[Member]) -> set[str]:
+    """The keys that a house of these devices has when none is silent and the day is not young."""
+    awake = [one._replace(figures=dict.fromkeys(one.told - {"today_since"}, 1)) for one in members]
+    keys = set(house(awake))
+    has_day = keys.issuperset(f"{word}_today_kilowatt_hours" for word in ("generated", "imported", "exported"))
+    return keys.union(("used_today_kilowatt_hours", *SHARES) if has_day else ())
 
 
 def home_assistant(seen: Seen, address: str) -> str:
-    """A package of sensors on http://ADDRESS/api/household. Nothing from the network is more than a JSON string in it."""
-    head, named = PACKAGE.format(address=address), named_for_home(seen.devices)
+    """A package of sensors on http://ADDRESS/api/household. Nothing from the network is more than a JSON string in it.
+
+    Raises LookupError with a text for people while no device is known: answer 503, so that a package fetched before stays.
+    """
+    named = named_for_home(seen.devices)
     if not named:
-        return f"{head}#\n# No device is known yet: fetch it again when http://{address}/ shows one.\n{{}}\n"
-    resource = json.dumps(f"http://{address}/api/household")
-    lines = ["rest:", f"  - resource: {resource}", "    scan_interval: 60", "    sensor:"]
+        raise LookupError(f"No device is known yet: fetch this again when http://{address}/ shows one.")
+    of_house = keys_of_house([device.member for device, _ in named])
+    sensors = [sensor(("house",), HOUSE, key) for key in SENSORS if key in of_house]
     for device, name in named:
-        for key in (key for key in KEYS if key in device.member.told):
-            first, *more = (f"{field}: {json.dumps(text)}" for field, text in sensor(device.serial, name, key).items())
-            lines += [f"      - {first}", *(f"        {row}" for row in more)]
-    return "\n".join((head + counted_twice(named), *lines, ""))
+        sensors += [sensor(("devices", device.serial), name, key) for key in SENSORS if key in device.member.told]
+    head = PACKAGE.format(
+        address=address,
+        time=f"{datetime.fromtimestamp(seen.time):%Y-%m-%d at %H:%M}",
+        devices="\n".join(f"#     {name}, {device.serial}" for device, name in named),
+        fields="\n".join(energy_fields(named, of_house)),
+    )
+    lines = [
+        "rest:",
+        f"  - resource: {json.dumps(f'http://{address}/api/household')}",
+        "    scan_interval: 60",
+        "    sensor:",
+    ]
+    for fields in sensors:
+        first, *more = (f"{field}: {json.dumps(text)}" for field, text in fields.items())
+        lines += [f"      - {first}", *(f"        {row}" for row in more)]
+    return "\n".join((head.rstrip("\n"), *lines, ""))
 
 
 # ------------------------------------------------------------------------------------------------------------ HTTP
 #
-# The standard library's threading server, with a bound. One request a connection.
+# An HTTP client is a connection of the loop like any other. When its head is there, the standard library's handler parses
+# it and writes the answer, both in memory. One request a connection.
 
 PLAIN, JSON = "text/plain; charset=utf-8", "application/json"
 EXPOSITION = "text/plain; version=0.0.4; charset=utf-8"
@@ -3768,153 +4500,84 @@ SAFE_HEADERS = {
 }
 
 
-class RequestHead:
-    """What the base class reads a request from, bounded: it takes a hundred headers of 64 KiB each, and any time."""
+class Request(http.server.BaseHTTPRequestHandler):
+    """A request, from its head to its answer, both as bytes."""
 
-    def __init__(self, request: http.server.BaseHTTPRequestHandler) -> None:
-        self.sock, self.file, self.close = request.connection, request.rfile, request.rfile.close
-        self.left, self.end = HTTP_HEAD, time.monotonic() + HTTP_TIMEOUT
+    command, requestline, close_connection = "", "", True  # until the head is parsed
 
-    def readline(self, size: int) -> bytes:
-        """A line. Raises ProtocolError when the lines together are too long, OSError when they take too long."""
-        self.sock.settimeout(max(self.end - time.monotonic(), 0.001))
-        line = self.file.readline(min(size, self.left))
-        self.left -= len(line)
-        if not self.left:
-            raise ProtocolError("a request's head is too long", line)
-        return line
+    def __init__(self, web: Web, head: bytes, local: str) -> None:
+        """local: HOST:PORT of this machine by which the client has come."""
+        self.web, self.head, self.local = web, head, local
+        self.rfile = io.BytesIO(head)
+        self.written = self.wfile = io.BytesIO()
 
-
-def in_pieces(parts: Iterable[str]) -> Iterator[bytes]:
-    """A text as bytes, so many at once as are good to send."""
-    waiting = bytearray()
-    for part in parts:
-        waiting += part.encode()
-        if len(waiting) >= HTTP_PIECE:
-            yield bytes(waiting)
-            waiting.clear()
-    yield bytes(waiting)
-
-
-class Requests(http.server.BaseHTTPRequestHandler):
-    """The one request of a connection."""
-
-    server: Server
-    disable_nagle_algorithm = True
-    command = ""  # until the request is read
-    answered = False
-
-    def handle(self) -> None:
-        """Read the request and answer it."""
-        try:
-            self.rfile = RequestHead(self)  # type: ignore[assignment]
-            self.handle_one_request()
-        except ProtocolError:
-            self.send_error(431)
-        except OSError:  # the client is gone, or too slow
-            return
-        except Exception:
-            store = self.server.web.store
-            with store.lock:
-                store.broke("an HTTP request")
-            if not self.answered:
-                self.send_error(500)
+    def handle_one_request(self) -> None:
+        """Parse the head, and call the method that answers it."""
+        if len(self.head) > HTTP_HEAD:
+            return self.send_error(431)
+        super().handle_one_request()
 
     def do_GET(self) -> None:
         """Answer by the path; what no path names is 404."""
-        path = self.requestline.split()[1].partition("?")[0]  # self.path lost all leading slashes but one
-        web = self.server.web
+        target = self.requestline.split()[1]  # self.path lost all leading slashes but one
+        target = re.sub("(?i)^https?://[^/?]*", "", target) or "/"  # absolute: GET http://host/metrics
+        path, web, now = target.partition("?")[0], self.web, time.monotonic()
         pages: dict[str, tuple[str, Callable[[], Iterable[str]]]] = {
-            "/": ("text/html; charset=utf-8", self.page),
-            "/api/devices": (JSON, lambda: devices_json(self.seen())),
-            "/api/household": (JSON, lambda: household_json(self.seen())),
-            "/home-assistant.yaml": (PLAIN, lambda: [home_assistant(self.seen(), self.host())]),
-            web.settings.telemetry_path: (EXPOSITION, lambda: exposition(web.store.collect(time.monotonic()))),
+            "/": ("text/html; charset=utf-8", lambda: self.page(now)),
+            "/api/devices": (JSON, lambda: devices_json(web.seen(now))),
+            "/api/household": (JSON, lambda: household_json(web.seen(now))),
+            web.loop.settings.telemetry_path: (EXPOSITION, lambda: exposition(web.loop.store.collect(now))),
         }
-        if path in pages:
-            self.answer(200, *pages[path])
+        if path == "/home-assistant.yaml":
+            try:
+                self.answer(200, PLAIN, home_assistant(web.seen(now), self.host()), self.wants_gzip())
+            except LookupError as error:
+                self.answer(503, PLAIN, f"{error.args[0]}\n")
+        elif path in pages:
+            content_type, text = pages[path]
+            self.answer(200, content_type, "".join(text()), self.wants_gzip())
         elif path == "/-/healthy":
             self.answer(200, PLAIN, "healthy\n")
         elif path == "/-/ready":
-            self.answer(*(200, PLAIN, "ready\n") if web.is_ready() else (503, PLAIN, "not ready\n"))
+            self.answer(*(503, PLAIN, "not ready\n") if web.loop.is_stopping else (200, PLAIN, "ready\n"))
         else:
             self.answer(404, *(JSON, "{}\n") if f"{path}/".startswith("/api/") else (PLAIN, "not found\n"))
 
     do_HEAD = do_GET
 
-    def seen(self) -> Seen:
-        """What is to be shown."""
-        return see(self.server.web.store, self.server.web.settings, time.monotonic())
-
-    def page(self) -> Iterator[str]:
+    def page(self, now: float) -> Iterator[str]:
         """The page for people."""
-        web, seen = self.server.web, self.seen()
-        with web.store.lock:
-            points = web.history.points(time.monotonic())
         host = re.sub(r":[0-9]+$", "", self.host()).strip("[]")
-        local = host.startswith("127.") or host in ("localhost", "::1")
-        return html_page(seen, points, web.settings, own_address("192.0.2.1") if local else host)
+        is_local = host.startswith("127.") or host in ("localhost", "::1")
+        address = own_address("192.0.2.1") if is_local else host
+        return html_page(self.web.seen(now), self.web.history.points(now), self.web.loop.settings, address)
 
     def host(self) -> str:
         """HOST:PORT by which the client reached this machine, as far as it says so plainly."""
         host = self.headers.get("Host", "")
-        plain_host = re.fullmatch(r"([A-Za-z0-9._-]{1,253}|\[[0-9A-Fa-f:.]{2,45}\])(:[0-9]{1,5})?", host)
-        return host if plain_host else endpoint_text(self.connection.getsockname())
+        is_plain = re.fullmatch(r"([A-Za-z0-9._-]{1,253}|\[[0-9A-Fa-f:.]{2,45}\])(:[0-9]{1,5})?", host)
+        return host if is_plain else self.local
 
     def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
-        """Answer what cannot be read, or is no GET or HEAD: of those the base class says that it has none (501)."""
+        """Answer what cannot be parsed, or is no GET or HEAD: of those the base class says that it has none (501)."""
         code = 405 if code == 501 else code
         self.answer(code, PLAIN, f"{http.HTTPStatus(code).phrase}\n")
 
-    def answer(self, status: int, content_type: str, text: str | Callable[[], Iterable[str]]) -> None:
-        """Send an answer. A text that has to be made waits for its turn, a ready one does not."""
-        if isinstance(text, str):
-            self.start_answer(status, content_type, len(text))
-            return self.deliver([text.encode()])
-        web, is_gzip = self.server.web, self.wants_gzip()
-        is_plain = not is_gzip and web.plain.acquire(blocking=False)
-        try:
-            with web.rendering:
-                size, pieces = self.made(text, is_gzip, is_plain)
-            self.start_answer(status, content_type, size, is_gzip)
-            self.deliver(pieces if is_gzip or is_plain else map(zlib.decompress, pieces))
-        finally:
-            if is_plain:
-                web.plain.release()
-
-    def start_answer(self, status: int, content_type: str, size: int, packed: bool = False) -> None:
-        """Send an answer's head."""
-        headers = {"Content-Type": content_type, "Content-Length": str(size), **SAFE_HEADERS}
+    def answer(self, status: int, content_type: str, text: str, packed: bool = False) -> None:
+        """Write an answer."""
+        body = text.encode()
+        if packed:
+            packer = zlib.compressobj(1, wbits=31)
+            body = packer.compress(body) + packer.flush()
+        headers = {"Content-Type": content_type, "Content-Length": str(len(body)), **SAFE_HEADERS}
         headers.update({"Content-Encoding": "gzip"} if packed else {})
         headers.update({"Allow": "GET, HEAD"} if status == 405 else {})
-        self.request_version = self.protocol_version  # of what the base class could not read it is 0.9, without a head
+        self.request_version = self.protocol_version  # of what the base class could not parse it is 0.9, without a head
         self.send_response_only(status)
         for name, value in headers.items():
             self.send_header(name, value)
-        self.answered = True
         self.end_headers()
-
-    def made(self, text: Callable[[], Iterable[str]], is_gzip: bool, is_plain: bool) -> tuple[int, list[bytes]]:
-        """The size of an answer, and it in pieces: of one gzip file, as they are, or else each packed for itself.
-
-        A slow client leaves it in memory for long. Raises OSError if the connection had to make room.
-        """
-        self.connection.getpeername()
-        size, found, packer = 0, [], zlib.compressobj(1, wbits=31)
-        for piece in in_pieces(text()):
-            size += len(piece)
-            found.append(packer.compress(piece) if is_gzip else piece if is_plain else zlib.compress(piece, 1))
-        if is_gzip:
-            found.append(packer.flush())
-            size = sum(map(len, found))
-        return size, found
-
-    def deliver(self, pieces: Iterable[bytes]) -> None:
-        """Send a body. Raises OSError if it cannot be sent in time."""
-        end = time.monotonic() + HTTP_TIMEOUT
-        for piece in pieces if self.command != "HEAD" else ():
-            self.connection.settimeout(max(end - time.monotonic(), 0.001))
-            self.connection.sendall(piece)
+        self.wfile.write(body if self.command != "HEAD" else b"")
 
     def wants_gzip(self) -> bool:
         """Whether the client takes gzip: by its name, else as *, and not with q=0 (RFC 9110, 12.5.3)."""
@@ -3924,112 +4587,115 @@ class Requests(http.server.BaseHTTPRequestHandler):
         return not re.fullmatch(r"q=0(\.0*)?", weight)
 
     def log_message(self, format: str, *args: object) -> None:
-        log.debug("http %s %r", self.address_string(), format % args)
+        log.debug("http %r", format % args)
 
 
-class Server(http.server.ThreadingHTTPServer):
-    """The standard server on a socket that listens already: it asks no name service."""
+def is_whole(head: bytes) -> bool:
+    """Whether a request's head is: it ends with an empty line; that of HTTP/0.9 is a line of two words."""
+    line, newline, _ = head.partition(b"\n")
+    return bool(newline) and (len(line.split()) < 3 or bool(re.search(rb"\n\r?\n", head)))
 
-    def __init__(self, listening: socket.socket, web: Web) -> None:
-        self.address_family = listening.family
-        super().__init__(listening.getsockname(), Requests, bind_and_activate=False)
-        self.socket.close()
-        self.socket, self.web = listening, web
-        listening.setblocking(True)
 
-    def serve(self) -> None:
-        """Take connections until the socket is closed."""
-        with contextlib.suppress(ValueError):  # it was closed just now
-            while not self.web.closed:
-                self.handle_request()
+class HttpClient:
+    """A connection to HTTP: its request's head is collected, then answered, then it is closed."""
 
-    def get_request(self) -> tuple[socket.socket, tuple]:
-        """The next connection. Raises OSError, which the base class takes for "none"."""
-        try:
-            return self.socket.accept()
-        except OSError as error:
-            if error.errno != errno.ECONNABORTED and not self.web.closed:
-                time.sleep(0.5)  # out of descriptors: without a pause the base class spins
-            raise
+    def __init__(self, web: Web, sock: socket.socket, now: float) -> None:
+        self.web, self.loop = web, web.loop
+        self.connection = Connection(web.loop, sock, self, Outbox(), now)
+        self.is_answered = False
+        self.began = now  # to send its head, or to take the answer
+        self._head = b""
 
-    def process_request(self, request: socket.socket, client_address: tuple) -> None:  # type: ignore[override]
-        """Serve a connection in a thread when there is room for it."""
-        self.web.admit(request)
-        super().process_request(request, client_address)
+    @property
+    def waiting(self) -> int:
+        """Bytes that it has not taken yet."""
+        return self.connection.outbox.size
 
-    def shutdown_request(self, request: socket.socket) -> None:  # type: ignore[override]
-        """End a connection. What it still said is read, or its end would be a reset that takes the answer along."""
+    def ready(self, connection: Connection, events: int, now: float) -> None:
+        """Called when the socket is ready."""
+        if events & selectors.EVENT_READ:
+            data = connection.receive(now)
+            if not self.is_answered:
+                self._head = (self._head + data).lstrip(b"\r\n")  # empty lines before a request (RFC 9112, 2.2)
+                if is_whole(self._head) or len(self._head) > HTTP_HEAD:
+                    self._answer(now)
+
+    def _answer(self, now: float) -> None:
+        """Queue the answer; after an error of our own it is 500."""
+        self.is_answered, self.began = True, now
+        request = Request(self.web, self._head, endpoint_text(self.connection.sock.getsockname()))
+        self._head = b""
+        if not self.loop.do("an HTTP request", None, request.handle_one_request):
+            request = Request(self.web, b"", request.local)
+            request.send_error(500)
+        if request.written.getvalue():
+            self.connection.outbox.put(request.written.getvalue())
+
+    def settle(self, now: float) -> None:
+        """Send the answer; the end."""
+        connection = self.connection
+        connection.send(now)
+        is_over = not connection.outbox.size if self.is_answered else connection.ended
+        if connection.error or is_over:
+            return self.close()
+        if connection.outbox.size:
+            self.web.bound(self)
+        connection.watch(not self.is_answered)
+
+    def look(self, now: float) -> None:
+        """See to deadlines."""
+        if now - self.began >= (HTTP_ANSWER_TIMEOUT if self.is_answered else HTTP_HEAD_TIMEOUT):
+            self.close()
+
+    def close(self) -> None:
+        """Close the socket. What the client still said is read, or the end would be a reset that takes the answer along."""
+        self.connection.half_close()
         with contextlib.suppress(OSError):
-            request.shutdown(socket.SHUT_WR)
-            request.setblocking(False)
-            request.recv(HTTP_HEAD)
-        self.web.leave(request)
-        request.close()
-
-    def handle_error(self, request: object, client_address: object) -> None:
-        """The connection ends without a word: no thread, or no client. Our own errors end in Requests."""
+            self.connection.sock.recv(HTTP_HEAD)
+        self.connection.close()
+        self.web.clients.pop(self, None)
+        self.loop.forget(self)
 
 
 class Web:
-    """Where HTTP is served, and the connections that there are."""
+    """Where HTTP is served: its clients, the oldest first, and what they are shown."""
 
-    def __init__(
-        self, store: Store, settings: argparse.Namespace, history: History, is_ready: Callable[[], bool]
-    ) -> None:
-        self.store, self.settings, self.history, self.is_ready = store, settings, history, is_ready
-        self.listening = listeners(*settings.web_address)
-        self.port = self.listening[0].getsockname()[1]
-        self.rendering = threading.Lock()  # one answer is made at a time
-        self.plain = threading.Semaphore(
-            1
-        )  # one answer at a time stands in memory unpacked: packing costs a scrape time
-        self.closed = False
-        self._open: dict[socket.socket, float] = {}  # connections, the oldest first, and since when
-        self._left = threading.Condition()  # one of them is gone
+    def __init__(self, loop: Loop, history: History) -> None:
+        """Raises OSError if the port cannot be had."""
+        self.loop, self.history = loop, history
+        self.clients: dict[HttpClient, None] = {}
+        self.listener = Listener(loop, listeners(*loop.settings.web_address), self._admit)
+        loop.listeners.append(self.listener)
+        loop.resources.callback(self.listener.close)
 
-    def start(self) -> None:
-        """Serve, in threads that end with the process."""
-        for sock in self.listening:
-            threading.Thread(target=Server(sock, self).serve, name="http", daemon=True).start()
+    def _admit(self, sock: socket.socket, sockaddr: tuple, now: float) -> None:
+        """Serve a connection; if there are too many, the one that has not completed its request for longest is closed."""
+        try:
+            tuned(sock, 120, 30)
+        except OSError:  # gone already
+            return sock.close()
+        client = HttpClient(self, sock, now)
+        self.clients[client] = self.loop.owners[client] = None
+        self.loop.touch(client)
+        if len(self.clients) > HTTP_CONNECTIONS:
+            asking = [one for one in self.clients if not one.is_answered and one is not client]
+            self._make_room((asking or [next(iter(self.clients))])[0])
 
-    def admit(self, sock: socket.socket) -> None:
-        """Wait for room for one connection more; when all are old, the oldest makes it."""
-        crowded = False
-        with self._left:
-            while len(self._open) >= HTTP_CONNECTIONS:
-                oldest = next(iter(self._open))
-                patience = self._open[oldest] + HTTP_GRACE - time.monotonic()
-                crowded = patience <= 0
-                if crowded:
-                    self._shut(oldest)
-                else:
-                    self._left.wait(patience)
-            self._open[sock] = time.monotonic()
-        if crowded:
-            with self.store.lock:
-                self.store.add("sems_mitm_http_closed_connections_total")
+    def bound(self, newest: HttpClient) -> None:
+        """Bound what answers take that nobody reads: the oldest others are closed."""
+        excess = sum(client.waiting for client in self.clients) - HTTP_ANSWERS
+        for client in [client for client in self.clients if client.waiting and client is not newest]:
+            if excess > 0:
+                excess -= client.waiting
+                self._make_room(client)
 
-    def leave(self, sock: socket.socket) -> None:
-        """A connection has ended."""
-        with self._left:
-            self._shut(sock)
-            self._left.notify()
+    def _make_room(self, client: HttpClient) -> None:
+        self.loop.store.add("sems_mitm_http_closed_connections_total")
+        client.close()
 
-    def _shut(self, sock: socket.socket) -> None:
-        self._open.pop(sock, None)
-        with contextlib.suppress(OSError):
-            sock.shutdown(socket.SHUT_RDWR)  # its thread notices
-
-    def close(self) -> None:
-        """Listen no more, and end the connections there are."""
-        self.closed = True
-        for sock in self.listening:
-            with contextlib.suppress(OSError):
-                sock.shutdown(socket.SHUT_RDWR)  # wakes the thread that waits for it
-            sock.close()
-        with self._left:
-            for sock in list(self._open):
-                self._shut(sock)
+    def seen(self, now: float) -> Seen:
+        """What is to be shown."""
+        return see(self.loop.store, self.loop.settings, now)
 
 
 # -------------------------------------------------------------------------------------------------- settings, serve
@@ -4037,36 +4703,62 @@ class Web:
 # The environment is read like a command line that stands before the real one; argparse does the rest.
 
 Settings = argparse.Namespace  # of serve: a value for each row of FLAGS, by its fourth column
-HOST_ERRORS = (OSError, UnicodeError)  # of a host that cannot be had, or whose name cannot be one
-HOST, V6, PORT = r"(\[[\w.%]*:[\w.%:]*\]|[^\[\]:\s/@,]+)", r"[\w.%]*(:[\w.%]*){2,}", r"(?!0+\b)[0-9]{1,5}"
 
 
-class Reader:
-    """How a flag's value is read: its name in --help, what is expected in words and as a pattern, and text to value."""
+class FlagType:
+    """The type of a flag's value: its name in --help, what is expected in words, and text to value, which raises ValueError."""
 
-    def __init__(self, metavar: str, expected: str, pattern: str, value: Callable) -> None:
-        self.metavar, self.expected, self.pattern, self.value = metavar, expected, re.compile(pattern, re.ASCII), value
+    def __init__(self, metavar: str, expected: str, value: Callable) -> None:
+        self.metavar, self.expected, self.value = metavar, expected, value
 
     def __call__(self, text: str):
         """Raises ArgumentTypeError, for argparse."""
-        with contextlib.suppress(ValueError, argparse.ArgumentTypeError):
-            if self.pattern.fullmatch(text):
-                return self.value(text)
-        raise argparse.ArgumentTypeError(f"expected {self.expected}, not {text!a}")
+        try:
+            return self.value(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"expected {self.expected}, not {text!a}") from None
+
+
+def matching(pattern: str, value: Callable = str) -> Callable:
+    """value(text) of a text that is all of a pattern. Raises ValueError for another."""
+
+    def checked(text: str):
+        if not re.fullmatch(pattern, text, re.ASCII):
+            raise ValueError(text)
+        return value(text)
+
+    return checked
 
 
 def host_and_port(text: str) -> tuple[str, int]:
     """[HOST]:PORT as a pair, HOST without its brackets. Raises ValueError."""
     host, _, port = text.rpartition(":")
-    if int(port) > 65535:
+    if host.startswith("[") and host.endswith("]"):
+        host = host[1:-1]
+        ipaddress.IPv6Address(host.partition("%")[0])
+    elif re.search(r"[\s/@,:\[\]]", host):
         raise ValueError(text)
-    return host.strip("[]"), int(port)
+    return host, matching("[0-9]{1,5}", lambda port: range(65536).index(int(port)))(port)
+
+
+def peer_endpoint(text: str) -> tuple[str, int]:
+    """HOST:PORT as a pair, neither of them empty. Raises ValueError."""
+    host, port = host_and_port(text)
+    if not (host and port):
+        raise ValueError(text)
+    return host, port
+
+
+def server_endpoint(text: str) -> tuple[str, int]:
+    """HOST[:PORT] of a name server as a pair; port 53 is the default. Raises ValueError."""
+    with contextlib.suppress(ValueError):
+        return str(ipaddress.ip_address(text)), 53
+    return peer_endpoint(text if ":" in text.rpartition("]")[2] else f"{text}:53")
 
 
 def server_list(text: str) -> list[tuple[str, int]]:
     """HOST[:PORT] of name servers, comma-separated, as pairs. Raises ValueError."""
-    parts = [] if text == "none" else re.split(" *, *", text)
-    return [host_and_port(part if re.fullmatch(f"{HOST}:{PORT}", part) else f"{part}:53") for part in parts]
+    return [] if text == "none" else [server_endpoint(part.strip()) for part in text.split(",")]
 
 
 def seconds_of(text: str) -> int:
@@ -4076,22 +4768,24 @@ def seconds_of(text: str) -> int:
 
 
 # fmt: off
-TRUE, TRUTH = ("true", "1", "yes"), ("BOOL", "true, false, 1, 0, yes or no", "(?i)true|false|1|0|yes|no")
-listen_endpoint = Reader("[HOST]:PORT", "HOST:PORT, [v6]:PORT or :PORT", f"{HOST}?:[0-9]{{1,5}}", host_and_port)  # port 0: a free one
-portal_endpoint = Reader("HOST:PORT", "HOST:PORT or [v6]:PORT", f"{HOST}:{PORT}", host_and_port)
-name_servers = Reader("HOST[:PORT],...", "name servers such as 1.1.1.1,192.168.1.1:53, or none", f"({HOST}(:{PORT})?|{V6})( *, *({HOST}(:{PORT})?|{V6}))*", server_list)
-networks = Reader("CIDR,...", "networks such as 192.168.1.0/24, comma-separated", ".*", lambda text: [ipaddress.ip_network(part.strip(), strict=False) for part in text.split(",") if text])
-duration = Reader("DURATION", "a duration such as 90s, 5m or 1h30m", r"0|(?=\d)(\d{1,6}d)?(\d{1,6}h)?(\d{1,6}m)?(\d{1,6}s)?", seconds_of)
-whole_number = Reader("N", "a positive whole number", "[1-9][0-9]{0,5}", int)
-file_name = Reader("FILE", "a file", "(?s).*", str)
-url_path = Reader("/PATH", "a path that begins with / and is not taken", r"(?!.*[?#])(?!/api/|/-/|/home-assistant\.yaml$)/[!-~]+", str)
-mode_name = Reader("MODE", "forward, local or spool", "(?i)forward|local|spool", str.lower)
-level_name = Reader("LEVEL", "debug, info, warning or error", "(?i)debug|info|warning|error", str.lower)
-boolean = Reader(*TRUTH, lambda text: text.lower() in TRUE)
-debug_level = Reader(*TRUTH, lambda text: "debug" if text.lower() in TRUE else "info")
+TRUE, FALSE = ("true", "1", "yes"), ("false", "0", "no")
+TRUTH = ("BOOL", "true, false, 1, 0, yes or no")
+truth = matching(f"(?i){'|'.join(TRUE + FALSE)}", lambda text: text.lower() in TRUE)
+listen_endpoint = FlagType("[HOST]:PORT", "HOST:PORT, [v6]:PORT or :PORT", host_and_port)  # port 0: a free one
+portal_endpoint = FlagType("HOST:PORT", "HOST:PORT or [v6]:PORT", peer_endpoint)
+name_servers = FlagType("HOST[:PORT],...", "name servers such as 1.1.1.1,192.168.1.1:53, or none", server_list)
+networks = FlagType("CIDR,...", "networks such as 192.168.1.0/24, comma-separated", lambda text: [ipaddress.ip_network(part.strip(), strict=False) for part in text.split(",") if text])
+duration = FlagType("DURATION", "a duration such as 90s, 5m or 1h30m", matching(r"0|(?=\d)(\d{1,6}d)?(\d{1,6}h)?(\d{1,6}m)?(\d{1,6}s)?", seconds_of))
+whole_number = FlagType("N", "a positive whole number", matching("[1-9][0-9]{0,5}", int))
+file_name = FlagType("FILE", "a file", str)
+url_path = FlagType("/PATH", "a path that begins with / and is not taken", matching(r"(?!.*[?#])(?!/api/|/-/|/home-assistant\.yaml$)/[!-~]+"))
+mode_name = FlagType("MODE", "forward, local or spool", matching("(?i)forward|local|spool", str.lower))
+level_name = FlagType("LEVEL", "debug, info, warning or error", matching("(?i)debug|info|warning|error", str.lower))
+boolean = FlagType(*TRUTH, truth)
+debug_level = FlagType(*TRUTH, lambda text: "debug" if truth(text) else "info")
 SWITCHES = (boolean, debug_level)  # flags that need no value: --flag is true, --no-flag false
 
-# Every flag of serve, as --help groups them: name, default, reader, attribute in Settings, help. The environment variable
+# Every flag of serve, as --help groups them: name, default, type, attribute in Settings, help. The environment variable
 # follows from the name. --debug sets what --log.level sets: the last one counts.
 FLAG_GROUPS = (
     ("devices", (
@@ -4103,7 +4797,7 @@ FLAG_GROUPS = (
     )),
     ("portal", (
         ("sems.upstream", "tcp.goodwe-power.com:20001", portal_endpoint, "upstream", "the portal"),
-        ("sems.upstream-dns", "1.1.1.1,8.8.8.8", name_servers, "upstream_dns", "asked for the portal's address when the system's answer is nothing or not globally routable; none turns it off"),
+        ("sems.upstream-dns", "1.1.1.1,8.8.8.8", name_servers, "upstream_dns", "name servers that are asked for the portal's address, before the system is; none turns it off"),
         ("sems.mode", FORWARD, mode_name, "mode", "forward: the portal answers the devices. local: no portal, the exporter answers. spool: the exporter answers and delivers everything to the portal, however late"),
         ("sems-passthrough", "true", boolean, "passthrough", "the original's switch: false is --sems.mode local, unless that flag or its variable says otherwise"),
         ("batsignal", "false", boolean, "batsignal", "Batman on the portal's graph"),
@@ -4111,7 +4805,7 @@ FLAG_GROUPS = (
     ("files", (
         ("sems.capture", "", file_name, "capture", "append every frame to this file"),
         ("sems.backfill", "", file_name, "backfill", "append buffered readings to this file, for the command backfill"),
-        ("sems.spool-file", "", file_name, "spool_file", "mode spool only: a journal of what is not delivered yet, so that it outlives process and machine"),
+        ("sems.spool-file", "", file_name, "spool_file", "mode spool only: an SQLite file with what is not delivered yet, so that it outlives process and machine"),
     )),
     ("HTTP", (
         ("web.listen-address", ":14028", listen_endpoint, "web_address", "where HTTP is served"),
@@ -4119,7 +4813,7 @@ FLAG_GROUPS = (
     )),
     ("log", (
         ("debug", "false", debug_level, "log_level", "the same as --log.level debug"),
-        ("log.level", "info", level_name, "log_level", "debug, info, warning or error; one line an event, to stderr"),
+        ("log.level", "info", level_name, "log_level", "debug, info, warning or error; one line an event, to stderr; debug adds a line a packet"),
     )),
 )
 # fmt: on
@@ -4144,17 +4838,17 @@ class Parser(argparse.ArgumentParser):
 
 def serve_parser(command: str, about: str) -> Parser:
     """The flags of serve."""
-    rule = "A flag is followed by its default and its variable; a BOOL may be --flag, --flag=false or --no-flag."
+    rule = "A flag is followed by its default and its variable; a BOOL can be --flag, --flag=false or --no-flag."
     parser = Parser(command, f"{about} {rule}", f"python3 sems_mitm.py {command} [flags]")
     for title, rows in FLAG_GROUPS:
         group = parser.add_argument_group(title)
-        for name, default, reader, key, text in rows:
-            told = f"{text} [{default or ('all' if reader is networks else 'off')}] {variable(name)}"
-            how: dict = {"dest": key, "default": default, "type": reader, "metavar": reader.metavar, "help": told}
-            if reader in SWITCHES:
+        for name, default, kind, key, text in rows:
+            shown = f"{text} [{default or ('all' if kind is networks else 'off')}] {variable(name)}"
+            how: dict = {"dest": key, "default": default, "type": kind, "metavar": kind.metavar, "help": shown}
+            if kind in SWITCHES:
                 how.update(nargs="?", const="true")
                 hidden: dict = {"default": argparse.SUPPRESS, "help": argparse.SUPPRESS}
-                group.add_argument(f"--no-{name}", dest=key, action="store_const", const=reader("false"), **hidden)
+                group.add_argument(f"--no-{name}", dest=key, action="store_const", const=kind("false"), **hidden)
             group.add_argument(f"--{name}", **how)
     parser.set_defaults(mode=None)  # --sems-passthrough decides where nobody names the mode
     return parser
@@ -4163,14 +4857,24 @@ def serve_parser(command: str, about: str) -> Parser:
 def environment_arguments(environment: Mapping) -> list[str]:
     """The variables of flags as arguments. An empty one is unset."""
     given = {name: environment.get(variable(name), "") for name, *_ in FLAGS}
-    if given["debug"] and not debug_level.pattern.fullmatch(given["debug"]):  # shells set it to all sorts of things
-        log.warning("ignored: DEBUG=%a is neither true nor false", given.pop("debug"))
+    if given["debug"].lower() not in ("", *TRUE, *FALSE):  # shells set it to all sorts of things
+        log.warning("ignored DEBUG=%a, which is neither true nor false", given.pop("debug"))
     return [f"--{name}={text}" for name, text in given.items() if text]
 
 
+def warn_of_unknown_variables(environment: Mapping) -> None:
+    """Name SEMS_ variables that no flag has, with the nearest that exists."""
+    known = [variable(name) for name, *_ in FLAGS]
+    unknown = sorted(name for name in environment if name.startswith("SEMS_") and name not in known)
+    nearest = {name: difflib.get_close_matches(name, known, 1) for name in unknown}
+    names = [f"{name!a}{f' (is {near[0]} meant?)' if near else ''}" for name, near in nearest.items()]
+    if names:
+        log.warning("ignored variables that no flag has: %s", ", ".join(names))
+
+
 def joined(arguments: list[str]) -> list[str]:
-    """Arguments with --flag VALUE as --flag=VALUE: VALUE may begin with a -."""
-    valued = {f"--{name}" for name, _, reader, _, _ in FLAGS if reader not in SWITCHES}
+    """Arguments with --flag VALUE as --flag=VALUE: VALUE can begin with a -."""
+    valued = {f"--{name}" for name, _, kind, _, _ in FLAGS if kind not in SWITCHES}
     found: list[str] = []
     for argument in arguments:
         if found and found[-1] in valued:
@@ -4198,7 +4902,7 @@ def serve_settings(arguments: list[str], environment: Mapping, command: str = "s
 def zone_trouble() -> tuple[str, str]:
     """What is wrong with this machine's time zone, and what to do about it; empty if nothing is."""
     zone = os.environ.get("TZ")
-    if zone_is_known(zone, os.path.isfile):
+    if zone_is_known(zone, first_bytes):
         return "", ""
     unknown = "TZ is not set, and there is no /etc/localtime"
     trouble = unknown if zone is None else f"TZ={zone} is no time zone that this system knows"
@@ -4209,29 +4913,55 @@ def bound(flag: str, address: tuple[str, int], bind: Callable):
     """What bind() makes, which has a port. Raises StartError that names the flag, and how to find the port's owner."""
     try:
         return bind()
+    except StartError:
+        raise
     except HOST_ERRORS as error:
         hint = "; `ss -ltnp` shows what has it" if getattr(error, "errno", None) == errno.EADDRINUSE else ""
         raise StartError(f"--{flag}={endpoint_text(address)}: {error.args[-1]}{hint}") from None
 
 
-def started(settings: Settings, clock: Clock = wall_clock) -> tuple[Store, Loop, Web]:
-    """An exporter whose ports are bound and whose HTTP is served; `loop.run` is left to do. Raises StartError."""
-    sys.setswitchinterval(0.0005)  # a scrape must not keep packets waiting for the interpreter
-    store = Store(settings.stale_after, settings.max_devices, settings.batsignal, clock)
-    journal = Journal(settings.spool_file, store) if settings.spool_file else None
+def started(settings: Settings, clock: Clock = wall_clock, rules_clock: Clock = float) -> tuple[Store, Loop, Web]:
+    """An exporter whose ports are bound; `loop.run` is left to do. Raises StartError."""
+    store = Store(settings.stale_after, settings.max_devices, settings.batsignal, clock, rules_clock)
     files, history = Files(store, settings.capture, settings.backfill), History(store)
-    loop = bound("sems.listen-address", settings.listen_address, lambda: Loop(store, settings, files, journal))
-    serving = functools.partial(Web, store, settings, history, lambda: not loop.stopping)
+    loop = bound("sems.listen-address", settings.listen_address, lambda: Loop(store, settings, files))
     try:
-        web = bound("web.listen-address", settings.web_address, serving)
+        web = bound("web.listen-address", settings.web_address, lambda: Web(loop, history))
     except StartError:
         loop.close()
         raise
-    loop.own_addresses.update(sock.getsockname()[:2] for sock in web.listening)
     loop.every_second.append(history.note)
-    web.start()
     gc.freeze()  # what is there now stays: the collector need not look at it again
     return store, loop, web
+
+
+class JournalFormatter(logging.Formatter):
+    """A log line for systemd's journal, which has a time of its own: its priority, the text; a traceback keeps it."""
+
+    PRIORITIES = {logging.ERROR: 3, logging.WARNING: 4, logging.INFO: 6, logging.DEBUG: 7}
+
+    def format(self, record: logging.LogRecord) -> str:
+        """The lines of a record, each with its priority (sd-daemon(3))."""
+        start = f"<{self.PRIORITIES.get(record.levelno, 4)}>"
+        return "\n".join(start + line for line in super().format(record).splitlines())
+
+
+def set_up_log() -> None:
+    """Log to stderr, a line an event."""
+    handler = logging.StreamHandler()
+    is_journal = bool(os.environ.get("JOURNAL_STREAM"))
+    plain_format = logging.Formatter("%(asctime)s %(levelname)s %(message)s")
+    handler.setFormatter(JournalFormatter("%(message)s") if is_journal else plain_format)
+    logging.basicConfig(level=logging.INFO, handlers=[handler])
+
+
+def notify_systemd(state: str) -> None:
+    """Say a state such as READY=1 to systemd, which sets NOTIFY_SOCKET for a unit of Type=notify (sd_notify(3))."""
+    name = os.environ.get("NOTIFY_SOCKET", "")
+    if name:
+        with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
+            sock.connect(f"\0{name[1:]}" if name.startswith("@") else name)
+            sock.send(state.encode())
 
 
 def at_signal(stop: Callable[[], None]) -> None:
@@ -4242,21 +4972,22 @@ def at_signal(stop: Callable[[], None]) -> None:
 
 def serve(arguments: list[str]) -> int:
     """The exporter, until SIGTERM or SIGINT; also without a command."""
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+    set_up_log()
     settings = serve_settings(arguments, os.environ, "serve", f"{serve.__doc__}")
-    at_signal(sys.exit)  # a start may take a while: a spool file is read
+    at_signal(sys.exit)
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     logging.getLogger().setLevel(settings.log_level.upper())
+    warn_of_unknown_variables(os.environ)
     _, loop, web = started(settings)
     at_signal(loop.stop)
     signal.signal(signal.SIGHUP, lambda *_: loop.reopen())
     text = "sems_mitm %s, mode %s: devices connect to port %d, metrics at http://HOST:%d%s"
-    log.info(text, VERSION, settings.mode, loop.port, web.port, settings.telemetry_path)
+    log.info(text, VERSION, settings.mode, loop.listeners[0].port, web.listener.port, settings.telemetry_path)
     trouble, step = zone_trouble()
     if trouble:
         log.warning("%s, so local time is unknown and no device's clock is set: %s", trouble, step)
+    notify_systemd("READY=1")
     loop.run()
-    web.close()
     return 0
 
 
@@ -4384,13 +5115,13 @@ def register_words(name: str, told: dict) -> dict[int, int]:
         numbers = told.get(metric, ())
         numbers = numbers if isinstance(numbers, tuple) else (numbers,)
         at = int(re.sub(r"\D", "", labels) or 1) - 1
-        if at < len(numbers):
+        if at < len(numbers) and not value.instead:
             raw = numbers[at] * value.divide / value.multiply
             is_float = value.number is KINDS["f32"].number
             bits = int.from_bytes(struct.pack(">f", raw), "big") if is_float else round(raw)
             for place in reversed((value.register, *value.later)):
                 found[place], bits = bits & 0xFFFF, bits >> 16
-            found.update([value.when] if value.when else [])
+            found.update([value.when] if value.when and value.when[1] is not None else [])
     return found
 
 
@@ -4443,17 +5174,16 @@ def simulated_house(number: int, hybrid: bool = False) -> list[Simulated]:
     return [Simulated(model, house, 2 * number + i) for i, model in enumerate(models, 1)]
 
 
-def simulation(
-    target: tuple, devices: list, interval: float, clock: Clock, stamp: Clock, ended: threading.Event
-) -> None:
-    """Have devices report until it is ended. clock tells their houses' time of day, stamp the one in the packets."""
+def simulation(target: tuple, devices: list, interval: float, clock: Clock, ended: threading.Event) -> None:
+    """Have devices report until it is ended; clock gives their houses' time of day and the time in their packets."""
     troubles = Troubles()
     while not ended.is_set():
         now = time.monotonic()
         for device in devices:
-            device.house.move(datetime.fromtimestamp(clock(now)))
+            when = datetime.fromtimestamp(clock(now))
+            device.house.move(when)
             try:
-                device.report(target, datetime.fromtimestamp(stamp(now)))
+                device.report(target, when)
             except HOST_ERRORS as error:
                 text = f"simulated devices cannot reach {endpoint_text(target)}: {error}"
                 troubles.say("simulator", text, now)
@@ -4463,73 +5193,33 @@ def simulation(
         device.hang_up()
 
 
-def day_clock(hour: float, speed: float) -> Clock:
-    """A clock that stands at that hour of today now, and goes so many times as fast as the real one."""
-    begin, today = time.monotonic(), datetime.now().replace(hour=0, minute=0, second=0, microsecond=0)
-    start = (today + timedelta(hours=hour)).timestamp()
-    return lambda now: start + speed * (now - begin)
-
-
-def simulate_capture(path: str, days: float, interval: float, hybrid: bool) -> int:
-    """Write what the devices of a house would have sent in the days until now, each packet at its own time."""
-    try:
-        lines = open(path, "x", encoding="ascii")  # noqa: SIM115
-    except OSError as error:
-        raise UsageError(f"--capture={path!a}: expected a new file: {error.strerror}") from None
-    devices, end = simulated_house(0, hybrid), time.time()
-    wall, function = end - days * 86400, SETTINGS
-    with lines:
-        while wall <= end:
-            for device in devices:
-                device.house.move(datetime.fromtimestamp(wall))
-                frame = device.frame(function, datetime.fromtimestamp(wall))
-                if frame:
-                    lines.write(capture_line(wall, "127.0.0.1:1", OUTBOUND.name, "forwarded", frame))
-            wall, function = wall + interval, LIVE
-    return 0
-
-
-positive_number = Reader("N", "a number from 0.001 to 99999", r"(?![0.]+$)[0-9]{1,5}(\.[0-9]{1,3})?", float)
-
-
-def simulate(arguments: list[str]) -> int:
-    """Simulated devices towards an exporter or a portal, or a capture file of them."""
-    parser = Parser("simulate", simulate.__doc__)
-    # fmt: off
-    either = parser.add_mutually_exclusive_group(required=True)
-    either.add_argument("target", metavar="HOST:PORT", nargs="?", type=portal_endpoint, help="where the devices connect")
-    parser.add_argument("--houses", metavar="N", type=whole_number, help="households, each a HomeKit 1000 and a DNS G3 [1]")
-    parser.add_argument("--hybrid", action="store_true", help="each a hybrid with a battery and its own meter instead")
-    parser.add_argument("--interval", metavar="S", type=positive_number, default=60, help="seconds between packets [60]")
-    parser.add_argument("--speed", metavar="N", type=positive_number, default=1, help="how fast their day goes; packets carry real time [1]")
-    either.add_argument("--capture", metavar="FILE", help="do not connect, write what a house would have sent to a new FILE")
-    parser.add_argument("--days", metavar="N", type=positive_number, default=3, help="length of that capture, until now [3]")
-    # fmt: on
-    given = parser.parse_args(arguments)
-    if given.capture and given.houses:
-        raise UsageError("--houses: not with --capture, which is of one house")
-    if given.capture:
-        return simulate_capture(given.capture, given.days, given.interval, given.hybrid)
-    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s")
-    devices = [device for i in range(given.houses or 1) for device in simulated_house(i, given.hybrid)]
-    ended = threading.Event()
-    at_signal(ended.set)
-    where = endpoint_text(given.target)
-    print(f"{len(devices)} simulated devices towards {where}; Ctrl-C stops them", flush=True)
-    simulation(given.target, devices, given.interval, day_clock(8, given.speed), wall_clock, ended)
-    return 0
-
-
 # ------------------------------------------------------------------------------------------------------------ demo
 
-SUNRISE, FAST = 6.75, 360  # when the demo's day begins, in hours; a day takes four minutes
-DEMO_TEXT = """{who} a solar day that takes four minutes; it is 6:45 in the morning.
+# The demo's day, which hurries through the dark hours: s of real time, and the hour of the day then. It begins slowly, so
+# that its first packets come at midnight, and ends slowly, so that who looks after four minutes sees the whole day.
+PACE = ((0, 0), (3, 0.001), (17, 6.5), (210, 20), (225, 23.9), (260, 24))
+DEMO_REFRESH = 5  # s between reloads of its page
+DEMO_TEXT = """{who} a solar day: it is midnight, the sun is up in 20 seconds, and after four minutes the day is over.
 
   open  http://localhost:{web}/               the page
         http://localhost:{web}/metrics        what Prometheus scrapes
         http://localhost:{web}/api/household  the house as JSON
 
 devices -> 127.0.0.1:{devices} -> exporter -> {portal}, a local portal. Ctrl-C stops it all."""
+
+
+def day_clock() -> Clock:
+    """A clock that stands at midnight of today now, and goes by PACE, day after day."""
+    begin, today = time.monotonic(), datetime.now().replace(hour=0, minute=0, second=0, microsecond=0)
+
+    def clock(now: float) -> float:
+        if now < begin:  # at the pace of real time, also for one that was never
+            return today.timestamp() + now - begin
+        days, at = divmod(now - begin, PACE[-1][0])
+        (left, low), (right, high) = next(pair for pair in zip(PACE, PACE[1:]) if at < pair[1][0])
+        return today.timestamp() + 86400 * days + 3600 * (low + (high - low) * (at - left) / (right - left))
+
+    return clock
 
 
 def free_endpoint(host: str, port: int) -> str:
@@ -4550,7 +5240,7 @@ def local_portal() -> Iterator[str]:
     thread = threading.Thread(target=loop.run, name="portal")
     thread.start()
     try:
-        yield f"127.0.0.1:{loop.port}"
+        yield f"127.0.0.1:{loop.listeners[0].port}"
     finally:
         loop.stop()
         thread.join()
@@ -4564,88 +5254,580 @@ def demo(arguments: list[str]) -> int:
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
     devices_at, web_at = free_endpoint("127.0.0.1", 20001), free_endpoint("", 14028)
     flags = [f"--sems.listen-address={devices_at}", f"--web.listen-address={web_at}", "--metrics.stale-after=10s"]
-    clock, ended = day_clock(SUNRISE, FAST), threading.Event()
+    clock, ended = day_clock(), threading.Event()
     with local_portal() as portal:
         settings = serve_settings([f"--sems.upstream={portal}", *flags], {})
-        _, loop, web = started(settings, clock)
+        settings.refresh = DEMO_REFRESH
+        _, loop, web = started(settings, clock, clock)
         at_signal(loop.stop)
-        what = settings.listen_address, simulated_house(0, given.hybrid), 1, clock, clock, ended
+        what = settings.listen_address, simulated_house(0, given.hybrid), 1, clock, ended
         devices = threading.Thread(target=simulation, args=what)
         devices.start()
         who = "A hybrid with a battery sends" if given.hybrid else "A HomeKit 1000 and a DNS G3 send"
-        print(DEMO_TEXT.format(who=who, web=web.port, devices=loop.port, portal=portal), flush=True)
+        print(
+            DEMO_TEXT.format(who=who, web=web.listener.port, devices=loop.listeners[0].port, portal=portal), flush=True
+        )
         loop.run()
         ended.set()
         devices.join()
-        web.close()
     print("stopped")
     return 0
 
 
-# ---------------------------------------------------------------------------------------------------------- decode
+# ------------------------------------------------------------------------------------------------------ recordings
+#
+# A file becomes pieces of streams, each with the time at which it was recorded. A recording of packets becomes what its
+# GoodWe connections carried: records of pcap or pcapng become packets, packets become TCP segments, segments by their
+# sequence numbers streams. Addresses keep connections apart here, and are in nothing that leaves this section.
+
+PORTAL_PORT = (20001).to_bytes(2, "big")
+BEGINNINGS = (b"POSTGW\0\0", b"GW\0\0")  # of frames: the caps of the length fields leave their first two bytes 0
+MOST_BYTES = {"record": 16 << 20, "line": 1 << 20, "fold": 64 << 10}  # bytes; above it a record is damage
+SHORTEST = 16  # bytes that an array or a literal inside a text must have
+
+# What a file lacks, each to how often.
+Notes = collections.Counter[str]
+CUT_END = "the file ends inside a record"
+DAMAGED = "damaged records: {}"
+SNAPPED = "packets that the snap length has cut: {}; record them whole, with -s 0"
+GAPS = "gaps in the streams, where the recording lacks packets: {}"
+TORN = "frames that are not whole at gaps, or where the recording begins or ends, left out: {}"
+FRAGMENTS = "fragments of IP packets, which are not put together: {}"
+OLD_BLOCKS = "packet blocks of an old kind, which are not read: {}; save the file as pcap"
+LINK = "packets of link type {link}, which is not read: {{}}"
+FOREIGN = "connections of port 20001 without a frame of GoodWe's, left out: {}"
+FOREIGN_LINES = "lines that are no whole lines of a capture, passed over: {}"
+LEFT_OUT = "pieces between good frames that can hold anything, left out: {}"
+
+# captured: seconds since 1970, None if not known; wire, kind, data: of a piece; where: a sequence number
+Recorded = collections.namedtuple("Recorded", "captured wire kind data where", defaults=(0,))
+# time: seconds since 1970, None if not known; link: the type of its link; size: before the snap length cut it
+RecordedPacket = collections.namedtuple("RecordedPacket", "time link data size")
+# source, target: address and port; seq: the sequence number of data's first byte; syn: 1 or 0; cut: bytes missing, if > 0
+Segment = collections.namedtuple("Segment", "source target seq syn data cut")
+
+# fmt: off
+PCAP = {  # the first four bytes: byte order, seconds of a unit of the fraction
+    b"\xd4\xc3\xb2\xa1": ("<", 1e-6), b"\xa1\xb2\xc3\xd4": (">", 1e-6), b"\x4d\x3c\xb2\xa1": ("<", 1e-9), b"\xa1\xb2\x3c\x4d": (">", 1e-9),
+}
+MODIFIED_PCAP = (b"\x34\xcd\xb2\xa1", b"\xa1\xb2\xcd\x34")
+PCAPNG, ORDERS = b"\n\r\r\n", {b"\x4d\x3c\x2b\x1a": "<", b"\x1a\x2b\x3c\x4d": ">"}
+INTERFACE_BLOCK, OLD_BLOCK, SIMPLE_BLOCK, ENHANCED_BLOCK = 1, 2, 3, 6
+LINKS = {  # link type: where the type of its contents stands (-1: nowhere), where they begin
+    1: (12, 14), 113: (14, 16), 276: (0, 20), 0: (-1, 4), 108: (-1, 4), **dict.fromkeys((12, 14, 101, 228, 229), (-1, 0)),
+}
+VLAN_TAGS, IP_TYPES, ARP = (b"\x81\0", b"\x88\xa8", b"\x91\0"), (b"\x08\0", b"\x86\xdd"), b"\x08\6"
+LOOPBACK_FAMILIES = (b"\2", b"\x0a", b"\x18", b"\x1c", b"\x1e")  # in a loopback header: IPv4, and IPv6 of several systems
+IPV4, IPV6, TCP = struct.Struct(">BxH2xHxB2x4s4s"), struct.Struct(">4xHBx16s16s"), struct.Struct(">2s2sI4xBB")
+IPV6_EXTENSIONS = {0: (8, 8), 43: (8, 8), 60: (8, 8), 51: (4, 8), 44: (0, 8)}  # bytes a unit of its length, and beside it
+# fmt: on
+
+
+def pcap_packets(file: BinaryIO, notes: Notes) -> Iterator[RecordedPacket]:
+    """The packets of a pcap file. Raises ProtocolError for a header that is cut."""
+    order, unit = PCAP[file.read(4)]
+    header, record = file.read(20), struct.Struct(order + "4I")
+    if len(header) < 20:
+        raise ProtocolError("a pcap file without a whole header", header)
+    link = struct.unpack_from(order + "I", header, 16)[0] & 0xFFFF  # above it: whether checksums follow the packets
+    while len(head := file.read(16)) == 16:
+        seconds, fraction, size, length = record.unpack(head)
+        if size > MOST_BYTES["record"]:
+            notes[DAMAGED] += 1
+            return
+        data = file.read(size)
+        if len(data) < size:
+            break
+        yield RecordedPacket(seconds + fraction * unit, link, data, length)
+    notes.update([CUT_END] if head else [])
+
+
+def pcapng_packets(file: BinaryIO, notes: Notes) -> Iterator[RecordedPacket]:
+    """The packets of a pcapng file: of all its sections and interfaces."""
+    order, interfaces = "<", []  # type: ignore[var-annotated]
+    while len(head := file.read(8)) == 8:
+        magic = file.read(4) if head.startswith(PCAPNG) else b""
+        if magic:
+            order, interfaces = ORDERS.get(magic, ""), []
+        kind, size = struct.unpack(order + "2I", head)
+        if not order or not 12 <= size <= MOST_BYTES["record"]:
+            notes[DAMAGED] += 1
+            return
+        body = magic + file.read(size - 8 - len(magic))
+        if len(body) < size - 8:
+            break
+        try:
+            if kind == INTERFACE_BLOCK:
+                interfaces.append(interface(body, order))
+            elif kind in (ENHANCED_BLOCK, SIMPLE_BLOCK):
+                yield block_packet(kind, body, order, interfaces)
+            elif kind == OLD_BLOCK:
+                notes[OLD_BLOCKS] += 1
+        except (IndexError, struct.error):
+            notes[DAMAGED] += 1
+    notes.update([CUT_END] if head else [])
+
+
+def interface(body: bytes, order: str) -> tuple[int, int, float, int]:
+    """Link type, snap length, seconds of a unit of time, seconds to add to it: of an interface description block."""
+    link, snap_length = struct.unpack_from(order + "HxxI", body)
+    unit, seconds, at = 1e-6, 0, 8
+    while at + 8 <= len(body):  # the block's length ends it
+        code, size = struct.unpack_from(order + "HH", body, at)
+        value = body[at + 4 : at + 4 + size]
+        if code == 9 and value:
+            unit = (2.0 if value[0] & 0x80 else 10.0) ** -(value[0] & 0x7F)
+        elif code == 14 and len(value) == 8:
+            (seconds,) = struct.unpack(order + "q", value)
+        at += 4 + size + -size % 4
+    return link, snap_length, unit, seconds
+
+
+def block_packet(kind: int, body: bytes, order: str, interfaces: list) -> RecordedPacket:
+    """The packet of a pcapng block. Raises IndexError, struct.error for nonsense."""
+    if kind == SIMPLE_BLOCK:
+        (length,) = struct.unpack_from(order + "I", body)
+        link, snap_length, _, _ = interfaces[0]
+        return RecordedPacket(None, link, body[4 : min(4 + min(length, snap_length or length), len(body) - 4)], length)
+    which, high, low, size, length = struct.unpack_from(order + "5I", body)
+    link, _, unit, seconds = interfaces[which]
+    return RecordedPacket((high << 32 | low) * unit + seconds, link, body[20 : min(20 + size, len(body) - 4)], length)
+
+
+def ip_start(link: int, data: bytes) -> int:
+    """Where the IP packet in a packet begins, behind VLAN tags; -1 if there is none."""
+    kind, at = LINKS[link]
+    while kind >= 0 and data[kind : kind + 2] in VLAN_TAGS:
+        kind, at = at + 2, at + 4
+    return at if kind < 0 or data[kind : kind + 2] in IP_TYPES else -1
+
+
+def segment(packet: RecordedPacket, notes: Notes) -> Segment | None:
+    """The TCP segment in a packet. Raises IndexError, struct.error for a packet that ends inside its headers."""
+    data, at = packet.data, ip_start(packet.link, packet.data)
+    version = data[at] >> 4 if at >= 0 else 0
+    if version == 4:
+        first, size, fragment, protocol, source, target = IPV4.unpack_from(data, at)
+        at, end, fragment = at + (first & 15) * 4, at + size if size else packet.size, fragment & 0x1FFF
+    elif version == 6:
+        size, protocol, source, target = IPV6.unpack_from(data, at)
+        at, end, fragment = at + 40, at + 40 + size if size else packet.size, 0
+        while protocol in IPV6_EXTENSIONS and not fragment:
+            unit, more = IPV6_EXTENSIONS[protocol]
+            fragment = struct.unpack_from(">2xH", data, at)[0] & 0xFFF8 if protocol == 44 else 0
+            protocol, at = data[at], at + more + unit * data[at + 1]
+    if version not in (4, 6) or protocol != socket.IPPROTO_TCP or fragment:
+        notes[FRAGMENTS] += version in (4, 6) and protocol == socket.IPPROTO_TCP
+        return None
+    source_port, target_port, seq, header, flags = TCP.unpack_from(data, at)
+    syn = flags >> 1 & 1  # it has a sequence number of its own, before the data's
+    payload = data[at + (header >> 4) * 4 : end]
+    return Segment(source + source_port, target + target_port, (seq + syn) & 0xFFFFFFFF, syn, payload, end - len(data))
+
+
+class Flow:
+    """What one end of a connection sent: bytes as they came, and of each segment its place in the stream, size and time."""
+
+    __slots__ = ("_end", "data", "first", "is_whole", "places", "sizes", "source", "target", "times")
+
+    def __init__(self, source: bytes, target: bytes, first: int, is_whole: bool) -> None:
+        self.source, self.target = source, target
+        self.first, self.is_whole = first, is_whole  # the sequence number of place 0; whether that is the first byte
+        self.data, self.places, self.sizes, self.times = bytearray(), array("q"), array("I"), array("d")
+        self._end = 0  # of the segment that is furthest on
+
+    def add(self, seq: int, data: bytes, time: float) -> None:
+        """Keep a segment. Sequence numbers wrap around: it belongs where it is nearest to what came before."""
+        place = self._end + ((seq - self.first - self._end + (1 << 31)) & 0xFFFFFFFF) - (1 << 31)
+        self._end = max(self._end, place + len(data))
+        self.data += data
+        self.places.append(place)
+        self.sizes.append(len(data))
+        self.times.append(time)
+
+    def wire(self) -> Wire:
+        """The direction: towards port 20001 or away from it; otherwise, or between two of them, as the frames say."""
+        to, back = (name.endswith(PORTAL_PORT) for name in (self.target, self.source))
+        return OUTBOUND if (to if to != back else BEGINNINGS[0] in self.data) else INBOUND
+
+    def stretches(self) -> Iterator[tuple[int, bytearray, array, array]]:
+        """Runs of bytes without a gap: place, bytes, where in them segments end, when all up to there had come."""
+        starts = array("Q", itertools.accumulate(self.sizes, initial=0))
+        order = array("Q", sorted(range(len(self.places)), key=self.places.__getitem__))
+        place = self.places[order[0]]
+        place = end = 0 if self.is_whole and place >= -1 else place  # at -1 stands the byte of a keep-alive probe
+        run, ends, times = bytearray(), array("Q"), array("d")
+        for i in order:
+            if self.places[i] > end:
+                yield place, run, ends, times
+                place = end = self.places[i]
+                run, ends, times = bytearray(), array("Q"), array("d")
+            new = self.places[i] + self.sizes[i] - end  # bytes that no segment before it held
+            if new > 0:
+                run += self.data[starts[i + 1] - new : starts[i + 1]]
+                end += new
+                ends.append(len(run))
+                times.append(max(self.times[i], times[-1] if times else 0))
+        yield place, run, ends, times
+
+    def pieces(self, notes: Notes) -> Iterator[Recorded]:
+        """The pieces of the stream, without those that a gap or an end of the recording tore."""
+        wire = self.wire()
+        for number, (place, data, ends, times) in enumerate(self.stretches()):
+            notes[GAPS] += number > 0
+            at = 0
+            for kind, part, is_unfinished in merged(cut(wire, data)):
+                begins_inside = kind == JUNK and not at and (number or not self.is_whole)
+                at += len(part)
+                if begins_inside or (is_unfinished and kind not in (FRAME, KEEPALIVE)):
+                    notes[TORN] += 1
+                else:
+                    where = (self.first + place + at) & 0xFFFFFFFF
+                    yield Recorded(times[bisect.bisect_left(ends, at)], wire, kind, part, where)
+
+
+def connections(packets: Iterable[RecordedPacket], notes: Notes) -> list[list[Flow]]:
+    """The flows of each connection to or from port 20001, or with a segment that begins like a frame."""
+    flows: dict[bytes, Flow] = {}
+    begun: dict[bytes, int] = {}  # after a SYN, until data comes: the sequence number of the first byte
+    found: dict[bytes, list[Flow]] = collections.defaultdict(list)
+    elsewhere = False  # such a connection has other ports: its packets cannot be picked out at a glance
+    for number, packet in enumerate(packets):
+        if packet.link not in LINKS:
+            notes[LINK.format(link=packet.link)] += 1
+        if packet.link not in LINKS or not (elsewhere or PORTAL_PORT in packet.data or BEGINNINGS[1] in packet.data):
+            continue
+        try:
+            part = segment(packet, notes)
+        except (IndexError, struct.error):  # the packet ends inside its headers
+            notes[SNAPPED] += packet.size > len(packet.data)
+            continue
+        if not part:
+            continue
+        way, back = part.source + part.target, part.target + part.source
+        at_port = PORTAL_PORT in (part.source[-2:], part.target[-2:])
+        if at_port or way in flows or back in flows or part.data.startswith(BEGINNINGS):
+            elsewhere |= not at_port
+            notes[SNAPPED] += part.cut > 0
+            if part.syn:
+                begun[way] = part.seq
+            if part.data:
+                first, flow = begun.pop(way, None), flows.get(way)
+                if flow is None or first not in (None, flow.first):  # the port is new, or used again
+                    flow = flows[way] = Flow(
+                        part.source, part.target, part.seq if first is None else first, first is not None
+                    )
+                    found[min(way, back)].append(flow)
+                flow.add(part.seq, part.data, number * 1e-9 if packet.time is None else packet.time)
+    return list(found.values())
+
+
+def conversations(packets: Iterable[RecordedPacket], notes: Notes) -> Iterator[Recorded]:
+    """What devices and the portal said in packets, in the order of time; what was recorded twice, once."""
+    found: list[Recorded] = []
+    waiting = connections(packets, notes)
+    while waiting:  # what is done with is let go: a recording can be large
+        flows, lacks, before = waiting.pop(), collections.Counter(), len(found)  # type: ignore[var-annotated]
+        is_ours = any(BEGINNINGS[1] in flow.data for flow in flows)
+        while flows:
+            found += flows.pop(0).pieces(lacks)
+        if is_ours or any(piece.kind != JUNK for piece in found[before:]):
+            notes.update(lacks)
+        else:
+            del found[before:]
+            notes[FOREIGN] += 1
+    found.sort(key=lambda piece: piece.captured)
+    recent: collections.deque[tuple[int, bytes]] = collections.deque(maxlen=64)  # another interface's, behind NAT too
+    for piece in found:
+        if (piece.where, piece.data) not in recent:
+            recent.append((piece.where, piece.data))
+            yield piece._replace(captured=piece.captured if piece.captured >= 86400 else None)
+
+
+def cut(wire: Wire, data: bytes | bytearray) -> Iterator[tuple[str, bytes, bool]]:
+    """The pieces of a stream: kind, bytes, and whether it is what the end of the stream left unfinished."""
+    framer = Framer(wire)
+    for at in range(0, len(data), RECV_SIZE):
+        yield from ((*piece, False) for piece in framer.feed(bytes(data[at : at + RECV_SIZE]), 0))
+    yield from ((*piece, True) for piece in framer.close())
+
+
+def merged(pieces: Iterable[tuple[str, bytes, bool]]) -> Iterator[tuple[str, bytes, bool]]:
+    """Pieces with what goes on with another."""
+    kind, parts, is_unfinished = "", [], False  # type: ignore[var-annotated]
+    for piece in pieces:
+        if parts and not piece[0] == kind == JUNK:  # an unbroken run of junk is one
+            yield kind, b"".join(parts), is_unfinished
+            parts = []
+        if not parts:
+            kind, _, is_unfinished = piece
+        parts.append(piece[1])
+    if parts:
+        yield kind, b"".join(parts), is_unfinished
+
+
+def pieces_of(direction: str, data: bytes, captured: float | None = None) -> Iterator[Recorded]:
+    """The pieces of captured bytes: of their direction, or of both if that is not known ("")."""
+    wire = INBOUND if direction == INBOUND.name else OUTBOUND
+    for kind, part, _ in merged(cut(wire, data)):
+        inward = [] if direction or kind == FRAME else list(merged(cut(INBOUND, part)))
+        if any(each in (FRAME, KEEPALIVE) for each, _, _ in inward):
+            yield from (Recorded(captured, INBOUND, each, data) for each, data, _ in inward)
+        else:
+            yield Recorded(captured, wire, kind, part)
+
+
+# Text. A line of a dump is an offset, hex, and often the bytes as text; xxd and tcpdump put a colon behind the offset.
+DUMP_LINE = re.compile(r"(\s*)(?:0x)?([0-9a-f]{4,8})(?:(:)(?=\s)|(?=\s|$))\s*(.*)", re.I)
+DUMP_BYTES = re.compile(
+    r"((?:(?:[0-9a-f]{2})+(?: (?!\s)|(?=\s|$)))*)(?: {1,2}([0-9a-f]{2}(?: [0-9a-f]{2}){0,7})(?=\s|$))?", re.I
+)
+ONLY_HEX = re.compile(r"\s*[0-9a-f]{2,}(\s+[0-9a-f]{2,})*\s*", re.I)
+HEX_RUN = re.compile(r"(?<!\w)[0-9a-f]{2}(?:[\s,:;-]*[0-9a-f]{2}){11,}", re.I)
+LITERAL = re.compile(r"""(["'])((?:\\.|(?!\1)[^\\])*)(?:\1|$)""", re.S)
+ESCAPE = re.compile(r"\\(?:x([0-9a-f]{2})|([0-7]{1,3})|(.))", re.S | re.I)
+SEPARATORS = str.maketrans("", "", " \t\r\n\f\v,:;|\"'-")
+C_BYTE = re.compile(r"\b0x([0-9a-f]{1,2})\b", re.I)
+ESCAPED = dict(zip("abfnrtv", "\a\b\f\n\r\t\v"))
+
+
+def line_bytes(text: str) -> bytes:
+    """The bytes in a line of a dump, behind its offset: up to two blanks, which can also stand between two halves."""
+    first, second = DUMP_BYTES.match(re.split(r"[|>]", text)[0]).groups()  # type: ignore[union-attr]
+    found = bytes.fromhex(first)
+    return found + bytes.fromhex(second) if second and len(found) == 8 else found
+
+
+def number_of(offset: str, base: int) -> int:
+    """An offset in a dump as a number, -1 if it has other digits than the base."""
+    return int(offset, base) if max(int(digit, 16) for digit in offset) < base else -1
+
+
+def dumps(text: str) -> list[bytes]:
+    """What the dumps in a text hold: an offset of 0 begins another, indented or not; [] if it is no text with dumps.
+
+    An offset is hex, octal or decimal: the base in which it is the number of bytes so far. A `*` stands for equal lines.
+    """
+    found: list[bytearray] = []
+    current: dict[str, bytearray] = {}  # by indentation: a dump of both directions indents one
+    base, last, is_folded = 0, b"", False
+    for line in (match[0] for match in re.finditer(r"[^\r\n]+", text)):
+        match = DUMP_LINE.match(line)
+        indent, offset, colon, rest = match.groups("") if match else ("", "", "", "")
+        part, dump = line_bytes(rest), current.get(indent)
+        if offset and dump and is_folded:
+            place = number_of(offset, base or (8 if len(offset) == 7 else 16))
+            dump += last * ((min(place, MOST_BYTES["fold"]) - len(dump)) // len(last))
+        bases = [each for each in (16, 8, 10) if offset and dump and number_of(offset, each) == len(dump)]
+        if bases and dump:
+            dump += part
+            base = bases[0]
+        elif part and (colon or not int(offset, 16)):
+            current[indent] = bytearray(part)
+            found.append(current[indent])
+        elif not found and ONLY_HEX.fullmatch(line):
+            return []
+        last, is_folded = part or last, line.strip() == "*"
+    return [bytes(dump) for dump in found]
+
+
+def unescaped(match: re.Match) -> str:
+    r"""The character of an escape, as C and Python have them: \x0a, \12, \n."""
+    digits, octal, other = match.groups()
+    return chr(int(digits, 16)) if digits else chr(int(octal, 8) & 0xFF) if octal else ESCAPED.get(other, other)
 
 
 def from_hex(text: str) -> bytes:
     """Bytes of hex digits in any spacing, nothing for anything else."""
     with contextlib.suppress(ValueError):
-        return bytes.fromhex(re.sub(r"0x|\\x|[\s,:;|\"'-]", "", text))
+        return bytes.fromhex(text.replace("0x", "").replace("0X", "").replace("\\x", "").translate(SEPARATORS))
     return b""
 
 
-def file_streams(path: str) -> list[tuple[str, bytes]]:
-    """(direction or "", bytes) of a file, or standard input for -: a capture's whole lines, or hex, or bytes as they are.
+def from_text(text: str) -> list[bytes]:
+    """The bytes in a text without dumps, one after another: hex, literals with escapes, arrays of C, hex in sentences."""
+    plain = from_hex(text)
+    if plain:
+        return [plain]
+    literals = [match[2] for match in LITERAL.finditer(text) if "\\x" in match[2]] if "\\x" in text else []
+    arrays = re.sub(r"/\*.*?\*/|//[^\n]*", "", text, flags=re.S).split("}") if re.search("0x", text, re.I) else []
+    found = [ESCAPE.sub(unescaped, "".join(literals)).encode("latin-1", "replace")]
+    found += (bytes(int(match[1], 16) for match in C_BYTE.finditer(part)) for part in arrays)
+    found += filter(lambda data: BEGINNINGS[1] in data, map(from_hex, HEX_RUN.findall(text)))
+    return [data for data in found if len(data) >= SHORTEST]
 
-    Raises UsageError if it cannot be read, StartError for what is nothing of the kind.
+
+def is_ip(data: bytes) -> bool:
+    """Whether bytes look like an IP packet."""
+    is_v6 = len(data) >= 40 and data[0] >> 4 == 6 and data[6] in (socket.IPPROTO_TCP, 17, 58, *IPV6_EXTENSIONS)
+    return is_v6 or (len(data) >= 20 and 0x45 <= data[0] <= 0x4F)
+
+
+def link_of(data: bytes) -> int | None:
+    """The link type of a packet in a dump, from what stands where; None for what is no packet."""
+    if data.startswith(BEGINNINGS):
+        return None
+    for link in (1, 113, 276):
+        at = LINKS[link][0]
+        if data[at : at + 2] in (*IP_TYPES, *VLAN_TAGS, ARP) and (at or data[2:4] == b"\0\0"):
+            return link
+    return 101 if is_ip(data) else 0 if data[:4].strip(b"\0") in LOOPBACK_FAMILIES and is_ip(data[4:]) else None
+
+
+def text_pieces(text: str, notes: Notes) -> Iterator[Recorded]:
+    """The pieces in what people paste. Raises ProtocolError if there is nothing of the kind."""
+    dumped, packets, streams = dumps(text), [], []
+    for data in dumped or from_text(text):
+        link = link_of(data)
+        if link is not None:
+            packets.append(RecordedPacket(None, link, data, len(data)))
+        elif not dumped or BEGINNINGS[1] in data:
+            streams.append(data)
+    if not packets and not streams and not dumped:
+        raise ProtocolError("text without bytes in hex" if text.strip() else "nothing in it")
+    yield from conversations(packets, notes)
+    for data in streams:
+        yield from shown_pieces(data, notes, is_known=not dumped or data.startswith(BEGINNINGS))
+
+
+def shown_pieces(data: bytes, notes: Notes, is_known: bool) -> Iterator[Recorded]:
+    """The pieces of bytes; if it is not known what they are, good frames alone: addresses can stand between them."""
+    for piece in pieces_of("", data):
+        if is_known or piece.kind == FRAME:
+            yield piece
+        else:
+            notes[LEFT_OUT] += 1
+
+
+def capture_pieces(file: BinaryIO, notes: Notes) -> Iterator[Recorded]:
+    """The pieces in the lines of a capture file, or of what decode printed. Raises ProtocolError if no line is whole."""
+    is_empty = True
+    while line := file.readline(MOST_BYTES["line"]):
+        line = line.strip(b"\0\xef\xbb\xbf\r\n")
+        try:
+            entry = json.loads(line)
+            data, direction = bytes.fromhex(entry["hex"]), str(entry.get("direction", ""))
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+            notes[FOREIGN_LINES] += bool(line.strip())
+            continue
+        is_empty = False
+        yield from pieces_of(direction, data, captured_at(entry))
+    if is_empty:
+        raise ProtocolError("not a whole line of a capture in it")
+
+
+def captured_at(entry: dict) -> float | None:
+    """When a line was captured, None if it does not say that with its zone."""
+    with contextlib.suppress(ValueError, OverflowError):
+        when = datetime.fromisoformat(str(entry.get("captured") or entry.get("time")).replace("Z", "+00:00"))
+        return when.timestamp() if when.tzinfo else None
+    return None
+
+
+class Unzipped(io.RawIOBase):
+    """A gzipped file as it was; where it is cut or damaged, it ends."""
+
+    def __init__(self, file: BinaryIO, notes: Notes) -> None:
+        super().__init__()
+        import gzip  # the exporter never needs it
+
+        self._file, self._notes = gzip.GzipFile(fileobj=file), notes
+
+    def readable(self) -> bool:
+        """As io.BufferedReader asks."""
+        return True
+
+    def readinto(self, buffer) -> int:
+        """Fill a buffer, or a part of it; how much."""
+        data = b""
+        try:
+            data = self._file.read1(len(buffer))
+        except (EOFError, OSError, zlib.error) as error:
+            if getattr(error, "errno", None):  # the system's, not gzip's
+                raise
+            self._notes[CUT_END] = 1
+        buffer[: len(data)] = data
+        return len(data)
+
+
+def recording(raw: BinaryIO, notes: Notes) -> Iterator[Recorded]:
+    """The pieces in a file: packets, lines of a capture, frames as they are, or text; gzipped or not.
+
+    Raises ProtocolError if it is nothing of the kind.
     """
+    with io.BufferedReader(raw, RECV_SIZE) as plain:  # type: ignore[type-var]
+        is_zipped = plain.peek().startswith(b"\x1f\x8b")
+        file = io.BufferedReader(Unzipped(plain, notes), RECV_SIZE) if is_zipped else plain
+        head = file.peek()
+        if head[:4] in PCAP:
+            yield from conversations(pcap_packets(file, notes), notes)
+        elif head.startswith(PCAPNG):
+            yield from conversations(pcapng_packets(file, notes), notes)
+        elif head.startswith(MODIFIED_PCAP):
+            raise ProtocolError("a modified pcap file, which is not read: save it as pcap")
+        elif re.search(rb'(?m)^[\0\xef\xbb\xbf\s]*\{.*"hex"', head):
+            yield from capture_pieces(file, notes)
+        else:
+            yield from other_pieces(file.read(), notes)
+
+
+def other_pieces(data: bytes, notes: Notes) -> Iterator[Recorded]:
+    """The pieces in text, or in bytes as they are. Raises ProtocolError."""
+    is_utf16 = data.startswith((b"\xff\xfe", b"\xfe\xff"))
+    if is_utf16 or not re.search(rb"[\0-\x08\x0e-\x1a\x1c-\x1f]", data):
+        text = data.decode("utf-16" if is_utf16 else "latin-1", "replace")
+        del data  # a text is held once
+        yield from text_pieces(text, notes)
+    elif BEGINNINGS[1] in data:
+        yield from shown_pieces(data, notes, is_known=data.startswith(BEGINNINGS))
+    else:
+        raise ProtocolError("neither a recording nor text")
+
+
+# ---------------------------------------------------------------------------------------------------------- decode
+
+
+def called(path: str) -> str:
+    """A file's name in a message."""
+    return "standard input" if path == "-" else path
+
+
+def recorded(path: str, notes: Notes) -> Iterator[Recorded]:
+    """The pieces in a file, or in standard input (-). Raises UsageError if it cannot be read, StartError for another's."""
+    if path == "-" and (not sys.stdin or sys.stdin.buffer.closed):
+        raise UsageError("standard input is closed")
     try:
         with contextlib.nullcontext(sys.stdin.buffer) if path == "-" else open(path, "rb") as file:
-            data = file.read()
+            yield from recording(file, notes)
     except OSError as error:
-        raise UsageError(f"{path}: {error.strerror}") from None
-    text, found = data.decode("latin-1"), []
-    if text.lstrip().startswith("{"):
-        for line in text.split("\n"):
-            with contextlib.suppress(ValueError, TypeError, KeyError, RecursionError):  # cut, or another's
-                entry = json.loads(line)
-                data = from_hex(entry["hex"])
-                found.append((str(entry.get("direction", "")), data))
-    else:
-        found = [("", data if OUTBOUND.prefix in data else from_hex(text))]
-    if not any(data for _, data in found):
-        what = "neither a capture nor bytes in hex" if text.strip() else "nothing in it"
-        raise StartError(f"{'standard input' if path == '-' else path}: {what}")
-    return found
+        raise UsageError(f"{path}: {error.strerror or error}") from None
+    except ProtocolError as error:
+        raise StartError(f"{called(path)}: {error}") from None
 
 
-def cut(wire: Wire, data: bytes) -> list[tuple[Wire, str, bytes]]:
-    """(wire, kind, bytes) of the pieces of a whole stream."""
-    framer, found = Framer(wire), []  # type: ignore[var-annotated]
-    parts = [part for at in range(0, len(data), RECV_SIZE) for part in framer.feed(data[at : at + RECV_SIZE], 0)]
-    for kind, part in parts + framer.close():
-        if kind == MORE:
-            found[-1][1].append(part)
-        else:
-            found.append((kind, [part]))
-    return [(wire, kind, b"".join(several)) for kind, several in found]
+def missing(notes: Notes) -> list[str]:
+    """What a recording lacks, in words; what the snap length explains is not said again."""
+    explained = {GAPS, TORN} if notes[SNAPPED] else set()
+    return [text.format(count) for text, count in notes.items() if count and text not in explained]
 
 
-def pieces_of(streams: Iterable[tuple[str, bytes]]) -> Iterator[tuple[Wire, str, bytes]]:
-    """(wire, kind, bytes) of what is in captured bytes: of their direction, or of both if that is not known."""
-    for direction, data in streams:
-        if direction == INBOUND.name:
-            yield from cut(INBOUND, data)
-            continue
-        for piece in cut(OUTBOUND, data):
-            inward = cut(INBOUND, piece[2]) if not direction and piece[1] != FRAME else []
-            yield from inward if any(kind in (FRAME, KEEPALIVE) for _, kind, _ in inward) else [piece]
-
-
-def good_packets(pieces: Iterable[tuple[Wire, str, bytes]]) -> Iterator[tuple[bytes, Packet]]:
+def good_packets(pieces: Iterable[Recorded]) -> Iterator[tuple[bytes, Packet]]:
     """The good frames among pieces, with their packets."""
-    for wire, kind, data in pieces:
+    for piece in pieces:
         with contextlib.suppress(ProtocolError):
-            if kind == FRAME:
-                yield data, decode(data, wire)
+            if piece.kind == FRAME:
+                yield piece.data, decode(piece.data, piece.wire)
+
+
+def frames_in(path: str) -> dict[bytes, Packet]:
+    """The good frames in a file with their packets; says what the file lacks. Raises StartError if there are none."""
+    notes: Notes = collections.Counter()
+    found = dict(good_packets(recorded(path, notes)))
+    if not found:
+        raise StartError(f"{called(path)}: {'; '.join(['not a single good frame in it', *missing(notes)])}")
+    for text in missing(notes):
+        print(f"{called(path)}: {text}", file=sys.stderr)
+    return found
 
 
 def told_models(packets: Iterable[Packet]) -> dict[str, str]:
@@ -4682,70 +5864,127 @@ def contents(where: Address, packet: Packet) -> dict:
     return {"blocks": shown, "values": {**values, **taken.info}}
 
 
-SAID = ["direction", "type", "serial", "model", "time", "crc_ok", "envelope", "blocks", "values", "error", "hex"]
+SAID = [
+    "direction",
+    "type",
+    "serial",
+    "model",
+    "time",
+    "captured",
+    "crc_ok",
+    "envelope",
+    "blocks",
+    "values",
+    "error",
+    "hex",
+]
 ENVELOPES = {LONG: "long", SHORT: "short", ANSWER: "answer"}
 
 
-def described(wire: Wire, kind: str, data: bytes, told: dict[str, str]) -> dict:
-    """A piece as decode prints it. told: serial number to the model name that the device gave."""
+def utc_text(seconds: float | None) -> str | None:
+    """Seconds since 1970 in ISO 8601, None for what no clock shows."""
+    with contextlib.suppress(ValueError, OverflowError, OSError):
+        return (
+            datetime.fromtimestamp(round(seconds, 6), timezone.utc).isoformat(timespec="microseconds")
+            if seconds
+            else None
+        )
+    return None
+
+
+def described(piece: Recorded, models: dict[str, str]) -> dict:
+    """A piece as decode prints it. models: serial number to the name that the device gave so far; a new one is kept."""
+    captured, wire, kind, data, _ = piece
     found: dict = dict.fromkeys(SAID)
-    found.update(direction=wire.name, type=kind, hex=data.hex())
+    found.update(direction=wire.name, type=kind, captured=utc_text(captured), hex=data.hex())
     if kind in (JUNK, KEEPALIVE):
         return {**found, "error": "no frame" if kind == JUNK else None}
     found.update(crc_ok=kind == FRAME, error=None if kind == FRAME else "bad checksum, or cut")
     try:
         where, packet = address_of(data, wire), decode(data, wire)
-        when = device_time(packet.time or packet.iv[:6] if wire is OUTBOUND else packet.iv[5::-1])
-        found.update(type=where.type, serial=where.serial, model=model(where.serial, told.get(where.serial, "")))
+        serial, when = where.serial, device_time(packet.time or packet.iv[:6] if wire is OUTBOUND else packet.iv[5::-1])
+        found.update(type=where.type, serial=serial, model=model(serial, models.get(serial, "")))
         found.update(time=when and when.isoformat(), envelope=ENVELOPES[where.form])
         found.update(contents(where, packet))
+        if wire is OUTBOUND and "model" in found["values"]:
+            models[serial] = found["values"]["model"]
+            found["model"] = model(serial, models[serial])
     except ProtocolError as error:
         found["error"] = found["error"] or str(error)
     return found
 
 
-def redacted(packets: list[Packet]) -> list[tuple[Wire, str, bytes]]:
-    """Frames of packets with other serial numbers, in clear and in cipher."""
-    serials = dict.fromkeys(packet.serial for packet in packets)
+def renamed(data: bytes, packet: Packet, aliases: dict[str, str]) -> bytes:
+    """A frame with other serial numbers. The cipher does not depend on the one in the envelope."""
+    clear, alias = packet.clear, aliases[packet.serial]
+    for serial, other in aliases.items():
+        clear = clear.replace(serial.encode(), other.encode())
+    if clear != packet.clear:
+        return encode(packet._replace(serial=alias, clear=clear))
+    at = address_of(data, packet.wire).form.serial
+    frame = data[:at] + alias.encode() + data[at + len(alias) : -2]
+    return frame + crc16(frame).to_bytes(2, packet.wire.order)
+
+
+def redacted(pieces: Iterable[Recorded]) -> list[Recorded]:
+    """The good frames among pieces with other serial numbers, in clear and in cipher; says how many others there were."""
+    kept, others = [], 0
+    for piece in pieces:
+        good = [packet for _, packet in good_packets([piece])]
+        kept += [(piece, packet) for packet in good]
+        others += not good
+    serials = dict.fromkeys(packet.serial for _, packet in kept)
     aliases = {serial: f"{serial[:8]}XXXX{number:04d}" for number, serial in enumerate(serials, 1)}
-    found = []
-    for packet in packets:
-        clear = packet.clear
-        for serial, alias in aliases.items():
-            clear = clear.replace(serial.encode(), alias.encode())
-        found.append((packet.wire, FRAME, encode(packet._replace(serial=aliases[packet.serial], clear=clear))))
-    return found
+    left_out = f"{len(kept)} good frames, {others} other pieces left out."
+    if kept:
+        print(left_out, "XXXX0001, XXXX0002, ... count the devices up and are no real serial numbers.", file=sys.stderr)
+    return [piece._replace(data=renamed(piece.data, packet, aliases)) for piece, packet in kept]
 
 
 def decode_command(arguments: list[str]) -> int:
-    """Captured bytes, hex or capture files, as one JSON object a frame."""
+    """Recorded traffic or pasted hex as one JSON object a frame."""
     parser = Parser("decode", decode_command.__doc__)
-    sources = "capture files, files with hex, - for standard input, or hex in any spacing"
+    sources = (
+        "capture files, pcap and pcapng files, files with hex or dumps, gzipped or not, - for standard input; or hex"
+    )
     parser.add_argument("source", metavar="FILE|-|HEX", nargs="+", help=sources)
     good_only = "good frames only, with other serial numbers, for a bug report"
     parser.add_argument("--redact", action="store_true", help=good_only)
     given = parser.parse_args(arguments)
-    typed = [source for source in given.source if source != "-" and not os.path.exists(source)]
-    streams = [stream for source in given.source if source not in typed for stream in file_streams(source)]
-    if typed:
-        streams.append(("", from_hex(" ".join(typed))))
-        if not streams[-1][1]:
-            raise UsageError(f"neither a file nor whole bytes in hex: {' '.join(typed)[:40]!a}")
-    pieces = list(pieces_of(streams))
-    if given.redact:
-        packets = [packet for _, packet in good_packets(pieces)]
-        left_out = f"{len(packets)} good frames, {len(pieces) - len(packets)} other pieces left out."
-        print(left_out, "XXXX0001, XXXX0002, ... count the devices up and are no real serial numbers.", file=sys.stderr)
-        pieces = redacted(packets)
-    told = told_models(packet for _, packet in good_packets(pieces))
-    for wire, kind, data in pieces:
-        print(json.dumps(described(wire, kind, data, told)))
+    typed = " ".join(source for source in given.source if source != "-" and not os.path.exists(source))
+    files: list[tuple[str, Notes]] = [
+        (source, collections.Counter()) for source in given.source if source == "-" or os.path.exists(source)
+    ]
+    typed_pieces = list(typed_hex(typed)) if typed else []
+    pieces: Iterable[Recorded] = itertools.chain(*(recorded(path, notes) for path, notes in files), typed_pieces)
+    models: dict[str, str] = {}
+    where, good = ", ".join([called(path) for path, _ in files] + ["the hex given"] * bool(typed)), 0
+    for piece in redacted(pieces) if given.redact else pieces:
+        said = described(piece, models)
+        good += piece.kind == FRAME and said["serial"] is not None
+        print(json.dumps(said))
+    lines = [f"{called(path)}: {text}" for path, notes in files for text in missing(notes)]
+    if not good:
+        raise StartError("; ".join([f"not a single good frame in {where}", *lines]))
+    for line in lines:
+        print(line, file=sys.stderr)
     return 0
+
+
+def typed_hex(text: str) -> Iterator[Recorded]:
+    """The pieces of what stands on the command line. Raises UsageError."""
+    try:
+        yield from text_pieces(text, collections.Counter())
+    except ProtocolError:
+        raise UsageError(f"neither a file nor whole bytes in hex: {text[:40]!a}") from None
 
 
 # -------------------------------------------------------------------------------------------------------- backfill
 
 Samples = dict[str, dict[str, dict[float, float]]]  # metric to series (labels) to seconds since 1970 to number
+Backfilled = collections.namedtuple(
+    "Backfilled", "samples later held"
+)  # and by serial: readings later than now, values held back
 
 
 def utc_seconds(times: list[datetime]) -> list[float]:
@@ -4763,23 +6002,66 @@ def utc_seconds(times: list[datetime]) -> list[float]:
     return found
 
 
-def samples_of(packets: list[Packet], extra: str) -> Samples:
-    """The readings in packets. No packet stands there twice."""
-    found: Samples = {metric: {} for metric in sorted(METRICS)}
-    told, by_device = told_models(packets), collections.defaultdict(list)
+def kept_values(readings: list[tuple[float, Reading]]) -> tuple[dict[float, dict[Series, float]], int]:
+    """Time to values of a device's readings, without what the counter rules hold back; and how many values that is.
+
+    The readings are in the order of their times.
+    """
+    counters, held = HeldCounters(), 0
+    found: dict[float, dict[Series, float]] = {}
+    first: dict[Series, float] = {}
+    for seconds, one in readings:
+        said = counters.take(one.values, seconds)
+        shown = {series for series in one.values if metric_type(series[0]) == "gauge"}
+        shown.update(series for series, why in said.items() if why not in HELD_BACK)
+        found[seconds] = {series: number for series, number in one.values.items() if series in shown}
+        for series, why in said.items():
+            first.setdefault(series, seconds)
+            if why == WRONG_FIRST:
+                del found[first[series]][series]
+            held += why in (*HELD_BACK, WRONG_FIRST)
+    return found, held
+
+
+def readings_of(
+    packets: list[Packet], now: float
+) -> tuple[dict[tuple[int, str], dict[float, Reading]], collections.Counter]:
+    """The readings in packets by class, serial number and time; and how many of a serial number are later than now."""
+    times, later = collections.defaultdict(list), collections.Counter()  # type: ignore[var-annotated]
+    local = datetime.fromtimestamp(now)
     for packet in packets:
         when = device_time(packet.time)
         if when and int(packet.type[2:], 16) in (LIVE, BUFFERED):
-            by_device[packet.type, packet.serial].append((when, packet))
-    for (kind, serial), several in by_device.items():
-        cls = int(kind[:2], 16)
-        labels_of_device = device_labels(identity(kind_of(cls), serial, told.get(serial, "")))
-        for (_, packet), seconds in zip(several, utc_seconds([when for when, _ in several])):
             with contextlib.suppress(ProtocolError):
-                for (metric, labels), number in reading(family(cls, serial), registers(packet.clear)).values.items():
-                    series = ",".join(filter(None, (labels_of_device, labels, extra)))
-                    found[metric].setdefault(series, {})[seconds] = number
-    return found
+                words = registers(packet.clear)
+                if when > local + timedelta(days=1):  # not even a clock of 32 bits can say it
+                    later[packet.serial] += 1
+                else:
+                    times[packet.type, packet.serial].append((when, words))
+    found: dict[tuple[int, str], dict[float, Reading]] = collections.defaultdict(dict)
+    for (kind, serial), several in times.items():
+        cls = int(kind[:2], 16)
+        for (_, words), seconds in zip(several, utc_seconds([when for when, _ in several])):
+            if seconds > now:
+                later[serial] += 1
+            else:
+                found[cls, serial][seconds] = reading(family(cls, serial), words)
+    return found, later
+
+
+def samples_of(packets: list[Packet], extra: str, now: float) -> Backfilled:
+    """The readings in packets, none of which stands there twice, but what is later than now or held back."""
+    found: Samples = {metric: {} for metric in sorted(METRICS)}
+    told, held = told_models(packets), collections.Counter()  # type: ignore[var-annotated]
+    by_device, later = readings_of(packets, now)
+    for (cls, serial), readings in by_device.items():
+        labels_of_device = device_labels(identity(kind_of(cls), serial, told.get(serial, "")))
+        values, held[serial] = kept_values(sorted(readings.items(), key=lambda item: item[0]))
+        for seconds, one in values.items():
+            for (metric, labels), number in one.items():
+                series = ",".join(filter(None, (labels_of_device, labels, extra)))
+                found[metric].setdefault(series, {})[seconds] = number
+    return Backfilled(found, later, held)
 
 
 def openmetrics(found: Samples) -> Iterator[str]:
@@ -4796,14 +6078,38 @@ def openmetrics(found: Samples) -> Iterator[str]:
 
 OWN_LABELS = "|".join([*DEVICE_LABELS.split(", "), *(row.labels.split(" ")[0] for row in QUANTITIES if row.labels)])
 NEW_LABEL = rf"(?s)(?!__|({OWN_LABELS})=)[a-zA-Z_][a-zA-Z0-9_]*=.+"
-extra_label = Reader("", "NAME=VALUE with a name that no series has", NEW_LABEL, lambda text: text.split("=", 1))
+extra_label = FlagType(
+    "", "NAME=VALUE with a name that no series has", matching(NEW_LABEL, lambda text: text.split("=", 1))
+)
+
+
+HEAD_SPAN = 3 * 3600  # s that Prometheus keeps in its head before they become a block
+
+
+def report(found: Backfilled, first: float, last: float, count: int, now: float) -> None:
+    """Say on stderr what of `count` times is there, and what its user has to know before the blocks are moved."""
+    begin, end, safe = (
+        time.strftime("%Y-%m-%d %H:%M %Z", time.localtime(seconds)) for seconds in (first, last, last + HEAD_SPAN + 60)
+    )
+    lines = [f"readings of {count} times, {begin} to {end}"]
+    lines += [
+        f"{serial}: left out {held} values of counters that fell, or rose more than is possible"
+        for serial, held in sorted(found.held.items())
+        if held
+    ]
+    if now < last + HEAD_SPAN:
+        lines.append(
+            f"Wait until {safe} before you move the blocks into Prometheus's data: at its next start it drops the live "
+            "samples of all series from before a block's end, and the last three hours are in no block of its own yet"
+        )
+    print("\n".join(lines), file=sys.stderr)
 
 
 def backfill(arguments: list[str]) -> int:
-    """Capture files as OpenMetrics text for promtool tsdb create-blocks-from openmetrics."""
+    """Captures and recordings as OpenMetrics text for promtool tsdb create-blocks-from openmetrics."""
     parser = Parser("backfill", backfill.__doc__)
     # fmt: off
-    parser.add_argument("file", metavar="FILE", nargs="+", help="files of --sems.backfill or --sems.capture, - for standard input")
+    parser.add_argument("file", metavar="FILE", nargs="+", help="files of --sems.backfill or --sems.capture, or recordings as decode takes them; - for standard input")
     parser.add_argument("--job", help="value of a label job, as your Prometheus gives it to this exporter")
     parser.add_argument("--instance", help="value of a label instance")
     parser.add_argument("--label", metavar="NAME=VALUE", type=extra_label, action="append", default=[], help="another label that your Prometheus adds; repeatable")
@@ -4814,19 +6120,18 @@ def backfill(arguments: list[str]) -> int:
         raise StartError(f"{trouble}, so the times would be wrong: {step}")
     frames: dict[bytes, Packet] = {}
     for path in given.file:
-        several = dict(good_packets(pieces_of(file_streams(path))))
-        if not several:
-            raise StartError(f"{path}: not a single good frame in it")
-        frames.update(several)
+        frames.update(frames_in(path))
     extra = {"job": given.job, "instance": given.instance, **dict(given.label)}
     labels = ",".join(label(name, value) for name, value in extra.items() if value)
-    found = samples_of([packet for packet in frames.values() if packet.wire is OUTBOUND], labels)
-    times = sorted({seconds for series in found.values() for samples in series.values() for seconds in samples})
+    now = time.time()
+    found = samples_of([packet for packet in frames.values() if packet.wire is OUTBOUND], labels, now)
+    for serial, count in sorted(found.later.items()):
+        print(f"{serial}: left out {count} readings that are later than now", file=sys.stderr)
+    times = sorted({seconds for series in found.samples.values() for samples in series.values() for seconds in samples})
     if not times:
         raise StartError(f"{' '.join(given.file)}: no readings in it")
-    sys.stdout.writelines(openmetrics(found))
-    first, last = (time.strftime("%Y-%m-%d %H:%M %Z", time.localtime(seconds)) for seconds in (times[0], times[-1]))
-    print(f"readings of {len(times)} times, {first} to {last}", file=sys.stderr)
+    sys.stdout.writelines(openmetrics(found.samples))
+    report(found, times[0], times[-1], len(times), now)
     return 0
 
 
@@ -4846,17 +6151,40 @@ def in_container() -> bool:
     return os.path.exists("/.dockerenv") or os.path.exists("/run/.containerenv")
 
 
-def local_get(settings: Settings, path: str) -> bytes | None:
-    """What an exporter on this machine answers, None if there is none."""
+def local_answer(settings: Settings, path: str) -> bytes:
+    """What a program on this machine answers to a GET on the exporter's port, head and all; b"" if there is none."""
     host, port = settings.web_address
     host = "127.0.0.1" if host in ("", "0.0.0.0", "::") else host
-    with contextlib.suppress(OSError, http.client.HTTPException):
-        with contextlib.closing(http.client.HTTPConnection(host, port, timeout=3)) as connection:
-            connection.request("GET", path)
-            answered = connection.getresponse()
-            body = answered.read(16 << 20)
-            return body if answered.status == 200 and answered.getheader("Content-Security-Policy") else None
+    answer, deadline = b"", time.monotonic() + 10
+    with contextlib.suppress(OSError), socket.create_connection((host, port), timeout=3) as sock:
+        sock.sendall(f"GET {path} HTTP/1.0\r\nHost: localhost\r\n\r\n".encode())
+        while len(answer) < 16 << 20 and time.monotonic() < deadline and (data := sock.recv(RECV_SIZE)):
+            answer += data
+    return answer
+
+
+def local_get(settings: Settings, path: str) -> bytes | None:
+    """The body that a web server on the exporter's port answers, None without one."""
+    head, _, body = local_answer(settings, path).partition(b"\r\n\r\n")
+    return body if re.match(rb"HTTP/1\.\d 200\b", head) else None
+
+
+def running_exporter(settings: Settings) -> dict | None:
+    """What an exporter on this machine says on /api/devices, None if none runs: any web server can have its port."""
+    with contextlib.suppress(ValueError, TypeError, KeyError, RecursionError):
+        said = json.loads(local_get(settings, "/api/devices") or b"null")
+        upstream, devices = said["upstream"], said["devices"]
+        if (
+            upstream["mode"] in (FORWARD, LOCAL, SPOOL)
+            and isinstance(upstream["address"], str)
+            and isinstance(devices, list)
+        ):
+            return said if all(set(device) >= DEVICE_KEYS for device in devices) else None
     return None
+
+
+DEVICE_KEYS = {"device", "model", "full_serial", "up", "age_seconds"}  # of a device on /api/devices
+STRANGERS = {"tls": "begins TLS", "nothing": "sends nothing"}
 
 
 # fmt: off
@@ -4878,6 +6206,7 @@ def machine_findings(settings: Settings, running: dict | None) -> Iterator[Findi
             (not error, WARN, f"{port} is free, though an exporter runs", f"start doctor with the exporter's --{flag}"),
             (number != errno.EADDRINUSE, FAIL, f"{port} cannot be had: {error and error.args[-1]}", f"choose another with --{flag}"),
             (running, OK, f"{port} is in use, and an exporter runs", ""),
+            (address == settings.web_address and local_answer(settings, "/"), FAIL, f"{port} is in use: another program answers there, and no exporter", f"end that program (`ss -ltnp` shows which), or choose another port with --{flag}"),
             (True, FAIL, f"{port} is in use", f"`ss -ltnp` shows what has it: end that, or choose another with --{flag}"),
         )
     local, trouble = time.strftime("%Y-%m-%d %H:%M:%S %Z"), zone_trouble()
@@ -4905,7 +6234,11 @@ def device_findings(settings: Settings, running: dict | None) -> Iterator[Findin
             (device["device"] == "inverter", WARN, text, f"an inverter sleeps at night; otherwise {asleep}"),
             (True, WARN, text, asleep),
         )
-    if not running["devices"]:
+    strangers = running.get("strangers") or []
+    for stranger in strangers:
+        said = STRANGERS.get(stranger["said"], "sends no frame")
+        yield WARN, f"{label_text(stranger['host'])} connects and {said}: its module does not speak this protocol", "newer modules (WiFi/LAN Kit-20, \"WLA...\" on the label) speak TLS with the cloud and cannot be read here: let its names lead to the cloud again"
+    if not running["devices"] and not strangers:
         yield WARN, "no device has connected yet", "let the portal's name lead here, then power-cycle the device's module"
 
 
@@ -4936,7 +6269,7 @@ def server_finding(server: tuple[str, int], host: str) -> Finding:
     says = f"{where} says {host} is {', '.join(found or ())}"
     return first_true(
         (found is None, WARN, f"{where} does not answer for {host}", "a firewall may keep UDP port 53 closed; name another in --sems.upstream-dns"),
-        (not found, WARN, f"{where} says that {host} does not exist", "look at --sems.upstream"),
+        (not found, WARN, f"{where} says that {host} does not exist", "most likely a firewall redirects port 53 and answers in its place: exempt this machine, or give --sems.upstream as an address; else look at --sems.upstream"),
         (any(map(is_global, found or ())), OK, says, ""),
         (True, FAIL, f"{says}: overridden too", "the router redirects all DNS; exempt this machine, or give --sems.upstream as an address"),
     )
@@ -4974,8 +6307,7 @@ def portal_findings(settings: Settings, running: dict | None) -> Iterator[Findin
 def doctor(arguments: list[str]) -> int:
     """Check the set-up and say what to do next; takes the flags of serve."""
     settings = serve_settings(arguments, os.environ, "doctor", f"{doctor.__doc__} Exit code 1 if something fails.")
-    body = local_get(settings, "/api/devices")
-    running = json.loads(body) if body else None
+    running = running_exporter(settings)
     if running:  # it may have other flags
         settings.mode = running["upstream"]["mode"]
         settings.upstream = portal_endpoint(running["upstream"]["address"] or settings.upstream_text)
@@ -5010,7 +6342,7 @@ def version(arguments: list[str]) -> int:
 
 
 COMMANDS: dict[str, Callable[[list[str]], int]] = {
-    "serve": serve, "demo": demo, "simulate": simulate, "decode": decode_command, "backfill": backfill, "doctor": doctor,
+    "serve": serve, "demo": demo, "decode": decode_command, "backfill": backfill, "doctor": doctor,
     "metrics": metrics, "version": version,
 }  # fmt: skip
 
@@ -5032,8 +6364,13 @@ def command_line(arguments: list[str]) -> int:
     return COMMANDS[first](arguments[1:])
 
 
+STDOUT_ERRORS = (errno.EPIPE, errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run the program; the exit code: 0 fine, 1 failed, 2 wrong usage."""
+    with contextlib.suppress(AttributeError):  # a terminal without the degree sign shows its number
+        sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
     try:
         try:
             return command_line(sys.argv[1:] if argv is None else argv)
@@ -5044,7 +6381,11 @@ def main(argv: list[str] | None = None) -> int:
         return 2 if isinstance(error, UsageError) else 1
     except KeyboardInterrupt:
         return 130
-    except BrokenPipeError:  # `| head` has seen enough
+    except OSError as error:
+        if error.errno not in STDOUT_ERRORS:
+            raise
+        if error.errno != errno.EPIPE:  # else `| head` has seen enough
+            print(f"sems_mitm.py: cannot write to standard output: {error.strerror}", file=sys.stderr)
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
 
