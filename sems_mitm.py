@@ -2512,7 +2512,7 @@ class Reader:
             self.loop.store.count(self.wire, kind, verdict)
         self._in_junk = kind == JUNK
         self.loop.files.record(self.name, self.wire, kind, verdict, data)
-        if self.loop.is_debugging:
+        if log.isEnabledFor(logging.DEBUG):
             serial = where.serial[-8:] if where else "-"
             log.debug("%s %s %s, %d bytes: %s", self.wire.name, kind, serial, len(data), verdict)
 
@@ -3251,8 +3251,11 @@ class SpoolSender:
                 return self.link.lose(None, now)
 
     def close(self) -> None:
-        """After an error of our own: the connection ends, what is spooled stays."""
+        """End the connection, and be forgotten; what is spooled stays, and `Spools.wake` makes another sender for it."""
         self.link.drop(time.monotonic())
+        if self.loop.spools:
+            self.loop.spools.senders.pop(self.serial, None)
+        self.loop.forget(self)
 
 
 KEPT, REFUSED, COMES_BACK = "kept", "refused", "comes back"  # what a spool says of a frame
@@ -3309,14 +3312,13 @@ class Spools:
     def forget(self, sender: SpoolSender) -> None:
         """Called when a sender has nothing to deliver, and its device has gone."""
         sender.close()
-        del self.senders[sender.serial]
         self.table.forget(sender.serial)
-        self.loop.forget(sender)
 
     def commit(self) -> None:
         """Store the frames of this round."""
         for serial, _, _, frame in self.table.commit():
-            self.senders[serial].lose(frame)
+            if serial in self.senders:
+                self.senders[serial].lose(frame)
 
     def look(self, now: float) -> None:
         """Have the table write what waits; called once a second."""
@@ -3419,7 +3421,6 @@ class Loop:
     def __init__(self, store: Store, settings: argparse.Namespace, files: Files) -> None:
         """Raises OSError if the devices' port cannot be had, StartError for a spool file."""
         self.store, self.settings, self.files = store, settings, files
-        self.is_debugging = log.isEnabledFor(logging.DEBUG)
         self.owners: dict[Owner, None] = {}
         self.portal = Portal(self)
         self.spools: Spools | None = None
@@ -3537,8 +3538,7 @@ class Loop:
             work(*arguments)
         except Exception:
             self.store.broke(where)
-            if owner:
-                self.do("the end of a connection", None, owner.close)
+            if owner and not self.do("the end of a connection", None, owner.close):
                 self.forget(owner)
             return False
         return True
