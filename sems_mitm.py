@@ -670,15 +670,15 @@ LENGTH = struct.Struct(">I")
 class Framer:
     """Cuts a stream into pieces, wherever its reads were cut. `rest` is the bytes of an unfinished frame, which wait for its end.
 
-    A frame with a bad CRC ends where another begins inside it, so that a good frame behind a torn one is found at once. The
-    next one, if it is bad too, is taken whole: so claims inside claims cost no more than checking each byte twice.
+    A frame with a bad CRC ends where another begins inside it, so that a good frame behind a torn one is found at once. A
+    bad one that begins inside the claim of another is taken whole: so each byte is checked about twice at most.
     """
 
     def __init__(self, wire: Wire) -> None:
         self.wire = wire
         self.rest = b""
         self._since = 0.0  # when the wait for its end began
-        self._is_torn = False  # the last frame was bad and ended where this one begins
+        self._claimed = 0  # of the bytes to come: how many a bad frame before them claimed, and has checked
         self._at_boundary = True  # at the start, or behind a frame or a keep-alive: where a keep-alive can stand
 
     def feed(self, data: bytes, now: float) -> list[Piece]:
@@ -707,13 +707,14 @@ class Framer:
         data, self.rest = self.rest, b""
         end = self._start(data, 1)
         kind = MALFORMED if data.startswith(self.wire.prefix) else JUNK
-        self._is_torn, self._at_boundary = end < len(data), False
+        self._at_boundary = False
         return [(kind, data[:end]), *self.feed(data[end:], now)]
 
     def _cut(self, data: bytes) -> tuple[list[Piece], int]:
         """The whole pieces of data, and how many bytes they are."""
         wire, pieces, pos, size = self.wire, [], 0, len(data)  # type: ignore[var-annotated]
         prefix, header, overhead, beat = wire.prefix, len(wire.prefix) + 4, wire.overhead, wire.beat
+        claimed = self._claimed
         while pos < size:
             if beat and self._at_boundary and data.startswith(beat[:1], pos):
                 if data.startswith(beat, pos):
@@ -725,7 +726,7 @@ class Framer:
             start = self._start(data, pos)
             if start > pos:
                 pieces.append((JUNK, data[pos:start]))
-                self._at_boundary = self._is_torn = False
+                self._at_boundary = False
                 pos = start
             if pos + header > size:
                 break
@@ -733,12 +734,14 @@ class Framer:
             if end > size:
                 break
             is_good = crc16(data[pos : end - 2]) == int.from_bytes(data[end - 2 : end], wire.order)
-            inner = end if is_good or self._is_torn else min(self._start(data, pos + len(prefix)), end)
+            inner = end if is_good or pos < claimed else min(self._start(data, pos + len(prefix)), end)
             if inner < end and inner + header > size:  # whether another begins there, its length will tell
                 break
+            claimed = claimed if is_good else max(claimed, end)
             pieces.append((FRAME if is_good else MALFORMED, data[pos:inner]))
-            self._at_boundary, self._is_torn = is_good, inner < end
+            self._at_boundary = is_good
             pos = inner
+        self._claimed = max(claimed - pos, 0)
         return pieces, pos
 
     def _start(self, data: bytes, pos: int) -> int:
@@ -2287,16 +2290,17 @@ def resolve(host: str, port: int, servers: list[tuple[str, int]]) -> list[Endpoi
     The servers are asked first: in this network the name leads to this machine, which must not connect to itself. Then the
     system's answer counts, but for addresses of this machine.
     """
-    for server in servers:
+    known = literal_addresses(host, port)
+    for server in () if known else servers:
         with contextlib.suppress(OSError, UnicodeError):
             routable = [address for address in ask_dns(server, host) or () if is_global(address)]
             if routable:
                 return [Endpoint(socket.AF_INET, (address, port)) for address in routable]
-    system = system_addresses(host, port)
-    others = [address for address in system if not is_this_machine(address.sockaddr[0])]
-    if others or not system:
-        if others:
-            return others
+    system = [] if known else system_addresses(host, port)
+    others = known or [address for address in system if not is_this_machine(address.sockaddr[0])]
+    if others:
+        return others
+    if not system:
         raise Unresolved("dns", f"{host} has no address, neither at --sems.upstream-dns nor here")
     where = system[0].sockaddr[0]
     change = "let --sems.upstream-dns name a server that knows its real address, or give that as --sems.upstream"
@@ -3371,6 +3375,7 @@ class Listener:
                 return
             except OSError as error:  # out of descriptors or memory
                 self.loop.store.troubles.say("accept", f"cannot accept a connection: {error.strerror}", now)
+                self.loop.end_idle_links(now)
                 return self.pause()
             self._admit(sock, sockaddr, now)
 
@@ -3430,11 +3435,11 @@ class Loop:
             resources.callback(self.selector.close)
             self.mailbox = Mailbox(self)
             resources.callback(self.mailbox.close)
+            self.listeners.append(Listener(self, listeners(*settings.listen_address), self._admit))
+            resources.callback(self.listeners[0].close)
             if settings.mode == SPOOL:
                 self.spools = Spools(self, SpoolTable(settings.spool_file, store))
                 resources.callback(self.spools.table.close)
-            self.listeners.append(Listener(self, listeners(*settings.listen_address), self._admit))
-            resources.callback(self.listeners[0].close)
             self.resources = resources.pop_all()
         self.every_second: list[Callable[[float], object]] = [store.look]
         self.is_stopping = False
@@ -3466,6 +3471,12 @@ class Loop:
         """Called when the owner has closed its sockets for good."""
         self.owners.pop(owner, None)
         self._touched.pop(owner, None)
+
+    def end_idle_links(self, now: float) -> None:
+        """Called when there are no descriptors: spools without work give theirs back."""
+        for owner in self.owners:
+            if isinstance(owner, SpoolSender) and not owner.undelivered:
+                owner.link.drop(now)
 
     def has_good_clock(self, now: float) -> bool:
         """Whether this machine's clock is good enough to set a device's by it."""
