@@ -21,7 +21,8 @@ The file reads as a packet travels:
     frames                       Framer: bytes in, pieces out: a frame is the only unit, and nothing is lost
     packets                      addresses, envelopes, registers; encode is the inverse of decode
     readings, identity, bat      registers to values and texts; model, family, labels; the bat
-    metrics                      protected counters, devices, the store; its content as exposition text
+    counters                     protected from falls and jumps; what a device's live packets said, and its day
+    metrics                      devices, the store; its content as exposition text
     rules                        what is let through, who answers, what waits: no socket, no thread
     files                        capture and backfill; the spool, a table of SQLite
     network                      names; Connection, Reader, Peer; Portal and PortalLink
@@ -1035,34 +1036,7 @@ def with_bat(frame: bytes) -> bytes | None:
     return encode(packet._replace(clear=clear))
 
 
-# --------------------------------------------------------------------------------------------------------- metrics
-
-log = logging.getLogger("sems_mitm")
-Clock = Callable[[float], float]  # monotonic seconds to the seconds since 1970 of the time of day that is shown
-
-
-def wall_clock(now: float) -> float:
-    """The real clock: monotonic seconds to seconds since 1970."""
-    return time.time() - time.monotonic() + now
-
-
-class Troubles:
-    """What goes wrong again and again as one log line a period for each kind, with a count of those left out."""
-
-    def __init__(self) -> None:
-        self.suppressed = 0
-        self._kinds: dict[str, list[float]] = {}  # kind to [when it may be said again, how often it was not]
-
-    def say(self, kind: str, text: str, now: float, period: float = PERIOD, level: int = logging.WARNING) -> None:
-        """Log text unless this kind (one of few) was logged within the period."""
-        last = self._kinds.setdefault(kind, [-math.inf, 0])
-        if now < last[0]:
-            last[1] += 1
-            self.suppressed += 1
-            return
-        log.log(level, "%s%s", text, f" (and {last[1]:.0f} more like it)" if last[1] else "")
-        last[:] = [now + period, 0]
-
+# -------------------------------------------------------------------------------------------------------- counters
 
 Series = tuple[str, str]  # metric, and its labels beside the device's three
 DAY = 86400
@@ -1216,13 +1190,10 @@ class Live:
         What became of its counters, and whether what its energies gained can be of an earlier day: behind a silence
         over midnight, or a confirmed jump.
         """
-        energies = self.energies()
-        before = {series: self.held.counters[series].shown for series in energies}
+        before = {series: self.held.counters[series].shown for series in self.energies()}
         said = self.held.take(found.values, at)
-        changed = {said.get(series) for series in energies}
-        unsure = bool(said) and (
-            not changed.isdisjoint((RESET, RISEN, WRONG_FIRST)) or self._is_over_midnight(before, at)
-        )
+        is_new = any(said.get(series) in (RESET, RISEN, WRONG_FIRST) for series in before)
+        unsure = is_new or bool(said) and self._is_over_midnight(before, at)
         self.fresh, self.at = came, at if said else self.at
         self.unknown = dict(itertools.islice(found.unknown.items(), UNKNOWN_REGISTERS))
         self.gauges = {series: number for series, number in found.values.items() if metric_type(series[0]) == "gauge"}
@@ -1270,24 +1241,57 @@ class Window:
     """The part of a day in which all devices count of which a house's day is made, and the most that was used in it."""
 
     def __init__(self) -> None:
-        self.begun: dict[str, tuple] = {}  # a device's day and since when it counts, by serial number
         self.since: datetime | None = None  # None is midnight
         self.base: dict[str, dict[str, float]] = {}  # what the devices had counted of their days before it
         self.used = 0.0  # kWh
+        self._begun: dict[str, tuple] = {}  # a device's day and since when it counts, by serial number
+
+    def move(self, begun: dict[str, tuple], gained: dict[str, dict[str, float]], now: datetime) -> None:
+        """If other devices count, or other days: begin where they all began, or else now."""
+        if begun != self._begun:
+            (_, since), *others = set(begun.values())
+            self._begun, self.used = begun, 0.0
+            self.since, self.base = (now, gained) if others else (since, {})
 
 
-PACKET_COUNTERS = {  # by kind of device and function; the original's names, one for the confirmations of all
-    kind: {
-        SETTINGS: f"{kind}_time_sync_packets_total",
-        LIVE: f"{kind}_metrics_packets_total",
-        BUFFERED: f"{kind}_metrics_packets_total",
-        CONFIRMATION: "meter_time_sync_ack_packets_total",
-    }
-    for kind in ("meter", "inverter")
+# --------------------------------------------------------------------------------------------------------- metrics
+
+log = logging.getLogger("sems_mitm")
+Clock = Callable[[float], float]  # monotonic seconds to the seconds since 1970 of the time of day that is shown
+
+
+def wall_clock(now: float) -> float:
+    """The real clock: monotonic seconds to seconds since 1970."""
+    return time.time() - time.monotonic() + now
+
+
+class Troubles:
+    """What goes wrong again and again as one log line a period for each kind, with a count of those left out."""
+
+    def __init__(self) -> None:
+        self.suppressed = 0
+        self._kinds: dict[str, list[float]] = {}  # kind to [when it may be said again, how often it was not]
+
+    def say(self, kind: str, text: str, now: float, period: float = PERIOD, level: int = logging.WARNING) -> None:
+        """Log text unless this kind (one of few) was logged within the period."""
+        last = self._kinds.setdefault(kind, [-math.inf, 0])
+        if now < last[0]:
+            last[1] += 1
+            self.suppressed += 1
+            return
+        log.log(level, "%s%s", text, f" (and {last[1]:.0f} more like it)" if last[1] else "")
+        last[:] = [now + period, 0]
+
+
+PACKET_COUNTERS = {  # by function; the original's names, of a kind of device but for the confirmations
+    SETTINGS: "{}_time_sync_packets_total",
+    LIVE: "{}_metrics_packets_total",
+    BUFFERED: "{}_metrics_packets_total",
+    CONFIRMATION: "meter_time_sync_ack_packets_total",
 }
-ACKS, NACKS, BUFFERED_PACKETS, UNREADABLE = (
+ACKS, NACKS, BUFFERED_PACKETS, UNREADABLE = DEVICE_COUNTERS = [
     f"sems_mitm_{name}_total" for name in ("acks", "nacks", "buffered_packets", "unreadable_packets")
-)
+]
 
 
 class Device:
@@ -1298,8 +1302,8 @@ class Device:
         self.family = family(where.cls, where.serial)
         self.name = identity(self.kind, self.serial)  # tells its series from those of others
         self.info = {"firmware": "", "module_firmware": "", "portal": ""}
-        named = ACKS, NACKS, BUFFERED_PACKETS, UNREADABLE
-        self.counts = dict.fromkeys([*PACKET_COUNTERS[self.kind].values(), *named], 0)
+        packets = [name.format(self.kind) for name in PACKET_COUNTERS.values()]
+        self.counts = dict.fromkeys([*packets, *DEVICE_COUNTERS], 0)
         self.last_frame = now  # when the last good frame came
         self.last_live = b""  # the last live frame
         self.live = Live()
@@ -1416,9 +1420,8 @@ class Store:
         function = where.function
         device.last_frame = now
         device.version += 1
-        counter = PACKET_COUNTERS[device.kind].get(function)
-        if counter:
-            device.counts[counter] += 1
+        if function in PACKET_COUNTERS:
+            device.counts[PACKET_COUNTERS[function].format(device.kind)] += 1
         if function == BUFFERED:
             device.counts[BUFFERED_PACKETS] += 1
         if function == LIVE:
@@ -1446,9 +1449,7 @@ class Store:
             self._is_named(device, now)  # says so
             return None
         if len(self.devices) >= self.max_devices:
-            text = (
-                f"more devices than --sems.max-devices={self.max_devices}: {where.serial} is passed on without metrics"
-            )
+            text = f"more devices than --sems.max-devices={self.max_devices}: {where.serial} gets no metrics"
             self.troubles.say("max-devices", text, now)
             return None
         self.devices[where.owner] = self.names[device.name] = device
@@ -1524,11 +1525,10 @@ class Store:
             live.offset = (stamp - local).total_seconds()
             agrees = abs(live.offset) <= CLOCK_AGREES and stamp.date() == looked.date()
             own = live.gauges.get(OWN_DAY) if agrees else None
-        for reason, count in collections.Counter(said.values()).items():
-            if reason in HELD_BACK:
-                self.add("sems_mitm_rejected_values_total", count, label("reason", reason))
-        self.add("sems_mitm_rejected_values_total", found.not_finite, label("reason", "not_finite"))
-        if FALL in said.values():
+        reasons = [*said.values()]
+        for reason, count in (*((why, reasons.count(why)) for why in HELD_BACK), ("not_finite", found.not_finite)):
+            self.add("sems_mitm_rejected_values_total", count, label("reason", reason))
+        if FALL in reasons:
             self._say_stuck(device, at, came)
         if not live.day or unsure and not live.slept(own):
             live.begin(looked, looked, at)
@@ -3720,17 +3720,14 @@ def energies(counters: Mapping[Series, float]) -> dict[str, float]:
     return found
 
 
-def today(live: Live) -> dict:
+def today(day: Day, gained: dict[str, float]) -> dict:
     """A device's energies of the day, and since when they are counted if that is not midnight."""
-    day, gained = live.day, energies(live.gained())
-    if day is None:
-        return {}
-    counted = set(gained)
+    found, counted = dict(gained), set(gained)
     if day.before is not None:
-        gained["generated"] = round(gained["generated"] + day.before * watt_hours(OWN_DAY[0]) / 1000, 3)
+        found["generated"] = round(gained["generated"] + day.before * watt_hours(OWN_DAY[0]) / 1000, 3)
         counted.remove("generated")
     since = {"today_since": day.since.isoformat(timespec="seconds")} if counted and day.since else {}
-    return {**{f"{word}_today_kilowatt_hours": number for word, number in gained.items()}, **since}
+    return {**{f"{word}_today_kilowatt_hours": number for word, number in found.items()}, **since}
 
 
 # A device of the house. told: the keys of what it knows while it is not silent; figures: what is known of it now;
@@ -3740,17 +3737,17 @@ Member = collections.namedtuple("Member", "serial family told figures metered be
 
 def member(device: Device, store: Store, now: float) -> Member:
     """All figures of a device. Flows go when it is silent, and today's energies at local midnight."""
-    live = device.live
-    present = flows(device.family, live.gauges)
+    live, day = device.live, device.live.day
+    if day and day.date != datetime.fromtimestamp(store.clock(now)).date():
+        day = None
+    present, gained = flows(device.family, live.gauges), energies(live.gained()) if day else {}
     lifetime = energies({series: live.counters[series] for series in live.energies()})
-    is_today = live.day and live.day.date == datetime.fromtimestamp(store.clock(now)).date()
-    day, gained = (today(live), energies(live.gained())) if is_today else ({}, {})
+    of_today = today(day, gained) if day else {}
     counted = {f"{word}_kilowatt_hours": number for word, number in lifetime.items()}
-    told = {*present, *counted, *day, *(f"{word}_today_kilowatt_hours" for word in lifetime)}
-    figures = {**({} if store.is_stale(live.fresh, now) else present), **day, **counted}
+    told = {*present, *counted, *of_today, *(f"{word}_today_kilowatt_hours" for word in lifetime)}
+    figures = {**({} if store.is_stale(live.fresh, now) else present), **of_today, **counted}
     metered = total(live.gauges, "meter_power_export_watts", "inverter_meter_power_watts") is not None
-    begun = (live.day.date, live.day.since) if is_today else ()
-    return Member(device.serial, device.family, told, figures, metered, begun, gained)
+    return Member(device.serial, device.family, told, figures, metered, day and (day.date, day.since), gained)
 
 
 def sources(key: str, members: Sequence[Member]) -> Iterator[list[Member]]:
@@ -3787,38 +3784,39 @@ def knowing(key: str, members: Sequence[Member]) -> list[Member]:
     return []
 
 
+SIGNS = {
+    "generated": 1,
+    "imported": 1,
+    "exported": -1,
+    "battery_discharged": 1,
+    "battery_charged": -1,
+}  # in what is used
+
+
 def day_of_house(members: Sequence[Member], window: Window, now: datetime) -> dict:
     """What a house has used today and its two shares, made of gains over one window."""
-    made, bought, sold = (
-        knowing(f"{word}_today_kilowatt_hours", members) for word in ("generated", "imported", "exported")
-    )
-    roofs = [one for one in sold if one.family == "HK1000"]
-    batteries = [one for one in members if "battery_charged_today_kilowatt_hours" in one.told and not roofs]
-    everyone = {one.serial: one for one in (*roofs, *batteries, *made, *bought, *sold)}
-    if not bought or not sold or not (made or roofs):
+    words = ("generated", "imported", "exported")
+    groups = {word: knowing(f"{word}_today_kilowatt_hours", members) for word in words}
+    roofs = [one for one in groups["exported"] if one.family == "HK1000"]
+    batteries = [one for one in members if "battery_charged_today_kilowatt_hours" in one.told]
+    parts = dict.fromkeys(words, roofs)  # a HomeKit 1000 sees all that an inverter gives and takes
+    if not roofs:
+        parts = {**groups, "battery_discharged": batteries, "battery_charged": batteries}
+    is_known = all(word in one.gained for word, group in parts.items() for one in group)
+    if not (is_known and groups["imported"] and all(parts[word] for word in words)):
         return {}
-    begun = {serial: one.begun for serial, one in everyone.items()}
-    if begun != window.begun:  # it begins with all of them, or else now
-        window.begun, window.used, begins = begun, 0, set(begun.values())
-        window.since = now if len(begins) > 1 else begins.pop()[1]
-        window.base = {serial: one.gained for serial, one in everyone.items() if len(set(begun.values())) > 1}
+    everyone = {one.serial: one for group in (*parts.values(), *groups.values()) for one in group}
+    begun, gained = ({serial: getattr(one, name) for serial, one in everyone.items()} for name in ("begun", "gained"))
+    window.move(begun, gained, now)
 
-    def gained(word: str, group: Sequence[Member]) -> float:
+    def sum_of(word: str, group: Sequence[Member]) -> float:
         return sum(one.gained[word] - window.base.get(one.serial, {}).get(word, 0) for one in group)
 
-    generated, imported, exported = gained("generated", made), gained("imported", bought), gained("exported", sold)
-    used = (
-        gained("generated", roofs or made)
-        + gained("imported", roofs or bought)
-        - gained("exported", roofs or sold)
-        + gained("battery_discharged", batteries)
-        - gained("battery_charged", batteries)
-    )
-    window.used = max(
-        window.used, round(used, 3)
-    )  # its parts are counted in steps, and not all at once: it must not fall
+    used = round(sum(SIGNS[word] * sum_of(word, group) for word, group in parts.items()), 3)
+    window.used = max(window.used, used)  # its parts are counted in steps, and not all at once: it must not fall
+    made, bought, sold = (sum_of(word, group) for word, group in groups.items())
     found: dict = {"used_today_kilowatt_hours": window.used}
-    for key, whole, other in zip(SHARES, (window.used, generated), (imported, exported)):
+    for key, whole, other in zip(SHARES, (window.used, made), (bought, sold)):
         if whole > 0:
             found[key] = round(min(max(100 * (whole - other) / whole, 0), 100), 1)
     return {**found, "today_since": window.since.isoformat(timespec="seconds")} if window.since else found
