@@ -1111,10 +1111,6 @@ class HeldCounter:
             return self._show(new, new.number, RESET, new)
         return FALL
 
-    def is_stuck(self, now: float) -> bool:
-        """Whether the device has counted less than what is shown for a day."""
-        return bool(self._row) and self._row[-1].number < self.shown.number and now - self.shown.at >= DAY
-
 
 class HeldCounters:
     """The counters of a device. Pure: times are handed in."""
@@ -1308,11 +1304,9 @@ class Device:
         self.last_live = b""  # the last live frame
         self.live = Live()
         self.waiting: dict[int, list[tuple[bytes, float]]] = {name: [] for name in DATA}  # frames, and when they came
-        self.version = 0  # rises with every change, so that an unchanged device is not rendered again
-        self.page: tuple[tuple[int, bool], dict[str, str]] = ((-1, False), {})
 
     def samples(self, stale: bool) -> dict[Series, float]:
-        """Everything that does not change by itself."""
+        """What the device said; gauges only while it is not silent."""
         live, texts = self.live, {"full_serial": label_text(self.serial), **self.info}
         found: dict[Series, float] = {(name, ""): number for name, number in self.counts.items()}
         found["sems_mitm_device_info", ",".join(map(label, texts, texts.values()))] = 1
@@ -1419,7 +1413,6 @@ class Store:
             return
         function = where.function
         device.last_frame = now
-        device.version += 1
         if function in PACKET_COUNTERS:
             device.counts[PACKET_COUNTERS[function].format(device.kind)] += 1
         if function == BUFFERED:
@@ -1440,7 +1433,6 @@ class Store:
         device = self.devices.get(owner)
         if device:
             device.counts[counter] += 1
-            device.version += 1
 
     def _newcomer(self, where: Address, now: float) -> Device | None:
         """A device met for the first time; None if it gets no series."""
@@ -1501,7 +1493,6 @@ class Store:
                     self._decode(device, function, frame, came)
                 except ProtocolError as error:
                     device.counts[UNREADABLE] += 1
-                    device.version += 1
                     self.troubles.say("payload", f"a packet of {device.serial} cannot be read: {error}", now)
                 except Exception:
                     self.broke("a reading")
@@ -1528,23 +1519,23 @@ class Store:
         reasons = [*said.values()]
         for reason, count in (*((why, reasons.count(why)) for why in HELD_BACK), ("not_finite", found.not_finite)):
             self.add("sems_mitm_rejected_values_total", count, label("reason", reason))
-        if FALL in reasons:
-            self._say_stuck(device, at, came)
+        for series, why in said.items():
+            counter = live.held.counters[series]
+            if why == FALL and at - counter.shown.at >= DAY:
+                self._say_stuck(device, series, counter.shown.number, came)
         if not live.day or unsure and not live.slept(own):
             live.begin(looked, looked, at)
         if said.get(OWN_TOTAL, FALL) not in HELD_BACK:
             live.complete(own)
         self._learn(device, found.info, came)
 
-    def _say_stuck(self, device: Device, at: float, now: float) -> None:
-        """Log once a day the counters of a device that have stayed held for a day."""
-        for (metric, labels), counter in device.live.held.counters.items():
-            if counter.is_stuck(at):
-                text = (
-                    f"{metric} of {device.serial} stays at {counter.shown.number}: the device has counted less for a day; if "
-                    "that is right, restart the exporter, which then shows the device's own value"
-                )
-                self.troubles.say(f"held {device.serial} {metric} {labels}", text, now, DAY)
+    def _say_stuck(self, device: Device, series: Series, number: float, now: float) -> None:
+        """Log once a day that a counter has stayed held for a day."""
+        text = (
+            f"{series[0]} of {device.serial} stays at {number}: the device has counted less for a day; if that is right, "
+            "restart the exporter, which then shows the device's own value"
+        )
+        self.troubles.say(f"held {device.serial} {series}", text, now, DAY)
 
     def _begin_day(self, now: float) -> None:
         """Begin the day of all devices at midnight; anew, if the clock was set since the last look."""
@@ -1569,21 +1560,19 @@ class Store:
                 del self.names[device.name]
             device.name = name
             self._is_named(device, now)
-        device.version += 1
 
     # A scrape
 
     def collect(self, now: float) -> list[dict[str, str]]:
-        """Pages for `exposition`. Only a device that has changed is rendered anew."""
+        """Pages for `exposition`: the exporter's own, and one of each device."""
         self.look(now)
-        samples, devices = self._samples(now), self.names.values()
-        for device in devices:
-            key, labels = (device.version, self.is_stale(device.live.fresh, now)), device_labels(device.name)
-            if device.page[0] != key:
-                device.page = (key, page(labels, device.samples(key[1])))
-            samples["sems_mitm_device_up", labels] = int(not self.is_stale(device.last_frame, now))
-            samples["sems_mitm_device_last_packet_timestamp_seconds", labels] = round(wall_clock(device.last_frame), 3)
-        return [page("", {**samples, **process_samples()}), *(device.page[1] for device in devices)]
+        pages = [page("", {**self._samples(now), **process_samples()})]
+        for device in self.names.values():
+            samples = device.samples(self.is_stale(device.live.fresh, now))
+            samples["sems_mitm_device_up", ""] = int(not self.is_stale(device.last_frame, now))
+            samples["sems_mitm_device_last_packet_timestamp_seconds", ""] = round(wall_clock(device.last_frame), 3)
+            pages.append(page(device_labels(device.name), samples))
+        return pages
 
     def _samples(self, now: float) -> dict[Series, float]:
         """What is no device's."""

@@ -1426,17 +1426,6 @@ class HeldCountersTest(unittest.TestCase):
                 if value.counter and value.register >= 30000:
                     self.assertEqual(value.series[0].startswith("meter_"), value.register >= 36000, value.series)
 
-    def test_stuck(self):
-        """A counter counts as stuck when it has been held for a day."""
-        for readings, wanted in (
-            (apart(HOUR, 9, 8, 8), False),
-            (apart(HOUR, 9, *[8] * 24), True),
-            (apart(HOUR, 9, *[8] * 24, 9), False),
-            (apart(HOUR, 9, *[8] * 24, 99999), False),
-        ):
-            counter, _ = published(readings)
-            self.assertEqual(counter.is_stuck(readings[-1][0]), wanted)
-
     @staticmethod
     def history(chance: random.Random) -> list:
         """(seconds, true number, number as it was read) of some weeks; the first two are true, and no two wrong ones in a row."""
@@ -1832,28 +1821,13 @@ class StoreTest(SocketCase):
                 self.assertRegex(line, rf"^{names[-1]}({{{label}(,{label})*}})? -?[\d.e+-]+$")
         self.assertEqual(names, sorted(set(names)))
 
-    def test_pages(self):
-        """A device's page is rendered when something of it changed, a packet, silence, an ACK, and only then."""
-        store = sems.Store(stale_after=100, clock=clock)
-        meet(store, FRAME, frame(serial=OTHER))
-        for name, now, change, changes in (
-            ("nothing", 0, lambda: None, False),
-            ("a packet", 0, lambda: meet(store, frame(when=minute(1), ranges=[(2107, (0, 1))])), True),
-            ("a buffered one", 0, lambda: meet(store, frame(sems.BUFFERED)), True),
-            ("an ACK", 0, lambda: store.answered(("meter", METER), sems.ACKS), True),
-            ("a NACK", 0, lambda: store.answered(("meter", METER), sems.NACKS), True),
-            ("a NACK of nobody", 0, lambda: store.answered(("meter", INVERTER), sems.NACKS), False),
-            ("a silence", 101, lambda: None, True),
-            ("more of it", 102, lambda: None, False),
-        ):
-            with self.subTest(name):
-                before = store.collect(now if name == "more of it" else 0.0)
-                change()
-                after = store.collect(now)
-                self.assertEqual((after[1] is before[1], after[2] is before[2]), (not changes, now != 101))
-        text = "".join(after[1].values())
-        self.assertRegex(text, r"acks_total\{[^}]*\} 1\n(?s:.*)nacks_total\{[^}]*\} 1\n")
-        self.assertRegex(text, r"meter_metrics_packets_total\{[^}]*\} 3\n")
+    def test_answers(self):
+        """A device's ACKs and NACKs are counted, and those of nobody are not."""
+        store = sems.Store(clock=clock)
+        meet(store, FRAME)
+        for counter, serial in ((sems.ACKS, METER), (sems.NACKS, METER), (sems.NACKS, METER), (sems.NACKS, INVERTER)):
+            store.answered(("meter", serial), counter)
+        self.assertEqual([value(store, f"sems_mitm_{name}_total") for name in ("acks", "nacks")], [1, 2])
 
     def test_troubles(self):
         """The same trouble is one log line a minute with a count; another kind, and another period, have their own."""
@@ -4722,6 +4696,7 @@ class HouseholdTest(unittest.TestCase):
             35209: (0, 800),
             36004: (1,),
             36015: (0x4240, 0, 0x4240, 0),
+            36025: (0, 5),
         }
         silent = {register: (0,) * len(words) for register, words in known.items()}
         ct = [(30145, (0, 9)), (30195, (0, 5, 0, 600, 0, 700)), (30209, (1,))]
