@@ -116,8 +116,10 @@ SHUTDOWN = 2  # s to send what is queued at the end
 TICK = 1  # s between looks at deadlines
 SLOW = 1  # s in a file system after which the log names it
 LOOP_WINDOW = 2  # s in which a device's first piece that we have just sent to the portal is a loop
+OPENING = 46  # bytes of a frame that tell it from others: type, serial number and IV, which is the time
+WRITES = 4  # to the portal, of which a connection remembers the first bytes
 RETURN_WINDOW = 60  # s in which a frame that left a spool and comes in again is a loop
-REMEMBERED, SENT_PIECES = 32, 4096  # pieces that are remembered for that: of one write, in all
+SENT_FRAMES = 4096  # of spools that are remembered for that
 DECODING = 0.25  # s in a row for decoding
 DECODED = 3  # of a device's waiting packets of a function: what the jump rule needs to see
 OTHER_TYPES = 32  # packet types beyond the known with a label of their own
@@ -672,7 +674,8 @@ class Framer:
     """Cuts a stream into pieces, wherever its reads were cut. `rest` is the bytes of an unfinished frame, which wait for its end.
 
     A frame with a bad CRC ends where another begins inside it, so that a good frame behind a torn one is found at once. The
-    next one, if it is bad too, is taken whole: so claims inside claims cost no more than checking each byte twice.
+    next one, if it is bad too, is taken whole, and so is one that claims more than may be checked again: claims inside
+    claims cost no more than checking each byte about twice.
     """
 
     def __init__(self, wire: Wire) -> None:
@@ -680,6 +683,7 @@ class Framer:
         self.rest = b""
         self._since = 0.0  # when the wait for its end began
         self._is_torn = False  # the last frame was bad and ended where this one begins
+        self._budget = wire.cap  # bytes that may be checked again
         self._at_boundary = True  # at the start, or behind a frame or a keep-alive: where a keep-alive can stand
 
     def feed(self, data: bytes, now: float) -> list[Piece]:
@@ -737,6 +741,9 @@ class Framer:
             inner = end if is_good or self._is_torn else min(self._start(data, pos + len(prefix)), end)
             if inner < end and inner + header > size:  # whether another begins there, its length will tell
                 break
+            if end - inner > self._budget:
+                inner = end
+            self._budget = min(self._budget + inner - pos, wire.cap) - (end - inner)
             pieces.append((FRAME if is_good else MALFORMED, data[pos:inner]))
             self._at_boundary, self._is_torn = is_good, inner < end
             pos = inner
@@ -1676,15 +1683,16 @@ class Outbox:
                 break
         return b"".join(pieces)
 
-    def took(self, count: int) -> list[bytes]:
-        """Remove so many bytes, which the peer has taken; the pieces that are sent whole by that."""
+    def first(self) -> bytes:
+        """The first piece of which nothing is sent yet, if that is the next."""
+        return b"" if self._sent else self._pieces[0]
+
+    def took(self, count: int) -> None:
+        """Remove so many bytes, which the peer has taken."""
         self.size -= count
         self._sent += count
-        whole = []
         while self._pieces and self._sent >= len(self._pieces[0]):
-            whole.append(self._pieces.popleft())
-            self._sent -= len(whole[-1])
-        return whole
+            self._sent -= len(self._pieces.popleft())
 
     def restart(self, is_wanted: Callable[[bytes], bool]) -> None:
         """Called when the connection is lost: keep only wanted pieces, a half-sent one from its first byte."""
@@ -1715,31 +1723,29 @@ def draws_bat(where: Address) -> bool:
     return where.function in (LIVE, BUFFERED) and family(where.cls, where.serial) == "HK1000"
 
 
-# first, latest: when a piece left for the portal; end: HOST:PORT of our end of the connection on which it left last
-Departure = collections.namedtuple("Departure", "first latest end")
+Departure = collections.namedtuple("Departure", "first latest")  # when a frame left for the portal
 
 
-class SentPieces:
-    """The pieces that have left for the portal lately, each by its hash: one that comes in from a device is a loop."""
+class SentFrames:
+    """The frames that have left spools lately, each by its hash: one that comes in from a device can be a loop."""
 
     def __init__(self) -> None:
         self._departures: collections.OrderedDict[int, Departure] = collections.OrderedDict()
 
-    def note(self, piece: bytes, end: str, now: float) -> None:
-        """Remember that a piece leaves."""
-        key, departures = hash(piece), self._departures
-        before = departures.pop(key, None)
-        departures[key] = Departure(before.first if before else now, now, end)
-        if len(departures) > SENT_PIECES:
-            departures.popitem(last=False)
+    def note(self, frame: bytes, now: float) -> None:
+        """Remember that a frame leaves."""
+        before = self._departures.pop(hash(frame), None)
+        self._departures[hash(frame)] = Departure(before.first if before else now, now)
+        if len(self._departures) > SENT_FRAMES:
+            self._departures.popitem(last=False)
 
-    def departure(self, piece: bytes) -> Departure | None:
-        """When and where a piece has left, if that is remembered."""
-        return self._departures.get(hash(piece))
+    def departure(self, frame: bytes) -> Departure | None:
+        """When a frame has left, if that is remembered."""
+        return self._departures.get(hash(frame))
 
-    def forget(self, piece: bytes) -> None:
+    def forget(self, frame: bytes) -> None:
         """Called when a device's frame is new: the next departure is its first."""
-        self._departures.pop(hash(piece), None)
+        self._departures.pop(hash(frame), None)
 
 
 # ----------------------------------------------------------------------------------------------------------- files
@@ -2280,16 +2286,17 @@ def resolve(host: str, port: int, servers: list[tuple[str, int]]) -> list[Endpoi
     The servers are asked first: in this network the name leads to this machine, which must not connect to itself. Then the
     system's answer counts, but for addresses of this machine.
     """
-    for server in servers:
+    known = literal_addresses(host, port)
+    for server in () if known else servers:
         with contextlib.suppress(OSError, UnicodeError):
             routable = [address for address in ask_dns(server, host) or () if is_global(address)]
             if routable:
                 return [Endpoint(socket.AF_INET, (address, port)) for address in routable]
-    system = system_addresses(host, port)
-    others = [address for address in system if not is_this_machine(address.sockaddr[0])]
-    if others or not system:
-        if others:
-            return others
+    system = [] if known else system_addresses(host, port)
+    others = known or [address for address in system if not is_this_machine(address.sockaddr[0])]
+    if others:
+        return others
+    if not system:
         raise Unresolved("dns", f"{host} has no address, neither at --sems.upstream-dns nor here")
     where = system[0].sockaddr[0]
     change = "let --sems.upstream-dns name a server that knows its real address, or give that as --sems.upstream"
@@ -2389,14 +2396,14 @@ class Connection:
             self.heard = now
         return data
 
-    def send(self, now: float) -> list[bytes]:
-        """Send what the peer takes of what waits; the pieces that are sent whole by that."""
-        outbox, whole = self.outbox, []  # type: ignore[var-annotated]
+    def send(self, now: float) -> None:
+        """Send what the peer takes of what waits."""
+        outbox = self.outbox
         try:
             while outbox.size and not self.error:
                 data = outbox.ready()
                 count = self.sock.send(data)
-                whole += outbox.took(count)
+                outbox.took(count)
                 self._progress = now
                 if count < len(data):
                     break
@@ -2405,7 +2412,6 @@ class Connection:
         except OSError as error:
             self.error = error
         self._progress = (self._progress or now) if outbox.size else None
-        return whole
 
     def watch(self, reading: bool, writing: bool = False) -> None:
         """Have the selector wait until the peer sends, if it is read, and until it takes what waits (or has connected)."""
@@ -2505,7 +2511,7 @@ class Reader:
             self.loop.store.count(self.wire, kind, verdict)
         self._in_junk = kind == JUNK
         self.loop.files.record(self.name, self.wire, kind, verdict, data)
-        if self.loop.is_debugging:
+        if log.isEnabledFor(logging.DEBUG):
             serial = where.serial[-8:] if where else "-"
             log.debug("%s %s %s, %d bytes: %s", self.wire.name, kind, serial, len(data), verdict)
 
@@ -2559,6 +2565,8 @@ class DevicePeer(Peer):
         if self._began is not None and now - self._began >= STRANGER and not framer.rest:
             self._began = math.inf
             self.reader.loop.store.name_stranger(self.host, "nothing", now)
+        if self._began is not None and len(framer.rest) >= OPENING:  # an unfinished frame can be ours, too
+            self.is_loop = self.reader.loop.portal.has_sent(framer.rest, self.reader.name, LOOP_WINDOW + patience, now)
         pieces = framer.expire(now)
         is_silent = not connection.ended and now - connection.heard >= SILENCE
         if is_silent or connection.is_stalled(now):
@@ -2593,8 +2601,8 @@ class Portal:
         self.loop = loop
         self.up: int | None = None  # whether the last attempt of any link succeeded, and its connection was not lost
         self.links: dict[str, PortalLink] = {}  # that are connected, by our HOST:PORT of the connection
-        self.sent = SentPieces()
-        self._refused: dict[int, float] = {}  # hashes of pieces that were refused as a loop, and when
+        self.sent = SentFrames()  # by spools
+        self._refused: dict[int, float] = {}  # hashes of openings that were refused as a loop, and when
         self._waiting: dict[PortalLink, None] = {}  # for the look-up that is under way
         self._is_looking = False  # in a thread
         self._late: tuple[list[Endpoint], float] = ([], -math.inf)  # addresses that came when nobody waited, and when
@@ -2648,21 +2656,24 @@ class Portal:
         return any((name, port) in own for name in ("0.0.0.0", "::", host)) and is_this_machine(host)
 
     def has_sent(self, piece: bytes, peer: str, window: float, now: float) -> bool:
-        """Whether a device's first piece is one that an open connection of ours to the portal has sent: a loop.
+        """Whether a device's connection begins as an open connection of ours to the portal has just begun a write: a loop.
 
         Where the device's address is our end of that connection, it is no other; else once and within a window only, since
-        a device can repeat what it said on a connection that is still open.
+        a device can repeat what it said on a connection that is still open. Frames alone have a fixed cut.
         """
-        departure = self.sent.departure(piece)
-        if not departure or departure.end not in self.links:
-            return False
-        if departure.end == peer:
-            return True
         self._refused = {key: at for key, at in self._refused.items() if now - at < RETURN_WINDOW}
-        if now - departure.latest > window or hash(piece) in self._refused:
-            return False
-        self._refused[hash(piece)] = now
-        return True
+        opening, is_frame = piece[:OPENING], piece.startswith(OUTBOUND.prefix)
+        for end, link in self.links.items():
+            for sent, at in link.writes:
+                size = min(len(sent), len(opening))
+                if sent[:size] != opening[:size] or size < (OPENING if is_frame else 1):
+                    continue
+                if end == peer:
+                    return True
+                if now - at <= window and hash(opening) not in self._refused:
+                    self._refused[hash(opening)] = now
+                    return True
+        return False
 
     def connected(self, link: PortalLink, end: str, now: float) -> None:
         """Called when a link is connected; end: our HOST:PORT."""
@@ -2696,6 +2707,7 @@ class PortalLink:
         self.state, self.was_lost, self.has_sent = IDLE, False, False  # has_sent: anything, on any connection
         self.peer: Peer | None = None
         self.end = ""  # our HOST:PORT of the connection
+        self.writes: collections.deque[tuple[bytes, float]] = collections.deque(maxlen=WRITES)  # first bytes, when
         self.reader = Reader(INBOUND, loop, name, classes)
         self._since = 0.0  # when the state began
         self._addresses: list[Endpoint] = []  # of the attempt, still to be tried
@@ -2776,8 +2788,8 @@ class PortalLink:
         if self.state != UP or not self.peer or not self.outbox.size:
             return []
         self.has_sent = True
-        for piece in self.peer.connection.send(now)[:REMEMBERED]:
-            self.loop.portal.sent.note(piece, self.end, now)
+        self.writes.append((self.outbox.first()[:OPENING], now))
+        self.peer.connection.send(now)
         messages = self.peer.rest(now)
         self._notice_end(now)
         return messages
@@ -2949,7 +2961,8 @@ class Relay:
             return self.close()
         self._pass_outward(self.device.overdue(now), now)
         self._pass_inward(self.link.overdue(now))
-        if self.link.outbox.size or self.device.reader.framer.rest and not self._is_away:
+        is_waiting = self.link.outbox.size or self.device.reader.framer.rest and not self._is_away
+        if is_waiting and not self.device.is_loop:
             self.link.reach(now)
 
     def close(self) -> None:
@@ -3060,7 +3073,9 @@ class SpoolSender:
         self._reached = 0  # the number of the last frame that it has acknowledged there
         # frames that were put behind: id to type, and until when they are not sent again on this connection
         self._behind: dict[int, tuple[str, float]] = {}
-        self._own_answers: collections.deque[bytes] = collections.deque(maxlen=8)  # which we gave to frames under way
+        self._own_answers: collections.deque[bytes] = collections.deque(
+            maxlen=WINDOW
+        )  # which we gave to frames under way
         self._numbers = itertools.count(1)  # of frames, in the order in which they are sent
         classes = {int(kind[:2], 16) for kind in self._last if kind != NO_ANSWER}
         self.link = PortalLink(loop, self, serial, classes)
@@ -3170,6 +3185,7 @@ class SpoolSender:
             if self.link.state == UP and not self.link.outbox.size:  # what gets no answer is done once sent
                 for frame in [frame for frame in self._under_way if frame.row.type == NO_ANSWER]:
                     self._deliver(frame)
+                    self.loop.touch(self)  # the next can go
         if self.link.was_lost:
             self._start_anew(now)
         if self.undelivered and self.link.can_begin(now) and self._next():
@@ -3204,6 +3220,7 @@ class SpoolSender:
             self._sent[row.type] = row.id
             drawn = with_bat(row.frame) if draws and draws_bat(address_of(row.frame, OUTBOUND)) else None
             outbox.put(drawn or row.frame)
+            self.loop.portal.sent.note(drawn or row.frame, now)
             frame = UnderWay(row._replace(frame=b""), len(row.frame), hash(row.frame), now, next(self._numbers))
             self._under_way.append(frame)
 
@@ -3244,8 +3261,11 @@ class SpoolSender:
                 return self.link.lose(None, now)
 
     def close(self) -> None:
-        """After an error of our own: the connection ends, what is spooled stays."""
+        """End the connection, and be forgotten; what is spooled stays, and `Spools.wake` makes another sender for it."""
         self.link.drop(time.monotonic())
+        if self.loop.spools:
+            self.loop.spools.senders.pop(self.serial, None)
+        self.loop.forget(self)
 
 
 KEPT, REFUSED, COMES_BACK = "kept", "refused", "comes back"  # what a spool says of a frame
@@ -3302,14 +3322,13 @@ class Spools:
     def forget(self, sender: SpoolSender) -> None:
         """Called when a sender has nothing to deliver, and its device has gone."""
         sender.close()
-        del self.senders[sender.serial]
         self.table.forget(sender.serial)
-        self.loop.forget(sender)
 
     def commit(self) -> None:
         """Store the frames of this round."""
         for serial, _, _, frame in self.table.commit():
-            self.senders[serial].lose(frame)
+            if serial in self.senders:
+                self.senders[serial].lose(frame)
 
     def look(self, now: float) -> None:
         """Have the table write what waits; called once a second."""
@@ -3362,6 +3381,7 @@ class Listener:
                 return
             except OSError as error:  # out of descriptors or memory
                 self.loop.store.troubles.say("accept", f"cannot accept a connection: {error.strerror}", now)
+                self.loop.end_idle_links(now)
                 return self.pause()
             self._admit(sock, sockaddr, now)
 
@@ -3412,7 +3432,6 @@ class Loop:
     def __init__(self, store: Store, settings: argparse.Namespace, files: Files) -> None:
         """Raises OSError if the devices' port cannot be had, StartError for a spool file."""
         self.store, self.settings, self.files = store, settings, files
-        self.is_debugging = log.isEnabledFor(logging.DEBUG)
         self.owners: dict[Owner, None] = {}
         self.portal = Portal(self)
         self.spools: Spools | None = None
@@ -3422,11 +3441,11 @@ class Loop:
             resources.callback(self.selector.close)
             self.mailbox = Mailbox(self)
             resources.callback(self.mailbox.close)
+            self.listeners.append(Listener(self, listeners(*settings.listen_address), self._admit))
+            resources.callback(self.listeners[0].close)
             if settings.mode == SPOOL:
                 self.spools = Spools(self, SpoolTable(settings.spool_file, store))
                 resources.callback(self.spools.table.close)
-            self.listeners.append(Listener(self, listeners(*settings.listen_address), self._admit))
-            resources.callback(self.listeners[0].close)
             self.resources = resources.pop_all()
         self.every_second: list[Callable[[float], object]] = [store.look]
         self.is_stopping = False
@@ -3458,6 +3477,12 @@ class Loop:
         """Called when the owner has closed its sockets for good."""
         self.owners.pop(owner, None)
         self._touched.pop(owner, None)
+
+    def end_idle_links(self, now: float) -> None:
+        """Called when there are no descriptors: spools without work give theirs back."""
+        for owner in self.owners:
+            if isinstance(owner, SpoolSender) and not owner.undelivered:
+                owner.link.drop(now)
 
     def has_good_clock(self, now: float) -> bool:
         """Whether this machine's clock is good enough to set a device's by it."""
@@ -3530,8 +3555,7 @@ class Loop:
             work(*arguments)
         except Exception:
             self.store.broke(where)
-            if owner:
-                self.do("the end of a connection", None, owner.close)
+            if owner and not self.do("the end of a connection", None, owner.close):
                 self.forget(owner)
             return False
         return True
