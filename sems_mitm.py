@@ -21,7 +21,8 @@ The file reads as a packet travels:
     frames                       Framer: bytes in, pieces out: a frame is the only unit, and nothing is lost
     packets                      addresses, envelopes, registers; encode is the inverse of decode
     readings, identity, bat      registers to values and texts; model, family, labels; the bat
-    metrics                      protected counters, devices, the store; its content as exposition text
+    counters                     protected from falls and jumps; what a device's live packets said, and its day
+    metrics                      devices, the store; its content as exposition text
     rules                        what is let through, who answers, what waits: no socket, no thread
     files                        capture and backfill; the spool, a table of SQLite
     network                      names; Connection, Reader, Peer; Portal and PortalLink
@@ -1043,34 +1044,7 @@ def with_bat(frame: bytes) -> bytes | None:
     return encode(packet._replace(clear=clear))
 
 
-# --------------------------------------------------------------------------------------------------------- metrics
-
-log = logging.getLogger("sems_mitm")
-Clock = Callable[[float], float]  # monotonic seconds to the seconds since 1970 of the time of day that is shown
-
-
-def wall_clock(now: float) -> float:
-    """The real clock: monotonic seconds to seconds since 1970."""
-    return time.time() - time.monotonic() + now
-
-
-class Troubles:
-    """What goes wrong again and again as one log line a period for each kind, with a count of those left out."""
-
-    def __init__(self) -> None:
-        self.suppressed = 0
-        self._kinds: dict[str, list[float]] = {}  # kind to [when it may be said again, how often it was not]
-
-    def say(self, kind: str, text: str, now: float, period: float = PERIOD, level: int = logging.WARNING) -> None:
-        """Log text unless this kind (one of few) was logged within the period."""
-        last = self._kinds.setdefault(kind, [-math.inf, 0])
-        if now < last[0]:
-            last[1] += 1
-            self.suppressed += 1
-            return
-        log.log(level, "%s%s", text, f" (and {last[1]:.0f} more like it)" if last[1] else "")
-        last[:] = [now + period, 0]
-
+# -------------------------------------------------------------------------------------------------------- counters
 
 Series = tuple[str, str]  # metric, and its labels beside the device's three
 DAY = 86400
@@ -1096,6 +1070,7 @@ class HeldCounter:
     def __init__(self, metric: str, number: float, now: float) -> None:
         self.shown = Count(number, now)  # the last reading that was taken
         self.sure = self.shown  # the last taken one that was right: the reading right after it was not below it
+        self._doubted = False  # a fall went on from `sure`, so the shown value can be a wrong one
         self.gained: float = 0  # from the first reading on
         self._wh, self._readings = watt_hours(metric), 1
         # Held-back readings, one right after the other, that agree; of falls the first and the last of them.
@@ -1114,23 +1089,23 @@ class HeldCounter:
         """What becomes of the next reading: TAKEN, RESET, RISEN, WRONG_FIRST, FALL or JUMP."""
         new, row = Count(number, now), self._row
         self._readings += 1
-        # Behind readings that were held back, the shown value can be a wrong one: it must not carry a second one.
-        if self._agree(self.shown, new) and (not row or self._agree(self.sure, new)):
-            return self._show(new, number - self.shown.number, TAKEN, self.sure if row else self.shown)
+        # A shown value that can be wrong must not carry a second one.
+        if self._agree(self.shown, new) and (not self._doubted or self._agree(self.sure, new)):
+            return self._show(new, number - self.shown.number, TAKEN, self.sure if self._doubted else self.shown)
         is_fall = number < self.shown.number
+        self._doubted |= is_fall and self._agree(self.sure, new)
         goes_on = row and is_fall == (row[-1].number < self.shown.number) and self._agree(row[-1], new)
         self._row = [*row[: 1 if is_fall else 2], new] if goes_on else [new]
-        return self._fallen(new) if is_fall else self._jumped(new)
+        if is_fall:
+            return self._fallen(new)
+        if len(self._row) < 3:
+            return JUMP
+        return self._show(new, number - self.shown.number, RISEN, self._row[1])
 
     def _show(self, new: Count, gained: float, why: str, sure: Count) -> str:
         self.gained += gained
-        self.shown, self.sure, self._row = new, sure, []
+        self.shown, self.sure, self._row, self._doubted = new, sure, [], False
         return why
-
-    def _jumped(self, new: Count) -> str:
-        if len(self._row) < 3:
-            return JUMP
-        return self._show(new, new.number - self.shown.number, RISEN, self._row[1])
 
     def _fallen(self, new: Count) -> str:
         first = self._row[0]
@@ -1143,10 +1118,6 @@ class HeldCounter:
         if is_low and was_made and new.at - first.at >= DAY and new.number > first.number:
             return self._show(new, new.number, RESET, new)
         return FALL
-
-    def is_stuck(self, now: float) -> bool:
-        """Whether the device has counted less than what is shown for a day."""
-        return bool(self._row) and self._row[-1].number < self.shown.number and now - self.shown.at >= DAY
 
 
 class HeldCounters:
@@ -1182,15 +1153,23 @@ class HeldCounters:
         return {series: counter.gained for series, counter in self.counters.items()}
 
 
-# A day of a device: its date; when counting began, None for midnight, and the same on the clock of the counter rules;
-# what the counters had gained at that time, and at the times at which other devices began, so that gains of several can
-# be compared over one window.
-Day = collections.namedtuple("Day", "date since at marks")
-MARKS = 16  # times of a day that are kept for a device
+COUNTED = {  # energies that a house lives by: the counters of which the first that there is counts
+    "generated": ("meter_energy_generation_decawatt_hours_total", "inverter_energy_output_hectowatt_hours_total"),
+    "imported": ("meter_energy_import_decawatt_hours_total", "inverter_meter_energy_import_watthours_total"),
+    "exported": ("meter_energy_export_decawatt_hours_total", "inverter_meter_energy_export_watthours_total"),
+    "battery_charged": ("battery_energy_charge_watthours_total",),
+    "battery_discharged": ("battery_energy_discharge_watthours_total",),
+}
+ENERGIES = {(metric, "") for metrics in COUNTED.values() for metric in metrics}
+BATTERIES = {("battery_power_watts", label("battery", number)) for number in "12"}
 OWN_DAY = ("inverter_energy_output_hectowatt_hours_day", "")  # an inverter's own count of the day
-OWN_TOTAL = ("inverter_energy_output_hectowatt_hours_total", "")
-CLOCK_STEP = 60  # s that this machine's clock may be off the monotonic one from one look to the next: else it was set
+OWN_TOTAL = ("inverter_energy_output_hectowatt_hours_total", "")  # in the same unit
+CLOCK_STEP = 60  # s that this machine's clock can be off the monotonic one from one look to the next: else it was set
 CLOCK_AGREES = 600  # s between a device's clock and ours: its day is ours
+
+# A day of a device: its date; when counting began, None for midnight, and the same on the clock of the counter rules;
+# what the counters had gained at that time; and what an inverter itself counted of the day before it, None if not known.
+Day = collections.namedtuple("Day", "date since at base before", defaults=(None,))
 
 
 class Live:
@@ -1203,70 +1182,120 @@ class Live:
         self.unknown: dict[int, int] = {}
         self.fresh = -math.inf  # when the last reading came, monotonic
         self.at = -math.inf  # when the last one came that had a counter, on the clock of the counter rules
-        self.stamp: datetime | None = None  # the device's own time of the last reading that had one
-        self.offset: float | None = None
+        self.offset: float | None = None  # s of the device's clock less ours
         self.day: Day | None = None
+        # Whether any reading had a battery. Without one an inverter counts what goes into a battery that is not there;
+        # but one whose battery is silent for a packet has it still.
+        self.has_battery = False
 
-    def take(self, found: Reading, now: float, at: float) -> tuple[dict[Series, str], bool]:
-        """Take a reading that came at `now`, which is `at` for the counter rules.
+    def take(self, found: Reading, came: float, at: float) -> tuple[dict[Series, str], bool]:
+        """Take a reading that came at `came`, which is `at` for the counter rules.
 
-        What became of its counters, and whether what they gained can be of an earlier day: behind a silence over
-        midnight, or a confirmed jump.
+        What became of its counters, and whether what its energies gained can be of an earlier day: behind a silence
+        over midnight, or a confirmed jump.
         """
-        before = {series: counter.shown for series, counter in self.held.counters.items()}
+        before = {series: self.held.counters[series].shown for series in self.energies()}
         said = self.held.take(found.values, at)
-        unsure = not {RESET, RISEN, WRONG_FIRST}.isdisjoint(said.values()) or self._is_over_midnight(before, said, at)
-        self.fresh, self.at = now, at if said else self.at
+        is_new = any(said.get(series) in (RESET, RISEN, WRONG_FIRST) for series in before)
+        unsure = is_new or bool(said) and self._is_over_midnight(before, at)
+        self.fresh, self.at = came, at if said else self.at
         self.unknown = dict(itertools.islice(found.unknown.items(), UNKNOWN_REGISTERS))
         self.gauges = {series: number for series, number in found.values.items() if metric_type(series[0]) == "gauge"}
         self.counters = self.held.shown()
+        self.has_battery = self.has_battery or not BATTERIES.isdisjoint(self.gauges)
         return said, unsure
 
-    def _is_over_midnight(self, before: dict[Series, Count], said: dict[Series, str], at: float) -> bool:
+    def _is_over_midnight(self, before: dict[Series, Count], at: float) -> bool:
         """Whether the device, or a counter that has now gained much, was silent for an hour over the day's begin."""
-        if not self.day or not said:
-            return False
-        begun, longest = self.day.at, at - LONGEST
-        if self.at < begun and self.at <= longest:
-            return True
-        for series, last in before.items():
-            if last.at < begun and last.at <= longest and said.get(series) == TAKEN:
-                counter = self.held.counters[series]
-                if counter.shown.number - last.number > counter.could_make(0):
-                    return True
-        return False
+        begun = min(self.day.at, at - LONGEST) if self.day else -math.inf
+        gained = ((self.held.counters[series], last) for series, last in before.items() if last.at < begun)
+        return self.at < begun or any(one.shown.number - last.number > one.could_make(0) for one, last in gained)
+
+    def energies(self) -> set[Series]:
+        """The counters of the energies that a house lives by, without those of a battery that is not there."""
+        energies = ENERGIES & self.held.counters.keys()
+        return energies if self.has_battery else {series for series in energies if not series[0].startswith("battery")}
+
+    def gained(self) -> dict[Series, float]:
+        """What the energies have gained in the day."""
+        base = self.day.base if self.day else {}
+        return {series: self.held.counters[series].gained - base.get(series, 0) for series in self.energies()}
+
+    def slept(self, own: float | None) -> bool:
+        """Whether the device, by its own count of the day, counted nothing but today's over a silence, and nothing else.
+
+        So does a grid-tied inverter, which sleeps at night.
+        """
+        return self.energies() == {OWN_TOTAL} and own is not None and self.gained()[OWN_TOTAL] <= own + 1
 
     def begin(self, when: datetime, since: datetime | None, at: float) -> None:
         """Begin to count the day of `when` anew, at midnight or `since`, which is `at` for the counter rules."""
-        self.day = Day(when.date(), since, at, {since: self.held.gained()})
+        self.day = Day(when.date(), since, at, self.held.gained())
 
-    def mark(self, since: datetime) -> None:
-        """Remember what was gained when another device began to count."""
-        if self.day:
-            marks = self.day.marks
-            marks[since] = self.held.gained()
-            if len(marks) > MARKS:
-                del marks[next(when for when in marks if when != self.day.since)]
-
-    def own_count(self) -> float | None:
-        """The inverter's own count of the day; None if it has none, or its day is not ours."""
-        if not self.day or self.stamp is None or self.offset is None or abs(self.offset) > CLOCK_AGREES:
-            return None
-        return self.gauges.get(OWN_DAY) if self.stamp.date() == self.day.date else None
+    def complete(self, own: float | None) -> None:
+        """Add what the inverter itself counted of the day before counting began, once: it must not come and go."""
+        day = self.day
+        if day and day.since and day.before is None and own is not None:
+            before = own - self.gained()[OWN_TOTAL]
+            if 0 <= before <= STRONGEST * (day.since.hour + 1) / watt_hours(OWN_DAY[0]):
+                self.day = day._replace(before=before)
 
 
-PACKET_COUNTERS = {  # by kind of device and function; the original's names, one for the confirmations of all
-    kind: {
-        SETTINGS: f"{kind}_time_sync_packets_total",
-        LIVE: f"{kind}_metrics_packets_total",
-        BUFFERED: f"{kind}_metrics_packets_total",
-        CONFIRMATION: "meter_time_sync_ack_packets_total",
-    }
-    for kind in ("meter", "inverter")
+class Window:
+    """The part of a day in which all devices count of which a house's day is made, and the most that was used in it."""
+
+    def __init__(self) -> None:
+        self.since: datetime | None = None  # None is midnight
+        self.base: dict[str, dict[str, float]] = {}  # what the devices had counted of their days before it
+        self.used = 0.0  # kWh
+        self._begun: dict[str, tuple] = {}  # a device's day and since when it counts, by serial number
+
+    def move(self, begun: dict[str, tuple], gained: dict[str, dict[str, float]], now: datetime) -> None:
+        """If other devices count, or other days: begin where they all began, or else now."""
+        if begun != self._begun:
+            (_, since), *others = set(begun.values())
+            self._begun, self.used = begun, 0.0
+            self.since, self.base = (now, gained) if others else (since, {})
+
+
+# --------------------------------------------------------------------------------------------------------- metrics
+
+log = logging.getLogger("sems_mitm")
+Clock = Callable[[float], float]  # monotonic seconds to the seconds since 1970 of the time of day that is shown
+
+
+def wall_clock(now: float) -> float:
+    """The real clock: monotonic seconds to seconds since 1970."""
+    return time.time() - time.monotonic() + now
+
+
+class Troubles:
+    """What goes wrong again and again as one log line a period for each kind, with a count of those left out."""
+
+    def __init__(self) -> None:
+        self.suppressed = 0
+        self._kinds: dict[str, list[float]] = {}  # kind to [when it may be said again, how often it was not]
+
+    def say(self, kind: str, text: str, now: float, period: float = PERIOD, level: int = logging.WARNING) -> None:
+        """Log text unless this kind (one of few) was logged within the period."""
+        last = self._kinds.setdefault(kind, [-math.inf, 0])
+        if now < last[0]:
+            last[1] += 1
+            self.suppressed += 1
+            return
+        log.log(level, "%s%s", text, f" (and {last[1]:.0f} more like it)" if last[1] else "")
+        last[:] = [now + period, 0]
+
+
+PACKET_COUNTERS = {  # by function; the original's names, of a kind of device but for the confirmations
+    SETTINGS: "{}_time_sync_packets_total",
+    LIVE: "{}_metrics_packets_total",
+    BUFFERED: "{}_metrics_packets_total",
+    CONFIRMATION: "meter_time_sync_ack_packets_total",
 }
-ACKS, NACKS, BUFFERED_PACKETS, UNREADABLE = (
+ACKS, NACKS, BUFFERED_PACKETS, UNREADABLE = DEVICE_COUNTERS = [
     f"sems_mitm_{name}_total" for name in ("acks", "nacks", "buffered_packets", "unreadable_packets")
-)
+]
 
 
 class Device:
@@ -1275,26 +1304,17 @@ class Device:
     def __init__(self, where: Address, now: float) -> None:
         self.kind, self.serial = where.owner
         self.family = family(where.cls, where.serial)
-        self.is_told("")
+        self.name = identity(self.kind, self.serial)  # tells its series from those of others
         self.info = {"firmware": "", "module_firmware": "", "portal": ""}
-        named = ACKS, NACKS, BUFFERED_PACKETS, UNREADABLE
-        self.counts = dict.fromkeys([*PACKET_COUNTERS[self.kind].values(), *named], 0)
-        self.good = now  # when the last good frame came
+        packets = [name.format(self.kind) for name in PACKET_COUNTERS.values()]
+        self.counts = dict.fromkeys([*packets, *DEVICE_COUNTERS], 0)
+        self.last_frame = now  # when the last good frame came
+        self.last_live = b""  # the last live frame
         self.live = Live()
-        self.waiting: dict[int, list[tuple[bytes, float]]] = {
-            function: [] for function in DATA
-        }  # frames, and when they came
-        self.version = 0  # rises with every change, so that an unchanged device is not rendered again
-        self.page: tuple[tuple[int, bool], dict[str, str]] = ((-1, False), {})
-
-    def is_told(self, model_name: str) -> None:
-        """The device gave its model name; name tells its series from those of others, labels is that as text."""
-        self.told = model_name
-        self.name = identity(self.kind, self.serial, model_name)
-        self.labels = device_labels(self.name)
+        self.waiting: dict[int, list[tuple[bytes, float]]] = {name: [] for name in DATA}  # frames, and when they came
 
     def samples(self, stale: bool) -> dict[Series, float]:
-        """Everything that does not change by itself."""
+        """What the device said; gauges only while it is not silent."""
         live, texts = self.live, {"full_serial": label_text(self.serial), **self.info}
         found: dict[Series, float] = {(name, ""): number for name, number in self.counts.items()}
         found["sems_mitm_device_info", ",".join(map(label, texts, texts.values()))] = 1
@@ -1362,12 +1382,11 @@ class Store:
         """clock: monotonic seconds to the time of day that is shown; rules_clock: to the time of the counter rules."""
         self.stale_after, self.max_devices, self.batsignal = stale_after, max_devices, batsignal
         self.clock, self.rules_clock = clock, rules_clock
-        self._looked: tuple[float, float] | None = None  # both clocks at the last look
-        self._marked: datetime | None = None  # when a device last began to count in the middle of a day
+        self._looked = datetime.min, 0.0  # the time of day at the last look, and what it was ahead of the rules' clock
+        self.window = Window()  # of what the house has used
         self.devices: dict[tuple[str, str], Device] = {}
         self.names: dict[tuple[str, str, str], Device] = {}  # the devices that are shown, by their identities
         self.undecoded: dict[Device, None] = {}  # devices with waiting frames, in the order of the first
-        self.readings = 0  # taken so far
         self.totals = {(name, label(key, value) if key else ""): 0 for name, key, values in FIXED for value in values}
         self.packets: dict[tuple[str, str, str], int] = collections.defaultdict(int)
         self.gauges: dict[str, Callable[[], float | None]] = {}  # asked at the scrape; None is absent
@@ -1401,13 +1420,16 @@ class Store:
             self.add("sems_mitm_unlisted_device_packets_total")
             return
         function = where.function
-        device.good = now
-        device.version += 1
-        counter = PACKET_COUNTERS[device.kind].get(function)
-        if counter:
-            device.counts[counter] += 1
+        device.last_frame = now
+        if function in PACKET_COUNTERS:
+            device.counts[PACKET_COUNTERS[function].format(device.kind)] += 1
         if function == BUFFERED:
             device.counts[BUFFERED_PACKETS] += 1
+        if function == LIVE:
+            if frame == device.last_live:  # the device repeats itself, which is no second reading
+                device.live.fresh = now
+                return
+            device.last_live = frame
         if function in DATA:
             waiting = device.waiting[function]
             waiting.append((frame, now))
@@ -1419,7 +1441,6 @@ class Store:
         device = self.devices.get(owner)
         if device:
             device.counts[counter] += 1
-            device.version += 1
 
     def _newcomer(self, where: Address, now: float) -> Device | None:
         """A device met for the first time; None if it gets no series."""
@@ -1428,9 +1449,7 @@ class Store:
             self._is_named(device, now)  # says so
             return None
         if len(self.devices) >= self.max_devices:
-            text = (
-                f"more devices than --sems.max-devices={self.max_devices}: {where.serial} is passed on without metrics"
-            )
+            text = f"more devices than --sems.max-devices={self.max_devices}: {where.serial} gets no metrics"
             self.troubles.say("max-devices", text, now)
             return None
         self.devices[where.owner] = self.names[device.name] = device
@@ -1444,10 +1463,6 @@ class Store:
         text = f"another device has the labels of {device.serial}, which gets no metrics: {' '.join(device.name)}"
         self.troubles.say("same-name", text, now)
         return False
-
-    def _unname(self, device: Device) -> None:
-        if self.names.get(device.name) is device:
-            del self.names[device.name]
 
     def is_stale(self, since: float, now: float) -> bool:
         """Whether what was last heard at `since` (monotonic) is too old to be shown."""
@@ -1472,9 +1487,9 @@ class Store:
         self._begin_day(now)
         end = time.monotonic() + DECODING
         while self.undecoded and time.monotonic() < end:
-            self.digest_one(now)
+            self._decode_waiting(now)
 
-    def digest_one(self, now: float) -> None:
+    def _decode_waiting(self, now: float) -> None:
         """Decode what waits of one device. A reading that our own code cannot take is left out."""
         device = next(iter(self.undecoded))
         del self.undecoded[device]
@@ -1486,7 +1501,6 @@ class Store:
                     self._decode(device, function, frame, came)
                 except ProtocolError as error:
                     device.counts[UNREADABLE] += 1
-                    device.version += 1
                     self.troubles.say("payload", f"a packet of {device.serial} cannot be read: {error}", now)
                 except Exception:
                     self.broke("a reading")
@@ -1504,56 +1518,39 @@ class Store:
     def _take(self, device: Device, found: Reading, stamp: datetime | None, came: float) -> None:
         """Take a device's reading of its own time `stamp`, which came at `came`."""
         live, at, local = device.live, self.rules_clock(came), datetime.fromtimestamp(self.clock(came))
+        looked, own = self._looked[0], None
         said, unsure = live.take(found, came, at)
         if stamp:
-            live.stamp, live.offset = stamp, (stamp - local).total_seconds()
-        for reason, count in collections.Counter(said.values()).items():
-            if reason in HELD_BACK:
-                self.add("sems_mitm_rejected_values_total", count, label("reason", reason))
-        self.add("sems_mitm_rejected_values_total", found.not_finite, label("reason", "not_finite"))
-        if FALL in said.values():
-            self._say_stuck(device, at, came)
-        if not live.day or unsure and not self._slept(device):
-            self._begin_counting(device, local if self._looked is None else datetime.fromtimestamp(self._looked[0]), at)
-        self.readings += 1
+            live.offset = (stamp - local).total_seconds()
+            agrees = abs(live.offset) <= CLOCK_AGREES and stamp.date() == looked.date()
+            own = live.gauges.get(OWN_DAY) if agrees else None
+        reasons = [*said.values()]
+        for reason, count in (*((why, reasons.count(why)) for why in HELD_BACK), ("not_finite", found.not_finite)):
+            self.add("sems_mitm_rejected_values_total", count, label("reason", reason))
+        for series, why in said.items():
+            counter = live.held.counters[series]
+            if why == FALL and at - counter.shown.at >= DAY:
+                self._say_stuck(device, series, counter.shown.number, came)
+        if not live.day or unsure and not live.slept(own):
+            live.begin(looked, looked, at)
+        if said.get(OWN_TOTAL, FALL) not in HELD_BACK:
+            live.complete(own)
         self._learn(device, found.info, came)
 
-    def _slept(self, device: Device) -> bool:
-        """Whether a device counted nothing but today's over a silence: a grid-tied inverter, which sleeps at night."""
-        live, own = device.live, device.live.own_count()
-        metered = any(metric.startswith("inverter_meter_") for metric, _ in live.counters)
-        if device.family != "GRID" or metered or own is None or live.day is None:
-            return False
-        base = live.day.marks[live.day.since]
-        return live.held.gained().get(OWN_TOTAL, math.inf) - base.get(OWN_TOTAL, 0) <= own + 1
-
-    def _say_stuck(self, device: Device, at: float, now: float) -> None:
-        """Log once a day the counters of a device that have stayed held for a day."""
-        for (metric, labels), counter in device.live.held.counters.items():
-            if counter.is_stuck(at):
-                text = (
-                    f"{metric} of {device.serial} stays at {counter.shown.number}: the device has counted less for a day; if "
-                    "that is right, restart the exporter, which then shows the device's own value"
-                )
-                self.troubles.say(f"held {device.serial} {metric} {labels}", text, now, DAY)
-
-    def _begin_counting(self, device: Device, local: datetime, at: float) -> None:
-        """Count a device's day from now on, and mark the moment in the days of the others."""
-        device.live.begin(local, local, at)
-        if local != self._marked:  # of many that begin in one look, the first does it for all
-            self._marked = local
-            for other in self.devices.values():
-                if other is not device:
-                    other.live.mark(local)
+    def _say_stuck(self, device: Device, series: Series, number: float, now: float) -> None:
+        """Log once a day that a counter has stayed held for a day."""
+        text = (
+            f"{series[0]} of {device.serial} stays at {number}: the device has counted less for a day; if that is right, "
+            "restart the exporter, which then shows the device's own value"
+        )
+        self.troubles.say(f"held {device.serial} {series}", text, now, DAY)
 
     def _begin_day(self, now: float) -> None:
         """Begin the day of all devices at midnight; anew, if the clock was set since the last look."""
         wall, rules = self.clock(now), self.rules_clock(now)
-        looked, self._looked = self._looked, (wall, rules)
-        if looked is None:
-            return
-        local, before = datetime.fromtimestamp(wall), datetime.fromtimestamp(looked[0])
-        was_set = abs(wall - looked[0] - (rules - looked[1])) > CLOCK_STEP
+        (before, ahead), local = self._looked, datetime.fromtimestamp(wall)
+        self._looked = (local, wall - rules)
+        was_set = abs(wall - rules - ahead) > CLOCK_STEP
         is_midnight = local.date() == before.date() + timedelta(days=1) and not was_set
         if local.date() == before.date() and not was_set:
             return
@@ -1561,33 +1558,29 @@ class Store:
             day = device.live.day
             if day and (day.date != local.date() or day.since):
                 device.live.begin(local, None if is_midnight else local, rules)
-            elif day:
-                device.live.mark(local)
 
     def _learn(self, device: Device, found: dict[str, str], now: float) -> None:
         """Remember what a device says of itself; all its series move when its model becomes known."""
         device.info.update((name, text) for name, text in found.items() if name in device.info)
-        told = found.get("model", device.told)
-        if told != device.told:
-            self._unname(device)
-            device.is_told(told)
+        name = identity(device.kind, device.serial, found["model"]) if "model" in found else device.name
+        if name != device.name:
+            if self.names.get(device.name) is device:
+                del self.names[device.name]
+            device.name = name
             self._is_named(device, now)
-        device.version += 1
 
     # A scrape
 
     def collect(self, now: float) -> list[dict[str, str]]:
-        """Pages for `exposition`. Only a device that has changed is rendered anew."""
+        """Pages for `exposition`: the exporter's own, and one of each device."""
         self.look(now)
-        samples, devices = self._samples(now), self.names.values()
-        for device in devices:
-            key = (device.version, self.is_stale(device.live.fresh, now))
-            if device.page[0] != key:
-                device.page = (key, page(device.labels, device.samples(key[1])))
-            samples["sems_mitm_device_up", device.labels] = int(not self.is_stale(device.good, now))
-            last = round(wall_clock(device.good), 3)
-            samples["sems_mitm_device_last_packet_timestamp_seconds", device.labels] = last
-        return [page("", {**samples, **process_samples()}), *(device.page[1] for device in devices)]
+        pages = [page("", {**self._samples(now), **process_samples()})]
+        for device in self.names.values():
+            samples = device.samples(self.is_stale(device.live.fresh, now))
+            samples["sems_mitm_device_up", ""] = int(not self.is_stale(device.last_frame, now))
+            samples["sems_mitm_device_last_packet_timestamp_seconds", ""] = round(wall_clock(device.last_frame), 3)
+            pages.append(page(device_labels(device.name), samples))
+        return pages
 
     def _samples(self, now: float) -> dict[Series, float]:
         """What is no device's."""
@@ -3684,13 +3677,6 @@ class Loop:
 # not known. Flows are in W (generation_watts, house_watts; export_watts, negative while importing, and grid_watts, the
 # same the other way round; battery_watts, positive while discharging) and %; energies in kWh.
 
-COUNTED = {  # energies: the counters of which the first that there is counts
-    "generated": ("meter_energy_generation_decawatt_hours_total", "inverter_energy_output_hectowatt_hours_total"),
-    "imported": ("meter_energy_import_decawatt_hours_total", "inverter_meter_energy_import_watthours_total"),
-    "exported": ("meter_energy_export_decawatt_hours_total", "inverter_meter_energy_export_watthours_total"),
-    "battery_charged": ("battery_energy_charge_watthours_total",),
-    "battery_discharged": ("battery_energy_discharge_watthours_total",),
-}
 SOLAR = {  # what a device of a family knows of the roof
     "HK1000": "meter_power_generation_watts", "HK3000": "",
     "GRID": "inverter_power_output_watts", "HYBRID": "inverter_string_power_watts",
@@ -3754,55 +3740,34 @@ def energies(counters: Mapping[Series, float]) -> dict[str, float]:
     return found
 
 
-def gains(live: Live, since: datetime | None) -> dict[str, float]:
-    """What a device's counters have gained since a moment that its day remembers, as `energies`."""
-    base = live.day.marks.get(since) if live.day else None
-    if base is None:
-        return {}
-    return energies({series: number - base.get(series, 0) for series, number in live.held.gained().items()})
-
-
-def today(live: Live) -> dict:
+def today(day: Day, gained: dict[str, float]) -> dict:
     """A device's energies of the day, and since when they are counted if that is not midnight."""
-    if live.day is None:
-        return {}
-    gained, own = gains(live, live.day.since), live.own_count()
-    if live.day.since and own is not None:
-        counted = {word for word in gained if word != "generated"}
-        gained["generated"] = round(own * watt_hours(OWN_DAY[0]) / 1000, 3)
-    else:
-        counted = set(gained)
-    since = {"today_since": live.day.since.isoformat(timespec="seconds")} if counted and live.day.since else {}
-    return {**{f"{word}_today_kilowatt_hours": number for word, number in gained.items()}, **since}
+    found, counted = dict(gained), set(gained)
+    if day.before is not None:
+        found["generated"] = round(gained["generated"] + day.before * watt_hours(OWN_DAY[0]) / 1000, 3)
+        counted.remove("generated")
+    since = {"today_since": day.since.isoformat(timespec="seconds")} if counted and day.since else {}
+    return {**{f"{word}_today_kilowatt_hours": number for word, number in found.items()}, **since}
 
 
 # A device of the house. told: the keys of what it knows while it is not silent; figures: what is known of it now;
-# metered: a meter of its own speaks; day: its gains by the moments of Day.marks; since: the moment since which it counts.
-Member = collections.namedtuple("Member", "family told figures metered day since", defaults=(False, {}, None))
-
-
-def flow_member(device: Device, store: Store, now: float) -> Member:
-    """A device's flows. They go when it is silent."""
-    gauges = device.live.gauges
-    told = flows(device.family, gauges)
-    metered = total(gauges, "meter_power_export_watts", "inverter_meter_power_watts") is not None
-    return Member(device.family, told.keys(), {} if store.is_stale(device.live.fresh, now) else told, metered)
+# metered: a meter of its own speaks; begun: its day, and since when it counts that; gained: what it has gained since.
+Member = collections.namedtuple("Member", "serial family told figures metered begun gained")
 
 
 def member(device: Device, store: Store, now: float) -> Member:
-    """All figures of a device. Today's energies go at local midnight."""
-    live, flowing = device.live, flow_member(device, store, now)
-    day = live.day if live.day and live.day.date == datetime.fromtimestamp(store.clock(now)).date() else None
-    gained, lifetime = today(live) if day else {}, energies(live.counters)
-    marks = {since: gains(live, since) for since in day.marks} if day else {}
-    if live.gauges and "battery_watts" not in flowing.told:  # it counts what goes into a battery that is not there
-        gained = {key: number for key, number in gained.items() if "battery" not in key}
-        lifetime = {word: number for word, number in lifetime.items() if "battery" not in word}
-        marks = {since: {w: n for w, n in words.items() if "battery" not in w} for since, words in marks.items()}
+    """All figures of a device. Flows go when it is silent, and today's energies at local midnight."""
+    live, day = device.live, device.live.day
+    if day and day.date != datetime.fromtimestamp(store.clock(now)).date():
+        day = None
+    present, gained = flows(device.family, live.gauges), energies(live.gained()) if day else {}
+    lifetime = energies({series: live.counters[series] for series in live.energies()})
+    of_today = today(day, gained) if day else {}
     counted = {f"{word}_kilowatt_hours": number for word, number in lifetime.items()}
-    told = {*flowing.told, *counted, *gained, *(f"{word}_today_kilowatt_hours" for word in lifetime)}
-    figures = {**flowing.figures, **gained, **counted}
-    return Member(device.family, told, figures, flowing.metered, marks, day.since if day else None)
+    told = {*present, *counted, *of_today, *(f"{word}_today_kilowatt_hours" for word in lifetime)}
+    figures = {**({} if store.is_stale(live.fresh, now) else present), **of_today, **counted}
+    metered = total(live.gauges, "meter_power_export_watts", "inverter_meter_power_watts") is not None
+    return Member(device.serial, device.family, told, figures, metered, day and (day.date, day.since), gained)
 
 
 def sources(key: str, members: Sequence[Member]) -> Iterator[list[Member]]:
@@ -3816,10 +3781,11 @@ def sources(key: str, members: Sequence[Member]) -> Iterator[list[Member]]:
     )
     word = key.partition("_")[0]
     if word in ("generation", "generated"):
-        if any(key in one.figures for one in hybrids):
-            yield hybrids + grid_tied
-        yield from (roofs, hybrids + grid_tied)
-    elif word in ("export", "exported", "imported"):
+        inverters = hybrids + grid_tied
+        yield from (inverters, roofs) if any(key in one.told for one in hybrids) else (roofs, inverters)
+    elif word in ("exported", "imported"):
+        yield from (roofs, kits, hybrids, grid_tied)
+    elif word == "export":
         yield from (roofs, kits, [one for one in hybrids if one.metered], grid_tied, hybrids)
     elif word == "house":
         yield from (roofs, hybrids)
@@ -3832,40 +3798,55 @@ def knowing(key: str, members: Sequence[Member]) -> list[Member]:
     for several in sources(key, members):
         group = [one for one in several if key in one.told]
         known = [one for one in group if key in one.figures]
-        if known:  # a member that is not known makes a sum unknown, not smaller
+        # A member that is not known makes a sum unknown, not smaller; and no roof stands in for a hybrid.
+        if known or key.startswith("generat") and any(one.family == "HYBRID" for one in group):
             return known if len(known) == len(group) else []
     return []
 
 
-def day_of_house(members: Sequence[Member]) -> dict:
-    """What a house has used today and its two shares, made of gains over one window, the longest that all have seen."""
+SIGNS = {
+    "generated": 1,
+    "imported": 1,
+    "exported": -1,
+    "battery_discharged": 1,
+    "battery_charged": -1,
+}  # in what is used
+
+
+def day_of_house(members: Sequence[Member], window: Window, now: datetime) -> dict:
+    """What a house has used today and its two shares, made of gains over one window."""
     words = ("generated", "imported", "exported")
     groups = {word: knowing(f"{word}_today_kilowatt_hours", members) for word in words}
     roofs = [one for one in groups["exported"] if one.family == "HK1000"]
-    batteries = [] if roofs else [one for one in members if "battery_charged_today_kilowatt_hours" in one.told]
-    everyone = [*itertools.chain(roofs, batteries, *groups.values())]
-    since = max((one.since for one in everyone if one.since), default=None)
+    batteries = [one for one in members if "battery_charged_today_kilowatt_hours" in one.told]
+    parts = dict.fromkeys(words, roofs)  # a HomeKit 1000 sees all that an inverter gives and takes
+    if not roofs:
+        parts = {**groups, "battery_discharged": batteries, "battery_charged": batteries}
+    is_known = all(word in one.gained for word, group in parts.items() for one in group)
+    if not (is_known and groups["imported"] and all(parts[word] for word in words)):
+        return {}
+    everyone = {one.serial: one for group in (*parts.values(), *groups.values()) for one in group}
+    begun, gained = ({serial: getattr(one, name) for serial, one in everyone.items()} for name in ("begun", "gained"))
+    window.move(begun, gained, now)
 
-    def gained(word: str, group: Sequence[Member]) -> float | None:
-        numbers = [one.day.get(since, {}).get(word) for one in group]
-        return None if None in numbers else sum(numbers)
+    def sum_of(word: str, group: Sequence[Member]) -> float:
+        return sum(one.gained[word] - window.base.get(one.serial, {}).get(word, 0) for one in group)
 
-    made, bought, sold = (gained(word, groups[word]) if groups[word] else None for word in words)
-    parts = [gained(word, roofs) for word in words] if roofs else [made, bought, sold]
-    parts += [gained(f"battery_{word}", batteries) for word in ("discharged", "charged")]
-    used = None if None in parts else sum(sign * (part or 0) for sign, part in zip((1, 1, -1, 1, -1), parts))
-    found: dict = {} if used is None else {"used_today_kilowatt_hours": max(round(used, 3), 0)}
-    for key, whole, other in zip(SHARES, (used, made), (bought, sold)):
-        if whole is not None and whole > 0 and other is not None:
+    used = round(sum(SIGNS[word] * sum_of(word, group) for word, group in parts.items()), 3)
+    window.used = max(window.used, used)  # its parts are counted in steps, and not all at once: it must not fall
+    made, bought, sold = (sum_of(word, group) for word, group in groups.items())
+    found: dict = {"used_today_kilowatt_hours": window.used}
+    for key, whole, other in zip(SHARES, (window.used, made), (bought, sold)):
+        if whole > 0:
             found[key] = round(min(max(100 * (whole - other) / whole, 0), 100), 1)
-    return {**found, "today_since": since.isoformat(timespec="seconds")} if found and since else found
+    return {**found, "today_since": window.since.isoformat(timespec="seconds")} if window.since else found
 
 
-def house(members: Sequence[Member], keys: Iterable[str] = KEYS) -> dict:
+def house(members: Sequence[Member], window: Window | None = None, now: datetime = datetime.min) -> dict:
     """The house's figures, each flow once."""
     found: dict = {}
     since = {""}
-    for key in keys:
+    for key in KEYS:
         group = knowing(key, members)
         if group:
             numbers = [one.figures[key] for one in group]
@@ -3878,10 +3859,14 @@ def house(members: Sequence[Member], keys: Iterable[str] = KEYS) -> dict:
     if load is not None and not any("house_watts" in one.figures for one in members):
         found["house_watts"] = round(load, 3)
     found.update({} if export is None else {"grid_watts": less(0, export)})
-    if "used_today_kilowatt_hours" in keys:
-        found.update(day_of_house(members))
+    found.update(day_of_house(members, window or Window(), now))
     found["today_since"] = max(*since, found.get("today_since", ""))
     return {key: found[key] for key in (*KEYS, "today_since") if found.get(key, "") != ""}
+
+
+def house_of(store: Store, members: Sequence[Member], now: float) -> dict:
+    """The figures of the house of all devices. They remember what was shown of the day: it must not fall."""
+    return house(members, store.window, datetime.fromtimestamp(store.clock(now)))
 
 
 # A minute of the picture. time: seconds since 1970 of the shown time; watts: of PICTURED, None is not known.
@@ -3914,7 +3899,7 @@ class History:
 
     def _present(self, now: float) -> Point:
         self.store.look(now)
-        figures = house([member(device, self.store, now) for device in self.store.names.values()])
+        figures = house_of(self.store, [member(device, self.store, now) for device in self.store.names.values()], now)
         return Point(self.store.clock(now), [figures.get(key) for key in PICTURED])
 
     def points(self, now: float) -> list[Point]:
@@ -3939,7 +3924,7 @@ ASLEEP = 100  # W at most of an inverter's last packet, or of the roof, when the
 
 def shown(device: Device, store: Store, now: float) -> Shown:
     """A device as it is shown, by itself."""
-    live, age, up = device.live, round(max(now - device.good, 0), 1), not store.is_stale(device.good, now)
+    live, age, up = device.live, round(max(now - device.last_frame, 0), 1), not store.is_stale(device.last_frame, now)
     values = {**({} if store.is_stale(live.fresh, now) else live.gauges), **live.counters}
     asleep = not up and device.kind != "meter" and flows(device.family, live.gauges).get("generation_watts", 0) < ASLEEP
     figures = member(device, store, now)
@@ -3950,7 +3935,7 @@ def see(store: Store, settings: argparse.Namespace, now: float) -> Seen:
     """Everything that the page and the API show, but for the picture."""
     store.look(now)
     devices = [shown(device, store, now) for device in store.names.values()]
-    figures = house([device.member for device in devices])
+    figures = house_of(store, [device.member for device in devices], now)
     roof = figures.get("generation_watts")
     if roof is not None:  # another device knows whether the roof gives anything
         devices = [one._replace(asleep=not one.up and one.name[0] != "meter" and roof < ASLEEP) for one in devices]
@@ -4425,10 +4410,9 @@ def sensor(path: tuple[str, ...], name: str, key: str) -> dict[str, object]:
     """A sensor of Home Assistant for a key under path in /api/household; what is not known there is unavailable."""
     unit_word = key.rpartition("_")[2]
     device_class, state_class = CLASSES.get(key) or CLASSES[unit_word]
-    if path[-1] == "house" and unit_word == "hours" and "_today_" not in key:
-        state_class = (
-            "total"  # while a device is not known yet, after a restart, the sum is another: a fall is no reset
-        )
+    if path[-1] == "house" and unit_word == "hours":
+        # After a restart a sum, of the day or for life, is another until all its devices are known: a fall is no reset.
+        state_class = "total"
     steps = "".join(f".get('{part}', {{}})" for part in path)
     number = f"value_json{steps}.get('{key}')"
     fields: dict[str, object] = {"name": sensor_name(name, key), "unique_id": f"{path[-1]}_{key}"}
@@ -6014,6 +5998,7 @@ def typed_hex(text: str) -> Iterator[Recorded]:
 # -------------------------------------------------------------------------------------------------------- backfill
 
 Samples = dict[str, dict[str, dict[float, float]]]  # metric to series (labels) to seconds since 1970 to number
+EARLIEST = datetime(2010, 1, 1)  # older than any of these devices: a clock that was never set
 Backfilled = collections.namedtuple(
     "Backfilled", "samples later held"
 )  # and by serial: readings later than now, values held back
@@ -6060,13 +6045,13 @@ def readings_of(
 ) -> tuple[dict[tuple[int, str], dict[float, Reading]], collections.Counter]:
     """The readings in packets by class, serial number and time; and how many of a serial number are later than now."""
     times, later = collections.defaultdict(list), collections.Counter()  # type: ignore[var-annotated]
-    local = datetime.fromtimestamp(now)
+    latest = datetime.fromtimestamp(now) + timedelta(days=1)  # beyond it not even a clock of 32 bits can say the time
     for packet in packets:
         when = device_time(packet.time)
         if when and int(packet.type[2:], 16) in (LIVE, BUFFERED):
             with contextlib.suppress(ProtocolError):
                 words = registers(packet.clear)
-                if when > local + timedelta(days=1):  # not even a clock of 32 bits can say it
+                if not EARLIEST <= when <= latest:
                     later[packet.serial] += 1
                 else:
                     times[packet.type, packet.serial].append((when, words))
@@ -6158,7 +6143,10 @@ def backfill(arguments: list[str]) -> int:
     now = time.time()
     found = samples_of([packet for packet in frames.values() if packet.wire is OUTBOUND], labels, now)
     for serial, count in sorted(found.later.items()):
-        print(f"{serial}: left out {count} readings that are later than now", file=sys.stderr)
+        print(
+            f"{serial}: left out {count} readings that are later than now, or older than {EARLIEST.year}",
+            file=sys.stderr,
+        )
     times = sorted({seconds for series in found.samples.values() for samples in series.values() for seconds in samples})
     if not times:
         raise StartError(f"{' '.join(given.file)}: no readings in it")

@@ -1547,17 +1547,6 @@ class HeldCountersTest(unittest.TestCase):
                 if value.counter and value.register >= 30000:
                     self.assertEqual(value.series[0].startswith("meter_"), value.register >= 36000, value.series)
 
-    def test_stuck(self):
-        """A counter counts as stuck when it has been held for a day."""
-        for readings, wanted in (
-            (apart(HOUR, 9, 8, 8), False),
-            (apart(HOUR, 9, *[8] * 24), True),
-            (apart(HOUR, 9, *[8] * 24, 9), False),
-            (apart(HOUR, 9, *[8] * 24, 99999), False),
-        ):
-            counter, _ = published(readings)
-            self.assertEqual(counter.is_stuck(readings[-1][0]), wanted)
-
     @staticmethod
     def history(chance: random.Random) -> list:
         """(seconds, true number, number as it was read) of some weeks; the first two are true, and no two wrong ones in a row."""
@@ -1573,6 +1562,19 @@ class HeldCountersTest(unittest.TestCase):
             at, truth = at + 60, truth + 150
             found.append((at, truth, truth))
         return found
+
+    def test_alternation(self):
+        """A counter goes on through weeks in which every second reading is wrong."""
+        truth = [58110 + i * 25 // 18 for i in range(1440 * 10 + 1)]  # 20 kWh a day
+        for name, wrong in (
+            ("0", lambda right: 0), ("one less", lambda right: right - 1), ("3 kWh less", lambda right: right - 300), ("half", lambda right: right // 2),
+            ("a little more", lambda right: right + 300), ("ten times as much", lambda right: right * 10), ("50 kWh more", lambda right: right + 5000),
+        ):  # fmt: skip
+            with self.subTest(name):
+                numbers = [wrong(right) if i % 2 and i > 2 else right for i, right in enumerate(truth)]
+                counter, values = published(apart(60, *numbers))
+                self.assertEqual((values[-1], counter.gained), (truth[-1], 20000))
+                self.assertEqual(values, sorted(values))
 
     def test_any_history(self):
         """Whatever the truth, and whichever single readings are wrong: what is shown never falls, is never above the truth by more than the first rule allows, and ends at the truth."""
@@ -1641,7 +1643,7 @@ class DayTest(unittest.TestCase):
                 self.assertEqual(
                     live.day.since, since if since is None else datetime.fromtimestamp(clock(since * hour))
                 )
-                self.assertEqual(sems.gains(live, live.day.since)["exported"], gained / 100)
+                self.assertEqual(live.gained()[ENERGY, ""], gained)
 
     def test_own_count_of_yesterday(self):
         """An inverter's own count of yesterday is not today's, though counting began anew without a reading."""
@@ -1653,21 +1655,48 @@ class DayTest(unittest.TestCase):
             store.look(now)
             self.assertEqual(sems.member(only(store), store, now).figures["generated_today_kilowatt_hours"], wanted)
 
-    def test_marks(self):
-        """Gains are compared from the moment at which the last of the devices began; a day remembers sixteen of them."""
-        store = sems.Store(clock=clock)
-        for i in range(40):
-            store.look(i * 60.0)
-            for j in range(i // 2 + 1):
-                ranges = [(2048, (0, 0, 100 + i))]
-                meet(store, frame(when=minute(i), serial=f"91000HKU{j:08d}", ranges=ranges), now=i * 60.0)
-        store.look(2400.0)
-        first, last = (store.devices["meter", f"91000HKU{j:08d}"].live for j in (0, 19))
-        self.assertEqual(len(first.day.marks), 16)
-        self.assertEqual(sems.gains(first, first.day.since), {"exported": 0.39})
-        self.assertEqual(sems.gains(first, last.day.since), {"exported": 0.01})
-        self.assertEqual(sems.gains(last, last.day.since), {"exported": 0.01})
-        self.assertEqual(sems.gains(last, NOON), {})
+    def test_own_count(self):
+        """What an inverter counted of the day before counting began is taken once: no packet makes it come and go."""
+        clocks = {"wrong": -700, "ahead": 300}
+        for name, begin, steps, wanted in (  # hours after noon; (minutes, total, own count, hours, clock), kWh of the day
+            ("a boot packet", 0, [(0, 1000, 130, 9), (1, 0, 0, 0), (2, 1002, 132, 9)], [13, 13, 13.2]),
+            ("no own count", 0, [(0, 1000, 130, 9), (1, 1001, 0xFFFF, 9)], [13, 13.1]),
+            ("a wrong one", 0, [(0, 1000, 130, 9), (1, 1001, 65000, 9)], [13, 13.1]),
+            ("a wrong one first", 0, [(0, 1000, 65000, 9), (1, 1001, 131, 9)], [0, 13.1]),
+            ("its clock is off for a packet", 0, [(0, 1000, 130, 9), (1, 1001, 131, 9, "wrong")], [13, 13.1]),
+            ("its clock is off at first", 0, [(0, 1000, 130, 9, "wrong"), (1, 1001, 131, 9)], [0, 13.1]),
+            ("its clock is ahead at midnight", 11.9, [(0, 1000, 130, 9), (4, 1001, 0, 9, "ahead")], [13, 13.1]),
+            ("a jump that is taken", 0, [(0, 1000, 130, 9), *((i, 9000 + i, 130 + i, 9) for i in (1, 2, 3))], [13, 13, 13, 13.3]),
+        ):  # fmt: skip
+            with self.subTest(name), time_zone("UTC0"):
+                store, shown_today = sems.Store(clock=clock), []
+                for at, total, own, hours, *off in steps:
+                    now = begin * HOUR + at * 60
+                    when = datetime.fromtimestamp(clock(now)) + timedelta(seconds=clocks[off[0]] if off else 0)
+                    ranges = [(30144, (own, 0, total)), (30147, (0, hours))]
+                    meet(store, frame(cls=1, serial=INVERTER, when=when, ranges=ranges), now=now)
+                    store.look(now)
+                    figures = sems.member(only(store), store, now).figures
+                    shown_today.append(figures["generated_today_kilowatt_hours"])
+                self.assertEqual(shown_today, wanted)
+
+    def test_which_counters(self):
+        """Only a counter that `today` shows makes the day begin anew when a jump of it is confirmed."""
+        for register, since in (
+            (35197, None),
+            (35206, None),
+            (35191, "00:03"),
+        ):  # hours, a battery that is not there, its output
+            with self.subTest(register), time_zone("UTC0"):
+                store = sems.Store(clock=clock)
+                for i in range(-20, 4):
+                    words = {35191: (0, 5000), 35197: (0, 2000), 35206: (0, 7000)}
+                    words[register] = (1, i) if i > 0 else words[register]
+                    now = 12 * HOUR + i * 60
+                    meet(store, frame(cls=2, serial=HYBRID, when=minute(720 + i), ranges=[*words.items()]), now=now)
+                    store.look(now)
+                day = only(store).live.day
+                self.assertEqual(day.since and f"{day.since:%H:%M}", since)
 
 
 class StoreTest(SocketCase):
@@ -1712,20 +1741,38 @@ class StoreTest(SocketCase):
             frame(when=minute(i), ranges=[(2048, (0, 0, n & 0xFFFF)), (2107, (0, i))]) for i, n in enumerate(counts)
         ]
         meet(store, *rows, frame(sems.SETTINGS, ranges=[(4864, kept)]))
-        self.assertEqual((store.readings, len(store.undecoded)), (0, 1))
+        self.assertEqual((only(store).live.counters, len(store.undecoded)), ({}, 1))
         self.assertEqual(value(store, "meter_power_generation_watts"), 5)
         self.assertEqual(value(store, "meter_energy_export_decawatt_hours_total"), 6)
-        self.assertEqual(
-            (store.readings, len(store.undecoded), only(store).info["firmware"]), (3, 0, "02053-05-000Me05")
-        )
+        self.assertEqual((len(store.undecoded), only(store).info["firmware"]), (0, "02053-05-000Me05"))
         self.assertEqual(
             value(store, "sems_mitm_rejected_values_total", reason="fall"), 2
         )  # one register, two counters
         meet(store, frame(when=minute(7), ranges=[(2048, (0, 1, 2))]))
         self.assertEqual(value(store, "sems_mitm_rejected_values_total", reason="jump"), 2)
         for i in range(100):
-            meet(store, frame((sems.SETTINGS, sems.BUFFERED, sems.LIVE)[i % 3], when=minute(8)))
+            meet(store, frame((sems.SETTINGS, sems.BUFFERED, sems.LIVE)[i % 3], when=minute(8 + i)))
         self.assertEqual([len(waiting) for waiting in only(store).waiting.values()], [sems.DECODED] * 3)
+
+    def test_repeated(self):
+        """A live frame that is the device's last one, byte for byte, is counted, and is no second reading; another is."""
+        row = lambda i, count: frame(when=minute(i), ranges=[(2048, (0, count >> 16, count & 0xFFFF))])
+        for name, jumps, wanted in (
+            ("the same", [row(1, 90000)] * 3, 5),
+            ("others", [row(1 + i, 90000) for i in range(3)], 90000),
+        ):
+            for together in (True, False):
+                with self.subTest(name, together=together):
+                    store = sems.Store(clock=clock)
+                    meet(store, row(0, 5))
+                    store.look(0.0)
+                    for i, data in enumerate(jumps):
+                        meet(store, data, now=60.0 + i)
+                        if not together:
+                            store.look(60.0 + i)
+                    self.assertEqual(value(store, "meter_energy_export_decawatt_hours_total", 63.0), wanted)
+                    self.assertEqual(value(store, "meter_metrics_packets_total", 63.0), 4)
+        self.assertEqual(only(store).live.fresh, 62.0)
 
     def test_unreadable(self):
         """Payloads that do not parse are counted, of live, buffered and settings packets; no other function's."""
@@ -1745,7 +1792,7 @@ class StoreTest(SocketCase):
         store = sems.Store(clock=clock)
         for hour in range(80):
             count = 100 if hour else 900
-            meet(store, frame(ranges=[(2069, (0, 0, count))]), now=hour * 3600.0)
+            meet(store, frame(when=minute(60 * hour), ranges=[(2069, (0, 0, count))]), now=hour * 3600.0)
             store.look(hour * 3600.0)
         said = [line for line in self.lines if "stays at 900" in line]
         self.assertEqual(len(said), 3)
@@ -1764,14 +1811,17 @@ class StoreTest(SocketCase):
     def test_left_out(self):
         """A payload that cannot be read, and a fault of our own in a reading, leave out that packet and nothing else."""
         store, self.faults = sems.Store(clock=clock), 1
-        good = frame(when=minute(2), ranges=[(2107, (0, 7))])
-        meet(store, frame(clear=b"\x09" * 16), frame(when=minute(1), clear=b"\xff" * 16), good)
-        self.assertEqual((store.look(0.0), store.readings, len(self.lines)), (None, 1, 1))
+        good = [frame(when=minute(2 + i), ranges=[(2107, (0, 7))]) for i in range(4)]
+        meet(store, frame(clear=b"\x09" * 16), frame(when=minute(1), clear=b"\xff" * 16), good[0])
+        self.assertEqual((store.look(0.0), only(store).live.gauges["meter_power_generation_watts", ""]), (None, 7))
+        self.assertEqual(len(self.lines), 1)
         self.assertIn(f"a packet of {METER} cannot be read: ", self.lines[0])
-        with mock.patch.object(sems, "reading", side_effect=[KeyError("ours")] * 2 + [sems.reading("HK1000", {})]):
-            meet(store, good, good, good)
+        last = sems.reading("HK1000", {2107: 0, 2108: 9})
+        with mock.patch.object(sems, "reading", side_effect=[KeyError("ours"), KeyError("ours"), last]):
+            meet(store, *good[1:])
             store.look(0.0)
-        self.assertEqual((store.readings, value(store, "sems_mitm_internal_errors_total"), len(self.lines)), (2, 2, 2))
+        self.assertEqual(only(store).live.gauges["meter_power_generation_watts", ""], 9)
+        self.assertEqual((value(store, "sems_mitm_internal_errors_total"), len(self.lines)), (2, 2))
         self.assertRegex(self.lines[1], r"(?s)an error of our own in a reading.*Traceback.*KeyError: 'ours'$")
         meet(store, frame(cls=2, serial=HYBRID, ranges=[(36004, (1,)), (36015, (0x7FC0, 0, 0xC47A, 0))]))
         self.assertEqual(value(store, "sems_mitm_rejected_values_total", reason="not_finite"), 2)
@@ -1798,7 +1848,7 @@ class StoreTest(SocketCase):
         """The device's clock less this machine's, from live packets that have a date."""
         store = sems.Store(clock=clock)
         no_date = with_crc(FRAME[:46] + bytes(6) + FRAME[52:])
-        for data, now, wanted in ((frame(when=minute(2)), 0, 120), (no_date, 0, 120), (frame(when=minute(1)), 0, 60), (frame(when=minute(3)), 60, 120), (frame(when=minute(3)), 180, 0)):  # fmt: skip
+        for data, now, wanted in ((frame(when=minute(2)), 0, 120), (no_date, 0, 120), (frame(when=minute(1)), 0, 60), (frame(when=minute(3)), 60, 120), (frame(when=minute(3)), 90, 120), (frame(when=minute(4)), 240, 0)):  # fmt: skip
             meet(store, data, now=now)
             self.assertEqual(value(store, "sems_mitm_device_clock_offset_seconds", now), wanted)
 
@@ -1892,28 +1942,13 @@ class StoreTest(SocketCase):
                 self.assertRegex(line, rf"^{names[-1]}({{{label}(,{label})*}})? -?[\d.e+-]+$")
         self.assertEqual(names, sorted(set(names)))
 
-    def test_pages(self):
-        """A device's page is rendered when something of it changed, a packet, silence, an ACK, and only then."""
-        store = sems.Store(stale_after=100, clock=clock)
-        meet(store, FRAME, frame(serial=OTHER))
-        for name, now, change, changes in (
-            ("nothing", 0, lambda: None, False),
-            ("a packet", 0, lambda: meet(store, frame(when=minute(1), ranges=[(2107, (0, 1))])), True),
-            ("a buffered one", 0, lambda: meet(store, frame(sems.BUFFERED)), True),
-            ("an ACK", 0, lambda: store.answered(("meter", METER), sems.ACKS), True),
-            ("a NACK", 0, lambda: store.answered(("meter", METER), sems.NACKS), True),
-            ("a NACK of nobody", 0, lambda: store.answered(("meter", INVERTER), sems.NACKS), False),
-            ("a silence", 101, lambda: None, True),
-            ("more of it", 102, lambda: None, False),
-        ):
-            with self.subTest(name):
-                before = store.collect(now if name == "more of it" else 0.0)
-                change()
-                after = store.collect(now)
-                self.assertEqual((after[1] is before[1], after[2] is before[2]), (not changes, now != 101))
-        text = "".join(after[1].values())
-        self.assertRegex(text, r"acks_total\{[^}]*\} 1\n(?s:.*)nacks_total\{[^}]*\} 1\n")
-        self.assertRegex(text, r"meter_metrics_packets_total\{[^}]*\} 3\n")
+    def test_answers(self):
+        """A device's ACKs and NACKs are counted, and those of nobody are not."""
+        store = sems.Store(clock=clock)
+        meet(store, FRAME)
+        for counter, serial in ((sems.ACKS, METER), (sems.NACKS, METER), (sems.NACKS, METER), (sems.NACKS, INVERTER)):
+            store.answered(("meter", serial), counter)
+        self.assertEqual([value(store, f"sems_mitm_{name}_total") for name in ("acks", "nacks")], [1, 2])
 
     def test_troubles(self):
         """The same trouble is one log line a minute with a count; another kind, and another period, have their own."""
@@ -4649,6 +4684,7 @@ def of_family(
     for name, number in device.live.counters.items():
         device.live.held.counters[name] = sems.HeldCounter(name[0], number, fresh)
     device.live.fresh, device.live.day = fresh, day
+    device.live.has_battery = any(metric.startswith("battery_power_watts") for metric in gauges)
     return device
 
 
@@ -4703,7 +4739,7 @@ class HouseholdTest(unittest.TestCase):
             ("two HomeKit 1000s", [kit1000(1000, 100), kit1000(500, -200)], 1500, 1600, -100, u),
             ("two HomeKit 1000s, one silent", [kit1000(1000, 100), kit1000(500, -200, **SILENT), dns(9)], u, u, u, u),
             ("a hybrid beside a HomeKit 1000", [kit1000(2000, 500), hybrid(900, -100, 300, 444)], 900, 1500, 500, -100),
-            ("a silent hybrid beside a HomeKit 1000", [kit1000(500, 100), hybrid(1, 5, **SILENT)], 500, 400, 100, u),
+            ("a silent hybrid beside a HomeKit 1000", [kit1000(500, 100), hybrid(1, 5, **SILENT)], u, 400, 100, u),
             ("a silent hybrid beside an inverter", [dns(1000), hybrid(1, 5, **SILENT)], u, u, u, u),
             ("a hybrid beside a silent inverter", [dns(1000, **SILENT), hybrid(800, 0, 50)], u, 750, 50, 0),
             ("two hybrids", [hybrid(800, 100, 50, 850), hybrid(200, -50, 25, 125)], 1000, 975, 75, 50),
@@ -4880,8 +4916,8 @@ class HouseholdTest(unittest.TestCase):
                 ("silent", 3, METER, 0, 0, 3, 1.2, seven),
                 ("from midnight on", 3, METER, 11.5, 0, 13.5, 1.0, None),
                 ("after midnight, and nothing yet", 3, METER, 9, 0, 13, 0, None),
-                ("an inverter", 1, INVERTER, 0, 0, 2, 6.6, None),
-                ("its clock nearly agrees", 1, INVERTER, 0, 599, 2, 6.6, None),
+                ("an inverter", 1, INVERTER, 0, 0, 2, 7.8, None),
+                ("its clock nearly agrees", 1, INVERTER, 0, 599, 2, 7.8, None),
                 ("its clock is wrong", 1, INVERTER, 0, 601, 2, 1.2, seven),
                 ("its clock is wrong the other way", 1, INVERTER, 0, -601, 2, 1.2, seven),
                 ("from midnight on, the counters", 1, INVERTER, 11.5, 0, 13.5, 1.0, None),
@@ -4894,7 +4930,9 @@ class HouseholdTest(unittest.TestCase):
                         if i <= first + 120:
                             count = (i - first) // 10
                             energy = (
-                                [(2051, (0, 0, 1000 + 10 * count))] if cls == 3 else [(30144, (66, 0, 1000 + count))]
+                                [(2051, (0, 0, 1000 + 10 * count))]
+                                if cls == 3
+                                else [(30144, (66 + count, 0, 1000 + count))]
                             )
                             when = minute(i) + timedelta(seconds=off)
                             meet(store, frame(cls=cls, serial=serial, when=when, ranges=energy), now=i * 60.0)
@@ -4926,9 +4964,80 @@ class HouseholdTest(unittest.TestCase):
                         solar = [(30144, (today, 0, count)), *([(30197, (0, 5, 0, 6)), (30209, (1,))] if ct else [])]
                         meet(store, frame(cls=1, serial=INVERTER, when=when, ranges=solar), now=i * 60.0)
                     store.look(i * 60.0)
-                found = sems.house([sems.member(device, store, wakes * HOUR) for device in store.devices.values()])
+                members = [sems.member(device, store, wakes * HOUR) for device in store.devices.values()]
+                found = sems.house_of(store, members, wakes * HOUR)
                 self.assertEqual((found["used_today_kilowatt_hours"], found.get("today_since")), (used, since))
                 self.assertEqual(found["imported_today_kilowatt_hours"], 42.1)
+
+    def test_used_never_falls(self) -> None:
+        """What is used does not fall within its window, though its parts are counted in steps; it begins anew with the window."""
+        store, shown_used = sems.Store(clock=clock), []
+        steps = (  # minutes after noon; the inverter's output in 100 Wh; export and import in 10 Wh; used and since when
+            (0, 1000, 500, 700, 0, "12:00"), (1, 1001, 500, 700, 0.1, "12:00"), (2, 1001, 505, 700, 0.1, "12:00"),
+            (3, 1001, 510, 701, 0.1, "12:00"), (4, 1002, 510, 712, 0.22, "12:00"), (719, 1002, 510, 800, 1.1, "12:00"),
+            (721, 1002, 510, 801, 0.01, ""),
+        )  # fmt: skip
+        with time_zone("UTC0"):
+            for i, total, exported, imported, used, since in steps:
+                store.look(i * 60.0)
+                grid = [(2057, (0, 0, exported)), (2069, (0, 0, imported))]
+                meet(store, frame(serial="93000HKU00000042", when=minute(i), ranges=grid), now=i * 60.0)
+                meet(store, frame(cls=1, serial=INVERTER, when=minute(i), ranges=[(30145, (0, total))]), now=i * 60.0)
+                store.look(i * 60.0)
+                found = sems.house_of(
+                    store, [sems.member(one, store, i * 60.0) for one in store.devices.values()], i * 60.0
+                )
+                self.assertEqual(
+                    (found["used_today_kilowatt_hours"], found.get("today_since", "")[11:16]), (used, since), i
+                )
+
+    def test_late_member(self) -> None:
+        """The window of a house begins when the last of its devices is there, and with what they all count from then on."""
+        store, found = sems.Store(clock=clock), {}
+        with time_zone("UTC0"):
+            for i in range(61):
+                grid = [(2057, (0, 0, 500)), (2069, (0, 0, 700 + 10 * i))]
+                meet(store, frame(serial="93000HKU00000042", when=minute(i), ranges=grid), now=i * 60.0)
+                if i >= 30:
+                    meet(
+                        store,
+                        frame(cls=1, serial=INVERTER, when=minute(i), ranges=[(30145, (0, 970 + i))]),
+                        now=i * 60.0,
+                    )
+                store.look(i * 60.0)
+                found = sems.house_of(
+                    store, [sems.member(one, store, i * 60.0) for one in store.devices.values()], i * 60.0
+                )
+                self.assertEqual("used_today_kilowatt_hours" in found, i >= 30)
+        self.assertEqual((found["used_today_kilowatt_hours"], found["today_since"]), (6, "2026-03-21T12:30:00"))
+        self.assertEqual((found["imported_today_kilowatt_hours"], found["self_sufficiency_percent"]), (6, 50))
+
+    def test_silent_battery(self) -> None:
+        """A hybrid's energies do not change with a packet in which its battery, its meter or all of it is silent."""
+        known = {
+            35182: (0, 500),
+            35184: (2,),
+            35191: (0, 5000),
+            35206: (0, 700),
+            35209: (0, 800),
+            36004: (1,),
+            36015: (0x4240, 0, 0x4240, 0),
+            36025: (0, 5),
+        }
+        silent = {register: (0,) * len(words) for register, words in known.items()}
+        ct = [(30145, (0, 9)), (30195, (0, 5, 0, 600, 0, 700)), (30209, (1,))]
+        keys = [key for key in sems.KEYS if key.endswith("hours")]
+        for name, words in (("battery", {35182: (0, 0), 35184: (0,)}), ("meter", {36004: (0,)}), ("all", silent)):
+            with self.subTest(name):
+                store, figures = sems.Store(clock=clock), []
+                for i, more in enumerate(({}, words, {})):
+                    meet(store, frame(cls=2, serial=HYBRID, when=minute(i), ranges=[*{**known, **more}.items()]))
+                    meet(store, frame(cls=1, serial=INVERTER, when=minute(i), ranges=ct))
+                    store.look(0.0)
+                    found = sems.house([sems.member(one, store, 0.0) for one in store.devices.values()])
+                    figures.append({key: found.get(key) for key in keys})
+                self.assertEqual(figures, [figures[0]] * 3)
+                self.assertGreater(figures[0]["battery_charged_kilowatt_hours"], 0)
 
     def test_real_frames(self) -> None:
         """The hybrid of the vectors, through the store, at its own time."""
@@ -5430,11 +5539,7 @@ class HomeAssistantTest(unittest.TestCase):
             kind = word.rpartition("_")[2]
             wanted = {
                 "watts": ("power", "measurement", "W"),
-                "hours": (
-                    "energy",
-                    "total" if owner == "house" and "_today_" not in key else "total_increasing",
-                    "kWh",
-                ),
+                "hours": ("energy", "total" if owner == "house" else "total_increasing", "kWh"),
                 "percent": (None, "measurement", "%"),
             }
             fields = ("device_class", "state_class", "unit_of_measurement")
@@ -6700,6 +6805,8 @@ class BackfillTest(SocketCase):
                 ("a minute ahead", (NOON, now + timedelta(minutes=1)), 1, 1),
                 ("this second", (NOON, now), 2, 0),
                 ("two days, and a century", (NOON, now + timedelta(days=2), datetime(2099, 12, 31, 23, 59, 59)), 1, 2),
+                ("a clock that was never set", (NOON, datetime(2000, 1, 1), datetime(2009, 12, 31, 23, 59)), 1, 2),
+                ("the oldest", (NOON, datetime(2010, 1, 1)), 2, 0),
                 ("nothing left", (datetime(2098, 1, 1), datetime(2098, 1, 2)), 0, 2),
             ):
                 with self.subTest(name), time_zone("UTC0"):
