@@ -69,7 +69,6 @@ import threading
 import time
 import traceback
 import zlib
-from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import datetime, timedelta, timezone
 from typing import BinaryIO, Union
@@ -5299,13 +5298,13 @@ def demo(arguments: list[str]) -> int:
 
 # ------------------------------------------------------------------------------------------------------ recordings
 #
-# A file becomes pieces of streams, each with the time at which it was recorded. A recording of packets becomes what its
-# GoodWe connections carried: records of pcap or pcapng become packets, packets become TCP segments, segments by their
-# sequence numbers streams. Addresses keep connections apart here, and are in nothing that leaves this section.
+# A file becomes pieces of streams, each with the time at which it was recorded. Of a recording of packets: records become
+# packets, packets TCP segments, segments by their sequence numbers streams. Addresses keep connections apart here, and
+# are in nothing that leaves this section.
 
 PORTAL_PORT = (20001).to_bytes(2, "big")
 BEGINNINGS = (b"POSTGW\0\0", b"GW\0\0")  # of frames: the caps of the length fields leave their first two bytes 0
-MOST_BYTES = {"record": 16 << 20, "line": 1 << 20, "fold": 64 << 10}  # bytes; above it a record is damage
+LONGEST_RECORD, LONGEST_LINE = 16 << 20, 1 << 20  # bytes; above it a record is damage
 SHORTEST = 16  # bytes that an array or a literal inside a text must have
 
 # What a file lacks, each to how often.
@@ -5315,10 +5314,7 @@ DAMAGED = "damaged records: {}"
 SNAPPED = "packets that the snap length has cut: {}; record them whole, with -s 0"
 GAPS = "gaps in the streams, where the recording lacks packets: {}"
 TORN = "frames that are not whole at gaps, or where the recording begins or ends, left out: {}"
-FRAGMENTS = "fragments of IP packets, which are not put together: {}"
-OLD_BLOCKS = "packet blocks of an old kind, which are not read: {}; save the file as pcap"
-LINK = "packets of link type {link}, which is not read: {{}}"
-FOREIGN = "connections of port 20001 without a frame of GoodWe's, left out: {}"
+UNREAD = "{} are not read; left out: {{}}"
 FOREIGN_LINES = "lines that are no whole lines of a capture, passed over: {}"
 LEFT_OUT = "pieces between good frames that can hold anything, left out: {}"
 
@@ -5326,8 +5322,11 @@ LEFT_OUT = "pieces between good frames that can hold anything, left out: {}"
 Recorded = collections.namedtuple("Recorded", "captured wire kind data where", defaults=(0,))
 # time: seconds since 1970, None if not known; link: the type of its link; size: before the snap length cut it
 RecordedPacket = collections.namedtuple("RecordedPacket", "time link data size")
-# source, target: address and port; seq: the sequence number of data's first byte; syn: 1 or 0; cut: bytes missing, if > 0
-Segment = collections.namedtuple("Segment", "source target seq syn data cut")
+# source, target: address and port; seq: the sequence number of data's first byte; cut: bytes missing, if above 0
+Segment = collections.namedtuple("Segment", "source target seq is_syn data cut")
+# What one end of a connection sent. first: the sequence number of place 0; is_whole: whether that is the first byte;
+# segments: (place, time, bytes) of each, as they came
+Stream = collections.namedtuple("Stream", "source target first is_whole segments")
 
 # fmt: off
 PCAP = {  # the first four bytes: byte order, seconds of a unit of the fraction
@@ -5340,9 +5339,9 @@ LINKS = {  # link type: where the type of its contents stands (-1: nowhere), whe
     1: (12, 14), 113: (14, 16), 276: (0, 20), 0: (-1, 4), 108: (-1, 4), **dict.fromkeys((12, 14, 101, 228, 229), (-1, 0)),
 }
 VLAN_TAGS, IP_TYPES, ARP = (b"\x81\0", b"\x88\xa8", b"\x91\0"), (b"\x08\0", b"\x86\xdd"), b"\x08\6"
-LOOPBACK_FAMILIES = (b"\2", b"\x0a", b"\x18", b"\x1c", b"\x1e")  # in a loopback header: IPv4, and IPv6 of several systems
 IPV4, IPV6, TCP = struct.Struct(">BxH2xHxB2x4s4s"), struct.Struct(">4xHBx16s16s"), struct.Struct(">2s2sI4xBB")
 IPV6_EXTENSIONS = {0: (8, 8), 43: (8, 8), 60: (8, 8), 51: (4, 8), 44: (0, 8)}  # bytes a unit of its length, and beside it
+IP_HEADER = re.compile(rb"[\x45-\x4f].{8}[\1\6\x11].{10}|[\x60-\x6f].{5}[\0\6\x11\x2b\x2c\x33\x3a\x3c].{33}", re.S)
 # fmt: on
 
 
@@ -5355,66 +5354,65 @@ def pcap_packets(file: BinaryIO, notes: Notes) -> Iterator[RecordedPacket]:
     link = struct.unpack_from(order + "I", header, 16)[0] & 0xFFFF  # above it: whether checksums follow the packets
     while len(head := file.read(16)) == 16:
         seconds, fraction, size, length = record.unpack(head)
-        if size > MOST_BYTES["record"]:
+        if size > LONGEST_RECORD:
             notes[DAMAGED] += 1
             return
         data = file.read(size)
         if len(data) < size:
             break
         yield RecordedPacket(seconds + fraction * unit, link, data, length)
-    notes.update([CUT_END] if head else [])
+    notes[CUT_END] |= bool(head)
 
 
-def pcapng_packets(file: BinaryIO, notes: Notes) -> Iterator[RecordedPacket]:
-    """The packets of a pcapng file: of all its sections and interfaces."""
-    order, interfaces = "<", []  # type: ignore[var-annotated]
+def pcapng_blocks(file: BinaryIO, notes: Notes) -> Iterator[tuple[int, bytes, str]]:
+    """The blocks of a pcapng file: kind, body, byte order."""
+    order = ""
     while len(head := file.read(8)) == 8:
         magic = file.read(4) if head.startswith(PCAPNG) else b""
-        if magic:
-            order, interfaces = ORDERS.get(magic, ""), []
-        kind, size = struct.unpack(order + "2I", head)
-        if not order or not 12 <= size <= MOST_BYTES["record"]:
+        order = ORDERS.get(magic, "") if magic else order
+        kind, size = struct.unpack((order or "<") + "2I", head)
+        if not order or not 12 <= size <= LONGEST_RECORD:
             notes[DAMAGED] += 1
             return
         body = magic + file.read(size - 8 - len(magic))
         if len(body) < size - 8:
             break
+        yield kind, body[:-4], order  # at the end stands the size again
+    notes[CUT_END] |= bool(head)
+
+
+def pcapng_packets(file: BinaryIO, notes: Notes) -> Iterator[RecordedPacket]:
+    """The packets of a pcapng file: of all its sections and interfaces."""
+    interfaces: list[tuple[int, int, float]] = []
+    for kind, body, order in pcapng_blocks(file, notes):
         try:
             if kind == INTERFACE_BLOCK:
                 interfaces.append(interface(body, order))
-            elif kind in (ENHANCED_BLOCK, SIMPLE_BLOCK):
-                yield block_packet(kind, body, order, interfaces)
+            elif kind == SIMPLE_BLOCK:
+                (length,), (link, snap, _) = struct.unpack_from(order + "I", body), interfaces[0]
+                yield RecordedPacket(None, link, body[4 : 4 + min(length, snap or length)], length)
+            elif kind == ENHANCED_BLOCK:
+                which, high, low, size, length = struct.unpack_from(order + "5I", body)
+                link, _, unit = interfaces[which]
+                yield RecordedPacket((high << 32 | low) * unit, link, body[20 : 20 + size], length)
             elif kind == OLD_BLOCK:
-                notes[OLD_BLOCKS] += 1
+                notes[UNREAD.format("old packet blocks (save the file as pcap)")] += 1
+            elif body[:4] in ORDERS:  # a section
+                interfaces = []
         except (IndexError, struct.error):
             notes[DAMAGED] += 1
-    notes.update([CUT_END] if head else [])
 
 
-def interface(body: bytes, order: str) -> tuple[int, int, float, int]:
-    """Link type, snap length, seconds of a unit of time, seconds to add to it: of an interface description block."""
+def interface(body: bytes, order: str) -> tuple[int, int, float]:
+    """Link type, snap length, seconds of a unit of time: of an interface description block."""
     link, snap_length = struct.unpack_from(order + "HxxI", body)
-    unit, seconds, at = 1e-6, 0, 8
-    while at + 8 <= len(body):  # the block's length ends it
+    unit, at = 1e-6, 8
+    while at + 4 <= len(body):
         code, size = struct.unpack_from(order + "HH", body, at)
-        value = body[at + 4 : at + 4 + size]
-        if code == 9 and value:
-            unit = (2.0 if value[0] & 0x80 else 10.0) ** -(value[0] & 0x7F)
-        elif code == 14 and len(value) == 8:
-            (seconds,) = struct.unpack(order + "q", value)
+        if code == 9 and size and at + 4 < len(body):
+            unit = (2.0 if body[at + 4] & 0x80 else 10.0) ** -(body[at + 4] & 0x7F)
         at += 4 + size + -size % 4
-    return link, snap_length, unit, seconds
-
-
-def block_packet(kind: int, body: bytes, order: str, interfaces: list) -> RecordedPacket:
-    """The packet of a pcapng block. Raises IndexError, struct.error for nonsense."""
-    if kind == SIMPLE_BLOCK:
-        (length,) = struct.unpack_from(order + "I", body)
-        link, snap_length, _, _ = interfaces[0]
-        return RecordedPacket(None, link, body[4 : min(4 + min(length, snap_length or length), len(body) - 4)], length)
-    which, high, low, size, length = struct.unpack_from(order + "5I", body)
-    link, _, unit, seconds = interfaces[which]
-    return RecordedPacket((high << 32 | low) * unit + seconds, link, body[20 : min(20 + size, len(body) - 4)], length)
+    return link, snap_length, unit
 
 
 def ip_start(link: int, data: bytes) -> int:
@@ -5428,121 +5426,110 @@ def ip_start(link: int, data: bytes) -> int:
 def segment(packet: RecordedPacket, notes: Notes) -> Segment | None:
     """The TCP segment in a packet. Raises IndexError, struct.error for a packet that ends inside its headers."""
     data, at = packet.data, ip_start(packet.link, packet.data)
-    version = data[at] >> 4 if at >= 0 else 0
+    version, fragment = data[at] >> 4 if at >= 0 else 0, 0
     if version == 4:
         first, size, fragment, protocol, source, target = IPV4.unpack_from(data, at)
         at, end, fragment = at + (first & 15) * 4, at + size if size else packet.size, fragment & 0x1FFF
     elif version == 6:
         size, protocol, source, target = IPV6.unpack_from(data, at)
-        at, end, fragment = at + 40, at + 40 + size if size else packet.size, 0
+        at, end = at + 40, at + 40 + size if size else packet.size
         while protocol in IPV6_EXTENSIONS and not fragment:
             unit, more = IPV6_EXTENSIONS[protocol]
             fragment = struct.unpack_from(">2xH", data, at)[0] & 0xFFF8 if protocol == 44 else 0
             protocol, at = data[at], at + more + unit * data[at + 1]
-    if version not in (4, 6) or protocol != socket.IPPROTO_TCP or fragment:
-        notes[FRAGMENTS] += version in (4, 6) and protocol == socket.IPPROTO_TCP
+    if version not in (4, 6) or protocol != socket.IPPROTO_TCP:
+        return None
+    if fragment:
+        notes[UNREAD.format("fragments of IP packets")] += 1
         return None
     source_port, target_port, seq, header, flags = TCP.unpack_from(data, at)
-    syn = flags >> 1 & 1  # it has a sequence number of its own, before the data's
+    is_syn = flags >> 1 & 1  # it has a sequence number of its own, before the data's
     payload = data[at + (header >> 4) * 4 : end]
-    return Segment(source + source_port, target + target_port, (seq + syn) & 0xFFFFFFFF, syn, payload, end - len(data))
+    return Segment(
+        source + source_port, target + target_port, (seq + is_syn) & 0xFFFFFFFF, is_syn, payload, end - len(data)
+    )
 
 
-class Flow:
-    """What one end of a connection sent: bytes as they came, and of each segment its place in the stream, size and time."""
-
-    __slots__ = ("_end", "data", "first", "is_whole", "places", "sizes", "source", "target", "times")
-
-    def __init__(self, source: bytes, target: bytes, first: int, is_whole: bool) -> None:
-        self.source, self.target = source, target
-        self.first, self.is_whole = first, is_whole  # the sequence number of place 0; whether that is the first byte
-        self.data, self.places, self.sizes, self.times = bytearray(), array("q"), array("I"), array("d")
-        self._end = 0  # of the segment that is furthest on
-
-    def add(self, seq: int, data: bytes, time: float) -> None:
-        """Keep a segment. Sequence numbers wrap around: it belongs where it is nearest to what came before."""
-        place = self._end + ((seq - self.first - self._end + (1 << 31)) & 0xFFFFFFFF) - (1 << 31)
-        self._end = max(self._end, place + len(data))
-        self.data += data
-        self.places.append(place)
-        self.sizes.append(len(data))
-        self.times.append(time)
-
-    def wire(self) -> Wire:
-        """The direction: towards port 20001 or away from it; otherwise, or between two of them, as the frames say."""
-        to, back = (name.endswith(PORTAL_PORT) for name in (self.target, self.source))
-        return OUTBOUND if (to if to != back else BEGINNINGS[0] in self.data) else INBOUND
-
-    def stretches(self) -> Iterator[tuple[int, bytearray, array, array]]:
-        """Runs of bytes without a gap: place, bytes, where in them segments end, when all up to there had come."""
-        starts = array("Q", itertools.accumulate(self.sizes, initial=0))
-        order = array("Q", sorted(range(len(self.places)), key=self.places.__getitem__))
-        place = self.places[order[0]]
-        place = end = 0 if self.is_whole and place >= -1 else place  # at -1 stands the byte of a keep-alive probe
-        run, ends, times = bytearray(), array("Q"), array("d")
-        for i in order:
-            if self.places[i] > end:
-                yield place, run, ends, times
-                place = end = self.places[i]
-                run, ends, times = bytearray(), array("Q"), array("d")
-            new = self.places[i] + self.sizes[i] - end  # bytes that no segment before it held
-            if new > 0:
-                run += self.data[starts[i + 1] - new : starts[i + 1]]
-                end += new
-                ends.append(len(run))
-                times.append(max(self.times[i], times[-1] if times else 0))
-        yield place, run, ends, times
-
-    def pieces(self, notes: Notes) -> Iterator[Recorded]:
-        """The pieces of the stream, without those that a gap or an end of the recording tore."""
-        wire = self.wire()
-        for number, (place, data, ends, times) in enumerate(self.stretches()):
-            notes[GAPS] += number > 0
-            at = 0
-            for kind, part, is_unfinished in merged(cut(wire, data)):
-                begins_inside = kind == JUNK and not at and (number or not self.is_whole)
-                at += len(part)
-                if begins_inside or (is_unfinished and kind not in (FRAME, KEEPALIVE)):
-                    notes[TORN] += 1
-                else:
-                    where = (self.first + place + at) & 0xFFFFFFFF
-                    yield Recorded(times[bisect.bisect_left(ends, at)], wire, kind, part, where)
-
-
-def connections(packets: Iterable[RecordedPacket], notes: Notes) -> list[list[Flow]]:
-    """The flows of each connection to or from port 20001, or with a segment that begins like a frame."""
-    flows: dict[bytes, Flow] = {}
-    begun: dict[bytes, int] = {}  # after a SYN, until data comes: the sequence number of the first byte
-    found: dict[bytes, list[Flow]] = collections.defaultdict(list)
-    elsewhere = False  # such a connection has other ports: its packets cannot be picked out at a glance
+def segments(packets: Iterable[RecordedPacket], notes: Notes) -> Iterator[tuple[float, Segment]]:
+    """The TCP segments in packets, each with its time; most packets of other connections are left out at a glance."""
+    elsewhere = False  # a connection has other ports: its packets cannot be known at a glance
     for number, packet in enumerate(packets):
         if packet.link not in LINKS:
-            notes[LINK.format(link=packet.link)] += 1
-        if packet.link not in LINKS or not (elsewhere or PORTAL_PORT in packet.data or BEGINNINGS[1] in packet.data):
-            continue
-        try:
-            part = segment(packet, notes)
-        except (IndexError, struct.error):  # the packet ends inside its headers
-            notes[SNAPPED] += packet.size > len(packet.data)
-            continue
-        if not part:
-            continue
+            notes[UNREAD.format(f"packets of link type {packet.link}")] += 1
+        elif elsewhere or PORTAL_PORT in packet.data or BEGINNINGS[1] in packet.data:
+            try:
+                part = segment(packet, notes)
+            except (IndexError, struct.error):  # the packet ends inside its headers
+                notes[SNAPPED] += packet.size > len(packet.data)
+                continue
+            if part:
+                elsewhere |= part.data.startswith(BEGINNINGS) and not is_at_port(part)
+                yield number * 1e-9 if packet.time is None else packet.time, part
+
+
+def is_at_port(part: Segment | Stream) -> bool:
+    """Whether one of the two ends has the portal's port."""
+    return PORTAL_PORT in (part.source[-2:], part.target[-2:])
+
+
+def connections(packets: Iterable[RecordedPacket], notes: Notes) -> list[list[Stream]]:
+    """The streams of each connection to or from port 20001, or with a segment that begins like a frame."""
+    latest: dict[bytes, Stream] = {}
+    found: dict[bytes, list[Stream]] = collections.defaultdict(list)
+    for when, part in segments(packets, notes):
         way, back = part.source + part.target, part.target + part.source
-        at_port = PORTAL_PORT in (part.source[-2:], part.target[-2:])
-        if at_port or way in flows or back in flows or part.data.startswith(BEGINNINGS):
-            elsewhere |= not at_port
+        if is_at_port(part) or way in latest or back in latest or part.data.startswith(BEGINNINGS):
             notes[SNAPPED] += part.cut > 0
-            if part.syn:
-                begun[way] = part.seq
+            stream = latest.get(way)
+            if not stream or part.is_syn and part.seq != stream.first:  # the port is new, or used again
+                stream = latest[way] = Stream(part.source, part.target, part.seq, part.is_syn, [])
+                found[min(way, back)].append(stream)
             if part.data:
-                first, flow = begun.pop(way, None), flows.get(way)
-                if flow is None or first not in (None, flow.first):  # the port is new, or used again
-                    flow = flows[way] = Flow(
-                        part.source, part.target, part.seq if first is None else first, first is not None
-                    )
-                    found[min(way, back)].append(flow)
-                flow.add(part.seq, part.data, number * 1e-9 if packet.time is None else packet.time)
+                last = stream.segments[-1][0] if stream.segments else 0  # numbers wrap around: the place nearest to it
+                place = last + ((part.seq - stream.first - last + (1 << 31)) & 0xFFFFFFFF) - (1 << 31)
+                stream.segments.append((place, when, part.data))
     return list(found.values())
+
+
+def stretches(stream: Stream) -> Iterator[tuple[int, bytearray, list[int], list[float]]]:
+    """Runs of bytes without a gap: place, bytes, where in them segments end, when all up to there had come."""
+    place, run, ends, times = 0, bytearray(), [], []  # type: ignore[var-annotated]
+    parts = sorted(stream.segments)
+    if parts and not (stream.is_whole and parts[0][0] >= -1):  # at -1 stands the byte of a keep-alive probe
+        place = parts[0][0]
+    for at, when, data in parts:
+        if at > place + len(run):
+            yield place, run, ends, times
+            place, run, ends, times = at, bytearray(), [], []
+        new = at + len(data) - place - len(run)  # bytes that no segment before it held
+        if new > 0:
+            run += data[-new:]
+            ends.append(len(run))
+            times.append(max(when, times[-1] if times else 0))
+    yield place, run, ends, times
+
+
+def direction_of(stream: Stream) -> Wire:
+    """Towards port 20001 or away from it; otherwise, or between two of them, as the frames say."""
+    to, back = (name.endswith(PORTAL_PORT) for name in (stream.target, stream.source))
+    says = any(BEGINNINGS[0] in data for _, _, data in stream.segments)
+    return OUTBOUND if (to if to != back else says) else INBOUND
+
+
+def stream_pieces(stream: Stream, notes: Notes) -> Iterator[Recorded]:
+    """The pieces of a stream, without those that a gap or an end of the recording tore."""
+    wire = direction_of(stream)
+    for number, (place, data, ends, times) in enumerate(stretches(stream)):
+        notes[GAPS] += number > 0
+        at = 0
+        for kind, part, is_unfinished in cut(wire, data):
+            begins_inside = kind == JUNK and not at and (number or not stream.is_whole)
+            at += len(part)
+            if begins_inside or (is_unfinished and kind not in (FRAME, KEEPALIVE)):
+                notes[TORN] += 1
+            else:
+                captured, where = times[bisect.bisect_left(ends, at)], (stream.first + place + at) & 0xFFFFFFFF
+                yield Recorded(captured, wire, kind, part, where)
 
 
 def conversations(packets: Iterable[RecordedPacket], notes: Notes) -> Iterator[Recorded]:
@@ -5550,182 +5537,110 @@ def conversations(packets: Iterable[RecordedPacket], notes: Notes) -> Iterator[R
     found: list[Recorded] = []
     waiting = connections(packets, notes)
     while waiting:  # what is done with is let go: a recording can be large
-        flows, lacks, before = waiting.pop(), collections.Counter(), len(found)  # type: ignore[var-annotated]
-        is_ours = any(BEGINNINGS[1] in flow.data for flow in flows)
-        while flows:
-            found += flows.pop(0).pieces(lacks)
-        if is_ours or any(piece.kind != JUNK for piece in found[before:]):
+        streams, lacks = waiting.pop(), collections.Counter()  # type: ignore[var-annotated]
+        pieces = [piece for stream in streams for piece in stream_pieces(stream, lacks)]
+        has_frames = any(BEGINNINGS[1] in data for stream in streams for _, _, data in stream.segments)
+        if has_frames or any(piece.kind != JUNK for piece in pieces):  # else another program uses the port
             notes.update(lacks)
-        else:
-            del found[before:]
-            notes[FOREIGN] += 1
-    found.sort(key=lambda piece: piece.captured)
-    recent: collections.deque[tuple[int, bytes]] = collections.deque(maxlen=64)  # another interface's, behind NAT too
-    for piece in found:
-        if (piece.where, piece.data) not in recent:
-            recent.append((piece.where, piece.data))
-            yield piece._replace(captured=piece.captured if piece.captured >= 86400 else None)
+            found += pieces
+    seen = set()  # with several interfaces behind NAT the addresses differ, and nothing else
+    for piece in sorted(found, key=lambda piece: piece.captured):
+        if (piece.where, piece.data) not in seen:
+            seen.add((piece.where, piece.data))
+            yield piece
 
 
 def cut(wire: Wire, data: bytes | bytearray) -> Iterator[tuple[str, bytes, bool]]:
-    """The pieces of a stream: kind, bytes, and whether it is what the end of the stream left unfinished."""
+    """The pieces of a whole stream: kind, bytes, and whether it is what the end of the stream left unfinished."""
     framer = Framer(wire)
-    for at in range(0, len(data), RECV_SIZE):
-        yield from ((*piece, False) for piece in framer.feed(bytes(data[at : at + RECV_SIZE]), 0))
+    yield from ((*piece, False) for piece in framer.feed(bytes(data), 0))
     yield from ((*piece, True) for piece in framer.close())
-
-
-def merged(pieces: Iterable[tuple[str, bytes, bool]]) -> Iterator[tuple[str, bytes, bool]]:
-    """Pieces with what goes on with another."""
-    kind, parts, is_unfinished = "", [], False  # type: ignore[var-annotated]
-    for piece in pieces:
-        if parts and not piece[0] == kind == JUNK:  # an unbroken run of junk is one
-            yield kind, b"".join(parts), is_unfinished
-            parts = []
-        if not parts:
-            kind, _, is_unfinished = piece
-        parts.append(piece[1])
-    if parts:
-        yield kind, b"".join(parts), is_unfinished
 
 
 def pieces_of(direction: str, data: bytes, captured: float | None = None) -> Iterator[Recorded]:
     """The pieces of captured bytes: of their direction, or of both if that is not known ("")."""
     wire = INBOUND if direction == INBOUND.name else OUTBOUND
-    for kind, part, _ in merged(cut(wire, data)):
-        inward = [] if direction or kind == FRAME else list(merged(cut(INBOUND, part)))
+    for kind, part, _ in cut(wire, data):
+        inward = [] if direction or kind == FRAME else list(cut(INBOUND, part))
         if any(each in (FRAME, KEEPALIVE) for each, _, _ in inward):
             yield from (Recorded(captured, INBOUND, each, data) for each, data, _ in inward)
         else:
             yield Recorded(captured, wire, kind, part)
 
 
-# Text. A line of a dump is an offset, hex, and often the bytes as text; xxd and tcpdump put a colon behind the offset.
-DUMP_LINE = re.compile(r"(\s*)(?:0x)?([0-9a-f]{4,8})(?:(:)(?=\s)|(?=\s|$))\s*(.*)", re.I)
-DUMP_BYTES = re.compile(
-    r"((?:(?:[0-9a-f]{2})+(?: (?!\s)|(?=\s|$)))*)(?: {1,2}([0-9a-f]{2}(?: [0-9a-f]{2}){0,7})(?=\s|$))?", re.I
-)
-ONLY_HEX = re.compile(r"\s*[0-9a-f]{2,}(\s+[0-9a-f]{2,})*\s*", re.I)
-HEX_RUN = re.compile(r"(?<!\w)[0-9a-f]{2}(?:[\s,:;-]*[0-9a-f]{2}){11,}", re.I)
+# Text. A line of a dump is an offset, hex in one or two columns, and often the bytes as text; xxd and tcpdump put a colon
+# behind the offset. Columns are one or two blanks apart, and the text is behind two: so a second one needs 8 bytes before.
+# fmt: off
+DUMP_LINE = re.compile(r"(?im)^[^\S\n]*(?:0x)?([0-9a-f]{4,8}):?[ \t]+((?:[0-9a-f]{2})+(?: (?:[0-9a-f]{2})+)*)(?: {1,2}([0-9a-f]{2}(?: [0-9a-f]{2}){0,7}))?(?=\s|$)")
 LITERAL = re.compile(r"""(["'])((?:\\.|(?!\1)[^\\])*)(?:\1|$)""", re.S)
-ESCAPE = re.compile(r"\\(?:x([0-9a-f]{2})|([0-7]{1,3})|(.))", re.S | re.I)
+ESCAPE = re.compile(r"""\\(?:x[0-9a-fA-F]{2}|[0-3]?[0-7]{1,2}|[abfnrtv\\'"])""")
+ARRAY = re.compile(r"(?:\b0x[0-9a-f]{1,2}\b[,\s]*)+", re.I)
 SEPARATORS = str.maketrans("", "", " \t\r\n\f\v,:;|\"'-")
-C_BYTE = re.compile(r"\b0x([0-9a-f]{1,2})\b", re.I)
-ESCAPED = dict(zip("abfnrtv", "\a\b\f\n\r\t\v"))
-
-
-def line_bytes(text: str) -> bytes:
-    """The bytes in a line of a dump, behind its offset: up to two blanks, which can also stand between two halves."""
-    first, second = DUMP_BYTES.match(re.split(r"[|>]", text)[0]).groups()  # type: ignore[union-attr]
-    found = bytes.fromhex(first)
-    return found + bytes.fromhex(second) if second and len(found) == 8 else found
-
-
-def number_of(offset: str, base: int) -> int:
-    """An offset in a dump as a number, -1 if it has other digits than the base."""
-    return int(offset, base) if max(int(digit, 16) for digit in offset) < base else -1
+# fmt: on
 
 
 def dumps(text: str) -> list[bytes]:
-    """What the dumps in a text hold: an offset of 0 begins another, indented or not; [] if it is no text with dumps.
-
-    An offset is hex, octal or decimal: the base in which it is the number of bytes so far. A `*` stands for equal lines.
-    """
+    """What the dumps in a text hold, each from an offset of 0 on; other offsets count its bytes: hex, octal or decimal."""
     found: list[bytearray] = []
-    current: dict[str, bytearray] = {}  # by indentation: a dump of both directions indents one
-    base, last, is_folded = 0, b"", False
-    for line in (match[0] for match in re.finditer(r"[^\r\n]+", text)):
-        match = DUMP_LINE.match(line)
-        indent, offset, colon, rest = match.groups("") if match else ("", "", "", "")
-        part, dump = line_bytes(rest), current.get(indent)
-        if offset and dump and is_folded:
-            place = number_of(offset, base or (8 if len(offset) == 7 else 16))
-            dump += last * ((min(place, MOST_BYTES["fold"]) - len(dump)) // len(last))
-        bases = [each for each in (16, 8, 10) if offset and dump and number_of(offset, each) == len(dump)]
-        if bases and dump:
-            dump += part
-            base = bases[0]
-        elif part and (colon or not int(offset, 16)):
-            current[indent] = bytearray(part)
-            found.append(current[indent])
-        elif not found and ONLY_HEX.fullmatch(line):
-            return []
-        last, is_folded = part or last, line.strip() == "*"
+    for offset, first, second in DUMP_LINE.findall(text):
+        part = bytes.fromhex(first)
+        part += bytes.fromhex(second) if len(part) == 8 else b""
+        size = len(found[-1]) if found else 0
+        if not offset.strip("0"):
+            found.append(bytearray(part))
+        elif offset.lstrip("0").lower() in (f"{size:x}", f"{size:o}", f"{size}"):
+            found[-1] += part
     return [bytes(dump) for dump in found]
 
 
-def unescaped(match: re.Match) -> str:
-    r"""The character of an escape, as C and Python have them: \x0a, \12, \n."""
-    digits, octal, other = match.groups()
-    return chr(int(digits, 16)) if digits else chr(int(octal, 8) & 0xFF) if octal else ESCAPED.get(other, other)
-
-
-def from_hex(text: str) -> bytes:
-    """Bytes of hex digits in any spacing, nothing for anything else."""
+def typed(text: str) -> list[bytes]:
+    """The bytes in a text without dumps: hex in any spacing and nothing else, or literals with escapes and arrays of C."""
     with contextlib.suppress(ValueError):
-        return bytes.fromhex(text.replace("0x", "").replace("0X", "").replace("\\x", "").translate(SEPARATORS))
-    return b""
-
-
-def from_text(text: str) -> list[bytes]:
-    """The bytes in a text without dumps, one after another: hex, literals with escapes, arrays of C, hex in sentences."""
-    plain = from_hex(text)
-    if plain:
-        return [plain]
-    literals = [match[2] for match in LITERAL.finditer(text) if "\\x" in match[2]] if "\\x" in text else []
-    arrays = re.sub(r"/\*.*?\*/|//[^\n]*", "", text, flags=re.S).split("}") if re.search("0x", text, re.I) else []
-    found = [ESCAPE.sub(unescaped, "".join(literals)).encode("latin-1", "replace")]
-    found += (bytes(int(match[1], 16) for match in C_BYTE.finditer(part)) for part in arrays)
-    found += filter(lambda data: BEGINNINGS[1] in data, map(from_hex, HEX_RUN.findall(text)))
+        return [bytes.fromhex(re.sub("0x|\\\\x", "", text, flags=re.I).translate(SEPARATORS))]
+    literal = "".join(part for _, part in LITERAL.findall(text) if "\\x" in part)
+    found = [ESCAPE.sub(lambda match: match[0].encode().decode("unicode_escape"), literal).encode("latin-1", "replace")]
+    arrays = ARRAY.findall(re.sub(r"/\*.*?\*/|//[^\n]*", "", text, flags=re.S))
+    found += (bytes(int(number, 16) for number in re.findall("(?i)0x([0-9a-f]+)", each)) for each in arrays)
     return [data for data in found if len(data) >= SHORTEST]
-
-
-def is_ip(data: bytes) -> bool:
-    """Whether bytes look like an IP packet."""
-    is_v6 = len(data) >= 40 and data[0] >> 4 == 6 and data[6] in (socket.IPPROTO_TCP, 17, 58, *IPV6_EXTENSIONS)
-    return is_v6 or (len(data) >= 20 and 0x45 <= data[0] <= 0x4F)
 
 
 def link_of(data: bytes) -> int | None:
     """The link type of a packet in a dump, from what stands where; None for what is no packet."""
-    if data.startswith(BEGINNINGS):
-        return None
-    for link in (1, 113, 276):
-        at = LINKS[link][0]
-        if data[at : at + 2] in (*IP_TYPES, *VLAN_TAGS, ARP) and (at or data[2:4] == b"\0\0"):
+    for link in (1, 113, 276, 101, 0):
+        kind, at = LINKS[link]
+        if IP_HEADER.match(data, at) if kind < 0 else data[kind : kind + 2] in (*IP_TYPES, *VLAN_TAGS, ARP):
             return link
-    return 101 if is_ip(data) else 0 if data[:4].strip(b"\0") in LOOPBACK_FAMILIES and is_ip(data[4:]) else None
+    return None
 
 
 def text_pieces(text: str, notes: Notes) -> Iterator[Recorded]:
     """The pieces in what people paste. Raises ProtocolError if there is nothing of the kind."""
-    dumped, packets, streams = dumps(text), [], []
-    for data in dumped or from_text(text):
-        link = link_of(data)
-        if link is not None:
-            packets.append(RecordedPacket(None, link, data, len(data)))
-        elif not dumped or BEGINNINGS[1] in data:
-            streams.append(data)
-    if not packets and not streams and not dumped:
+    dumped, others = dumps(text), typed(text)
+    in_dumps, in_others = (any(BEGINNINGS[1] in data for data in each) for each in (dumped, others))
+    if not dumped and not any(others):
         raise ProtocolError("text without bytes in hex" if text.strip() else "nothing in it")
+    is_dump = bool(dumped) and (in_dumps or not in_others)
+    yield from byte_pieces(dumped if is_dump else others, notes, is_known=not is_dump)
+
+
+def byte_pieces(several: list[bytes], notes: Notes, is_known: bool = False) -> Iterator[Recorded]:
+    """The pieces of packets, and of other bytes. Unless it is known what these are, good frames alone: all else can hold addresses."""
+    links = [link_of(data) for data in several]
+    packets = (RecordedPacket(None, link, data, len(data)) for link, data in zip(links, several) if link is not None)
     yield from conversations(packets, notes)
-    for data in streams:
-        yield from shown_pieces(data, notes, is_known=not dumped or data.startswith(BEGINNINGS))
-
-
-def shown_pieces(data: bytes, notes: Notes, is_known: bool) -> Iterator[Recorded]:
-    """The pieces of bytes; if it is not known what they are, good frames alone: addresses can stand between them."""
-    for piece in pieces_of("", data):
-        if is_known or piece.kind == FRAME:
-            yield piece
-        else:
-            notes[LEFT_OUT] += 1
+    for data in itertools.compress(several, (link is None for link in links)):
+        is_shown = is_known or data.startswith(BEGINNINGS)
+        for piece in pieces_of("", data):
+            if is_shown or piece.kind == FRAME:
+                yield piece
+            else:
+                notes[LEFT_OUT] += 1
 
 
 def capture_pieces(file: BinaryIO, notes: Notes) -> Iterator[Recorded]:
     """The pieces in the lines of a capture file, or of what decode printed. Raises ProtocolError if no line is whole."""
     is_empty = True
-    while line := file.readline(MOST_BYTES["line"]):
+    while line := file.readline(LONGEST_LINE):
         line = line.strip(b"\0\xef\xbb\xbf\r\n")
         try:
             entry = json.loads(line)
@@ -5747,30 +5662,14 @@ def captured_at(entry: dict) -> float | None:
     return None
 
 
-class Unzipped(io.RawIOBase):
-    """A gzipped file as it was; where it is cut or damaged, it ends."""
-
-    def __init__(self, file: BinaryIO, notes: Notes) -> None:
-        super().__init__()
-        import gzip  # the exporter never needs it
-
-        self._file, self._notes = gzip.GzipFile(fileobj=file), notes
-
-    def readable(self) -> bool:
-        """As io.BufferedReader asks."""
-        return True
-
-    def readinto(self, buffer) -> int:
-        """Fill a buffer, or a part of it; how much."""
-        data = b""
-        try:
-            data = self._file.read1(len(buffer))
-        except (EOFError, OSError, zlib.error) as error:
-            if getattr(error, "errno", None):  # the system's, not gzip's
-                raise
-            self._notes[CUT_END] = 1
-        buffer[: len(data)] = data
-        return len(data)
+def until_cut(items: Iterable, notes: Notes) -> Iterator:
+    """Items from a file; where its gzip is cut or damaged, it ends."""
+    try:
+        yield from items
+    except (EOFError, OSError, zlib.error) as error:
+        if getattr(error, "errno", None):  # the system's, not gzip's
+            raise
+        notes[CUT_END] = 1
 
 
 def recording(raw: BinaryIO, notes: Notes) -> Iterator[Recorded]:
@@ -5778,31 +5677,35 @@ def recording(raw: BinaryIO, notes: Notes) -> Iterator[Recorded]:
 
     Raises ProtocolError if it is nothing of the kind.
     """
+    import gzip  # the exporter never needs it
+
     with io.BufferedReader(raw, RECV_SIZE) as plain:  # type: ignore[type-var]
-        is_zipped = plain.peek().startswith(b"\x1f\x8b")
-        file = io.BufferedReader(Unzipped(plain, notes), RECV_SIZE) if is_zipped else plain
-        head = file.peek()
-        if head[:4] in PCAP:
-            yield from conversations(pcap_packets(file, notes), notes)
-        elif head.startswith(PCAPNG):
-            yield from conversations(pcapng_packets(file, notes), notes)
-        elif head.startswith(MODIFIED_PCAP):
-            raise ProtocolError("a modified pcap file, which is not read: save it as pcap")
-        elif re.search(rb'(?m)^[\0\xef\xbb\xbf\s]*\{.*"hex"', head):
-            yield from capture_pieces(file, notes)
-        else:
-            yield from other_pieces(file.read(), notes)
+        file = gzip.GzipFile(fileobj=plain) if plain.peek().startswith(b"\x1f\x8b") else plain
+        yield from until_cut(file_pieces(file, notes), notes)  # type: ignore[arg-type]
+
+
+def file_pieces(file: io.BufferedReader, notes: Notes) -> Iterator[Recorded]:
+    """The pieces in a file that is not gzipped any more. Raises ProtocolError, and what gzip raises."""
+    head = file.peek(RECV_SIZE)
+    if head[:4] in PCAP:
+        yield from conversations(until_cut(pcap_packets(file, notes), notes), notes)
+    elif head.startswith(PCAPNG):
+        yield from conversations(until_cut(pcapng_packets(file, notes), notes), notes)
+    elif head.startswith(MODIFIED_PCAP):
+        raise ProtocolError("a modified pcap file, which is not read: save it as pcap")
+    elif re.search(rb'(?m)^[\0\xef\xbb\xbf\s]*\{"', head):
+        yield from capture_pieces(file, notes)
+    else:
+        data = b"".join(until_cut(iter(lambda: file.read1(RECV_SIZE), b""), notes))
+        yield from other_pieces(data, notes)
 
 
 def other_pieces(data: bytes, notes: Notes) -> Iterator[Recorded]:
     """The pieces in text, or in bytes as they are. Raises ProtocolError."""
-    is_utf16 = data.startswith((b"\xff\xfe", b"\xfe\xff"))
-    if is_utf16 or not re.search(rb"[\0-\x08\x0e-\x1a\x1c-\x1f]", data):
-        text = data.decode("utf-16" if is_utf16 else "latin-1", "replace")
-        del data  # a text is held once
-        yield from text_pieces(text, notes)
+    if not re.search(rb"[\0-\x08\x0e-\x1a\x1c-\x1f]", data):
+        yield from text_pieces(data.decode("latin-1"), notes)
     elif BEGINNINGS[1] in data:
-        yield from shown_pieces(data, notes, is_known=data.startswith(BEGINNINGS))
+        yield from byte_pieces([data], notes)
     else:
         raise ProtocolError("neither a recording nor text")
 
@@ -5907,11 +5810,8 @@ ENVELOPES = {LONG: "long", SHORT: "short", ANSWER: "answer"}
 def utc_text(seconds: float | None) -> str | None:
     """Seconds since 1970 in ISO 8601, None for what no clock shows."""
     with contextlib.suppress(ValueError, OverflowError, OSError):
-        return (
-            datetime.fromtimestamp(round(seconds, 6), timezone.utc).isoformat(timespec="microseconds")
-            if seconds
-            else None
-        )
+        if seconds and seconds >= 86400:  # below it a packet's number stands for its time
+            return datetime.fromtimestamp(round(seconds, 6), timezone.utc).isoformat(timespec="microseconds")
     return None
 
 
