@@ -5491,35 +5491,34 @@ def connections(packets: Iterable[RecordedPacket], notes: Notes) -> list[list[St
     return list(found.values())
 
 
-def stretches(stream: Stream) -> Iterator[tuple[int, bytearray, list[int], list[float]]]:
-    """Runs of bytes without a gap: place, bytes, where in them segments end, when all up to there had come."""
-    place, run, ends, times = 0, bytearray(), [], []  # type: ignore[var-annotated]
-    parts = sorted(stream.segments)
-    if parts and not (stream.is_whole and parts[0][0] >= -1):  # at -1 stands the byte of a keep-alive probe
-        place = parts[0][0]
-    for at, when, data in parts:
+def stretches(stream: Stream) -> Iterator[tuple[int, bytearray, list[tuple[int, float]]]]:
+    """Runs of bytes without a gap: place, bytes, and where in them segments end with when all up to there had come."""
+    parts = sorted(stream.segments, reverse=True)
+    stream.segments.clear()  # each is let go when its bytes stand in the run: a recording can be large
+    starts_early = not parts or stream.is_whole and parts[-1][0] >= -1  # at -1 stands the byte of a keep-alive probe
+    place, run, ends = 0 if starts_early else parts[-1][0], bytearray(), []  # type: ignore[var-annotated]
+    while parts:
+        at, when, data = parts.pop()
         if at > place + len(run):
-            yield place, run, ends, times
-            place, run, ends, times = at, bytearray(), [], []
+            yield place, run, ends
+            place, run, ends = at, bytearray(), []
         new = at + len(data) - place - len(run)  # bytes that no segment before it held
         if new > 0:
             run += data[-new:]
-            ends.append(len(run))
-            times.append(max(when, times[-1] if times else 0))
-    yield place, run, ends, times
+            ends.append((len(run), max(when, ends[-1][1] if ends else 0)))
+    yield place, run, ends
 
 
 def direction_of(stream: Stream) -> Wire:
     """Towards port 20001 or away from it; otherwise, or between two of them, as the frames say."""
-    to, back = (name.endswith(PORTAL_PORT) for name in (stream.target, stream.source))
-    says = any(BEGINNINGS[0] in data for _, _, data in stream.segments)
-    return OUTBOUND if (to if to != back else says) else INBOUND
+    to, back = stream.target[-2:] == PORTAL_PORT, stream.source[-2:] == PORTAL_PORT
+    return OUTBOUND if (to if to != back else any(BEGINNINGS[0] in data for _, _, data in stream.segments)) else INBOUND
 
 
 def stream_pieces(stream: Stream, notes: Notes) -> Iterator[Recorded]:
     """The pieces of a stream, without those that a gap or an end of the recording tore."""
     wire = direction_of(stream)
-    for number, (place, data, ends, times) in enumerate(stretches(stream)):
+    for number, (place, data, ends) in enumerate(stretches(stream)):
         notes[GAPS] += number > 0
         at = 0
         for kind, part, is_unfinished in cut(wire, data):
@@ -5528,25 +5527,26 @@ def stream_pieces(stream: Stream, notes: Notes) -> Iterator[Recorded]:
             if begins_inside or (is_unfinished and kind not in (FRAME, KEEPALIVE)):
                 notes[TORN] += 1
             else:
-                captured, where = times[bisect.bisect_left(ends, at)], (stream.first + place + at) & 0xFFFFFFFF
-                yield Recorded(captured, wire, kind, part, where)
+                captured = ends[bisect.bisect_left(ends, (at,))][1]
+                yield Recorded(captured, wire, kind, part, (stream.first + place + at) & 0xFFFFFFFF)
 
 
 def conversations(packets: Iterable[RecordedPacket], notes: Notes) -> Iterator[Recorded]:
     """What devices and the portal said in packets, in the order of time; what was recorded twice, once."""
     found: list[Recorded] = []
     waiting = connections(packets, notes)
-    while waiting:  # what is done with is let go: a recording can be large
+    while waiting:
         streams, lacks = waiting.pop(), collections.Counter()  # type: ignore[var-annotated]
-        pieces = [piece for stream in streams for piece in stream_pieces(stream, lacks)]
         has_frames = any(BEGINNINGS[1] in data for stream in streams for _, _, data in stream.segments)
+        pieces = [piece for stream in streams for piece in stream_pieces(stream, lacks)]
         if has_frames or any(piece.kind != JUNK for piece in pieces):  # else another program uses the port
             notes.update(lacks)
             found += pieces
-    seen = set()  # with several interfaces behind NAT the addresses differ, and nothing else
-    for piece in sorted(found, key=lambda piece: piece.captured):
-        if (piece.where, piece.data) not in seen:
-            seen.add((piece.where, piece.data))
+    found.sort(key=lambda piece: piece.captured)
+    recent: collections.deque[tuple[int, bytes]] = collections.deque(maxlen=64)  # another interface's, behind NAT too
+    for piece in found:
+        if (piece.where, piece.data) not in recent:
+            recent.append((piece.where, piece.data))
             yield piece
 
 
@@ -5737,73 +5737,36 @@ def missing(notes: Notes) -> list[str]:
     return [text.format(count) for text, count in notes.items() if count and text not in explained]
 
 
-def good_packets(pieces: Iterable[Recorded]) -> Iterator[tuple[bytes, Packet]]:
+def good_packets(pieces: Iterable[Recorded]) -> Iterator[tuple[Recorded, Packet]]:
     """The good frames among pieces, with their packets."""
     for piece in pieces:
         with contextlib.suppress(ProtocolError):
             if piece.kind == FRAME:
-                yield piece.data, decode(piece.data, piece.wire)
-
-
-def frames_in(path: str) -> dict[bytes, Packet]:
-    """The good frames in a file with their packets; says what the file lacks. Raises StartError if there are none."""
-    notes: Notes = collections.Counter()
-    found = dict(good_packets(recorded(path, notes)))
-    if not found:
-        raise StartError(f"{called(path)}: {'; '.join(['not a single good frame in it', *missing(notes)])}")
-    for text in missing(notes):
-        print(f"{called(path)}: {text}", file=sys.stderr)
-    return found
-
-
-def told_models(packets: Iterable[Packet]) -> dict[str, str]:
-    """Serial number to the model name that the device gave."""
-    told: dict[str, str] = {}
-    for packet in packets:
-        if packet.wire is OUTBOUND:
-            with contextlib.suppress(ProtocolError):
-                told[packet.serial] = info(registers(packet.clear)).get("model") or told.get(packet.serial, "")
-    return told
+                yield piece, decode(piece.data, piece.wire)
 
 
 def contents(where: Address, packet: Packet) -> dict:
     """blocks and values of a packet. Raises ProtocolError."""
-    clear = packet.clear
+    clear, values = packet.clear, {"clear": packet.clear.hex()}
     if packet.wire is INBOUND:
-        told: dict = {"meaning": allowed(where, clear, {where.cls, *CLOCK}) or "not let through"}
+        values = {"meaning": allowed(where, clear, {where.cls, *CLOCK}) or "not let through", **values}
         if where.type == CLOCK_TYPE:
             when = device_time(clear[4:10])
-            told.update(zip(("first_register", "last_register"), struct.unpack_from(">HH", clear)))
-            told.update(clock=when and when.isoformat())
-        return {"values": {**told, "clear": clear.hex()}}
-    if where.function == CONFIRMATION:
-        first, last, status = struct.unpack_from(">HHB", clear)
-        return {"values": {"first_register": first, "last_register": last, "status": status}}
-    if where.function not in DATA:
-        return {"values": {"clear": clear.hex()}}
-    ranges = blocks(clear)
-    taken = reading(family(where.cls, where.serial), registers(clear))
-    values = {f"{metric}{{{labels}}}" if labels else metric: n for (metric, labels), n in taken.values.items()}
-    unknown = f"{kind_of(where.cls)}_unknown_register"
-    values.update((f'{unknown}{{register="{register}"}}', word) for register, word in taken.unknown.items())
-    shown = [{"first": first, "last": first + len(words) - 1, "words": list(words)} for first, words in ranges]
-    return {"blocks": shown, "values": {**values, **taken.info}}
+            values.update(zip(("first_register", "last_register"), struct.unpack_from(">HH", clear)))
+            values.update(clock=when and when.isoformat())
+    elif where.function == CONFIRMATION:
+        values = dict(zip(("first_register", "last_register", "status"), struct.unpack_from(">HHB", clear)))
+    elif where.function in DATA:
+        ranges, taken = blocks(clear), reading(family(where.cls, where.serial), registers(clear))
+        values = {f"{metric}{{{labels}}}" if labels else metric: n for (metric, labels), n in taken.values.items()}
+        unknown = f"{kind_of(where.cls)}_unknown_register"
+        values.update((f'{unknown}{{register="{register}"}}', word) for register, word in taken.unknown.items())
+        shown = [{"first": first, "last": first + len(words) - 1, "words": list(words)} for first, words in ranges]
+        return {"blocks": shown, "values": {**values, **taken.info}}
+    return {"values": values}
 
 
-SAID = [
-    "direction",
-    "type",
-    "serial",
-    "model",
-    "time",
-    "captured",
-    "crc_ok",
-    "envelope",
-    "blocks",
-    "values",
-    "error",
-    "hex",
-]
+SAID = ["direction", "type", "serial", "model", "time", "captured", "crc_ok", "envelope", "blocks", "values", "error", "hex"]  # fmt: skip
 ENVELOPES = {LONG: "long", SHORT: "short", ANSWER: "answer"}
 
 
@@ -5851,14 +5814,11 @@ def renamed(data: bytes, packet: Packet, aliases: dict[str, str]) -> bytes:
 
 def redacted(pieces: Iterable[Recorded]) -> list[Recorded]:
     """The good frames among pieces with other serial numbers, in clear and in cipher; says how many others there were."""
-    kept, others = [], 0
-    for piece in pieces:
-        good = [packet for _, packet in good_packets([piece])]
-        kept += [(piece, packet) for packet in good]
-        others += not good
+    every = list(pieces)
+    kept = list(good_packets(every))
     serials = dict.fromkeys(packet.serial for _, packet in kept)
     aliases = {serial: f"{serial[:8]}XXXX{number:04d}" for number, serial in enumerate(serials, 1)}
-    left_out = f"{len(kept)} good frames, {others} other pieces left out."
+    left_out = f"{len(kept)} good frames, {len(every) - len(kept)} other pieces left out."
     if kept:
         print(left_out, "XXXX0001, XXXX0002, ... count the devices up and are no real serial numbers.", file=sys.stderr)
     return [piece._replace(data=renamed(piece.data, packet, aliases)) for piece, packet in kept]
@@ -5867,37 +5827,35 @@ def redacted(pieces: Iterable[Recorded]) -> list[Recorded]:
 def decode_command(arguments: list[str]) -> int:
     """Recorded traffic or pasted hex as one JSON object a frame."""
     parser = Parser("decode", decode_command.__doc__)
-    sources = (
-        "capture files, pcap and pcapng files, files with hex or dumps, gzipped or not, - for standard input; or hex"
-    )
-    parser.add_argument("source", metavar="FILE|-|HEX", nargs="+", help=sources)
-    good_only = "good frames only, with other serial numbers, for a bug report"
-    parser.add_argument("--redact", action="store_true", help=good_only)
+    # fmt: off
+    parser.add_argument("source", metavar="FILE|-|HEX", nargs="+", help="capture files, pcap and pcapng files, files with hex or dumps, gzipped or not, - for standard input; or hex")
+    parser.add_argument("--redact", action="store_true", help="good frames only, with other serial numbers, for a bug report")
+    # fmt: on
     given = parser.parse_args(arguments)
-    typed = " ".join(source for source in given.source if source != "-" and not os.path.exists(source))
-    files: list[tuple[str, Notes]] = [
-        (source, collections.Counter()) for source in given.source if source == "-" or os.path.exists(source)
-    ]
-    typed_pieces = list(typed_hex(typed)) if typed else []
-    pieces: Iterable[Recorded] = itertools.chain(*(recorded(path, notes) for path, notes in files), typed_pieces)
+    files: dict[str, Notes] = {}
+    for source in given.source:
+        if source == "-" or os.path.exists(source):
+            files[source] = collections.Counter()
+    hexes = " ".join(source for source in given.source if source not in files)
+    pieces: Iterable[Recorded] = itertools.chain(*itertools.starmap(recorded, files.items()), typed_hex(hexes))
     models: dict[str, str] = {}
-    where, good = ", ".join([called(path) for path, _ in files] + ["the hex given"] * bool(typed)), 0
+    good = 0
     for piece in redacted(pieces) if given.redact else pieces:
         said = described(piece, models)
         good += piece.kind == FRAME and said["serial"] is not None
         print(json.dumps(said))
-    lines = [f"{called(path)}: {text}" for path, notes in files for text in missing(notes)]
+    lines = [f"{called(path)}: {text}" for path, notes in files.items() for text in missing(notes)]
     if not good:
+        where = ", ".join([*map(called, files), *["the hex given"] * bool(hexes)])
         raise StartError("; ".join([f"not a single good frame in {where}", *lines]))
-    for line in lines:
-        print(line, file=sys.stderr)
+    sys.stderr.writelines(f"{line}\n" for line in lines)
     return 0
 
 
-def typed_hex(text: str) -> Iterator[Recorded]:
+def typed_hex(text: str) -> list[Recorded]:
     """The pieces of what stands on the command line. Raises UsageError."""
     try:
-        yield from text_pieces(text, collections.Counter())
+        return list(text_pieces(text, collections.Counter())) if text else []
     except ProtocolError:
         raise UsageError(f"neither a file nor whole bytes in hex: {text[:40]!a}") from None
 
@@ -5905,9 +5863,16 @@ def typed_hex(text: str) -> Iterator[Recorded]:
 # -------------------------------------------------------------------------------------------------------- backfill
 
 Samples = dict[str, dict[str, dict[float, float]]]  # metric to series (labels) to seconds since 1970 to number
-Backfilled = collections.namedtuple(
-    "Backfilled", "samples later held"
-)  # and by serial: readings later than now, values held back
+
+
+def frames_in(path: str) -> dict[bytes, Packet]:
+    """The good frames in a file with their packets; says what the file lacks. Raises StartError if there are none."""
+    notes: Notes = collections.Counter()
+    found = {piece.data: packet for piece, packet in good_packets(recorded(path, notes))}
+    if not found:
+        raise StartError(f"{called(path)}: {'; '.join(['not a single good frame in it', *missing(notes)])}")
+    sys.stderr.writelines(f"{called(path)}: {text}\n" for text in missing(notes))
+    return found
 
 
 def utc_seconds(times: list[datetime]) -> list[float]:
@@ -5946,22 +5911,16 @@ def kept_values(readings: list[tuple[float, Reading]]) -> tuple[dict[float, dict
     return found, held
 
 
-def readings_of(
-    packets: list[Packet], now: float
-) -> tuple[dict[tuple[int, str], dict[float, Reading]], collections.Counter]:
-    """The readings in packets by class, serial number and time; and how many of a serial number are later than now."""
-    times, later = collections.defaultdict(list), collections.Counter()  # type: ignore[var-annotated]
-    local = datetime.fromtimestamp(now)
+def readings_of(packets: list[Packet], later: collections.Counter, now: float) -> dict[tuple[int, str], dict]:
+    """Time to reading of each class and serial number; counts in `later` the readings of a serial number after now."""
+    times: dict[tuple, list] = collections.defaultdict(list)
+    latest = datetime.fromtimestamp(now) + timedelta(days=1)  # above it not even a clock of 32 bits can say it
     for packet in packets:
         when = device_time(packet.time)
         if when and int(packet.type[2:], 16) in (LIVE, BUFFERED):
             with contextlib.suppress(ProtocolError):
-                words = registers(packet.clear)
-                if when > local + timedelta(days=1):  # not even a clock of 32 bits can say it
-                    later[packet.serial] += 1
-                else:
-                    times[packet.type, packet.serial].append((when, words))
-    found: dict[tuple[int, str], dict[float, Reading]] = collections.defaultdict(dict)
+                times[packet.type, packet.serial].append((min(when, latest), registers(packet.clear)))
+    found: dict[tuple[int, str], dict] = collections.defaultdict(dict)
     for (kind, serial), several in times.items():
         cls = int(kind[:2], 16)
         for (_, words), seconds in zip(several, utc_seconds([when for when, _ in several])):
@@ -5969,22 +5928,32 @@ def readings_of(
                 later[serial] += 1
             else:
                 found[cls, serial][seconds] = reading(family(cls, serial), words)
-    return found, later
+    return found
 
 
-def samples_of(packets: list[Packet], extra: str, now: float) -> Backfilled:
-    """The readings in packets, none of which stands there twice, but what is later than now or held back."""
+def model_names(packets: Iterable[Packet]) -> dict[str, str]:
+    """Serial number to the model name that the device gave."""
+    names: dict[str, str] = {}
+    for packet in packets:
+        with contextlib.suppress(ProtocolError):
+            names[packet.serial] = info(registers(packet.clear)).get("model") or names.get(packet.serial, "")
+    return names
+
+
+def samples_of(
+    packets: list[Packet], extra: str, now: float
+) -> tuple[Samples, collections.Counter, collections.Counter]:
+    """The readings in packets, each once; and by serial number how many were later than now, how many values held back."""
     found: Samples = {metric: {} for metric in sorted(METRICS)}
-    told, held = told_models(packets), collections.Counter()  # type: ignore[var-annotated]
-    by_device, later = readings_of(packets, now)
-    for (cls, serial), readings in by_device.items():
-        labels_of_device = device_labels(identity(kind_of(cls), serial, told.get(serial, "")))
+    names, later, held = model_names(packets), collections.Counter(), collections.Counter()  # type: ignore[var-annotated]
+    for (cls, serial), readings in readings_of(packets, later, now).items():
+        labels_of_device = device_labels(identity(kind_of(cls), serial, names.get(serial, "")))
         values, held[serial] = kept_values(sorted(readings.items(), key=lambda item: item[0]))
         for seconds, one in values.items():
             for (metric, labels), number in one.items():
                 series = ",".join(filter(None, (labels_of_device, labels, extra)))
                 found[metric].setdefault(series, {})[seconds] = number
-    return Backfilled(found, later, held)
+    return found, later, held
 
 
 def openmetrics(found: Samples) -> Iterator[str]:
@@ -6009,23 +5978,17 @@ extra_label = FlagType(
 HEAD_SPAN = 3 * 3600  # s that Prometheus keeps in its head before they become a block
 
 
-def report(found: Backfilled, first: float, last: float, count: int, now: float) -> None:
-    """Say on stderr what of `count` times is there, and what its user has to know before the blocks are moved."""
-    begin, end, safe = (
-        time.strftime("%Y-%m-%d %H:%M %Z", time.localtime(seconds)) for seconds in (first, last, last + HEAD_SPAN + 60)
-    )
-    lines = [f"readings of {count} times, {begin} to {end}"]
-    lines += [
-        f"{serial}: left out {held} values of counters that fell, or rose more than is possible"
-        for serial, held in sorted(found.held.items())
-        if held
-    ]
-    if now < last + HEAD_SPAN:
-        lines.append(
-            f"Wait until {safe} before you move the blocks into Prometheus's data: at its next start it drops the live "
-            "samples of all series from before a block's end, and the last three hours are in no block of its own yet"
+def report(times: list[float], now: float) -> None:
+    """Say on stderr of what times readings are there, and what their user has to know before the blocks are moved."""
+    moments = times[0], times[-1], times[-1] + HEAD_SPAN + 60
+    begin, end, safe = (time.strftime("%Y-%m-%d %H:%M %Z", time.localtime(seconds)) for seconds in moments)
+    print(f"readings of {len(times)} times, {begin} to {end}", file=sys.stderr)
+    if now < times[-1] + HEAD_SPAN:
+        print(
+            f"Wait until {safe} before you move the blocks into Prometheus's data: at its next start it drops the live samples "
+            "of all series from before a block's end, and the last three hours are in no block of its own yet",
+            file=sys.stderr,
         )
-    print("\n".join(lines), file=sys.stderr)
 
 
 def backfill(arguments: list[str]) -> int:
@@ -6047,14 +6010,18 @@ def backfill(arguments: list[str]) -> int:
     extra = {"job": given.job, "instance": given.instance, **dict(given.label)}
     labels = ",".join(label(name, value) for name, value in extra.items() if value)
     now = time.time()
-    found = samples_of([packet for packet in frames.values() if packet.wire is OUTBOUND], labels, now)
-    for serial, count in sorted(found.later.items()):
+    packets = [packet for packet in frames.values() if packet.wire is OUTBOUND]
+    found, later, held = samples_of(packets, labels, now)
+    for serial, count in sorted(later.items()):
         print(f"{serial}: left out {count} readings that are later than now", file=sys.stderr)
-    times = sorted({seconds for series in found.samples.values() for samples in series.values() for seconds in samples})
+    times = sorted({seconds for series in found.values() for samples in series.values() for seconds in samples})
     if not times:
         raise StartError(f"{' '.join(given.file)}: no readings in it")
-    sys.stdout.writelines(openmetrics(found.samples))
-    report(found, times[0], times[-1], len(times), now)
+    sys.stdout.writelines(openmetrics(found))
+    report(times, now)
+    for serial, count in sorted((+held).items()):
+        text = f"{serial}: left out {count} values of counters that fell, or rose more than is possible"
+        print(text, file=sys.stderr)
     return 0
 
 
@@ -6074,8 +6041,8 @@ def in_container() -> bool:
     return os.path.exists("/.dockerenv") or os.path.exists("/run/.containerenv")
 
 
-def local_answer(settings: Settings, path: str) -> bytes:
-    """What a program on this machine answers to a GET on the exporter's port, head and all; b"" if there is none."""
+def local_get(settings: Settings, path: str) -> bytes | None:
+    """The body that a program on this machine answers to a GET on the exporter's port, None if it says nothing."""
     host, port = settings.web_address
     host = "127.0.0.1" if host in ("", "0.0.0.0", "::") else host
     answer, deadline = b"", time.monotonic() + 10
@@ -6083,26 +6050,15 @@ def local_answer(settings: Settings, path: str) -> bytes:
         sock.sendall(f"GET {path} HTTP/1.0\r\nHost: localhost\r\n\r\n".encode())
         while len(answer) < 16 << 20 and time.monotonic() < deadline and (data := sock.recv(RECV_SIZE)):
             answer += data
-    return answer
-
-
-def local_get(settings: Settings, path: str) -> bytes | None:
-    """The body that a web server on the exporter's port answers, None without one."""
-    head, _, body = local_answer(settings, path).partition(b"\r\n\r\n")
-    return body if re.match(rb"HTTP/1\.\d 200\b", head) else None
+    return answer.partition(b"\r\n\r\n")[2] if answer else None
 
 
 def running_exporter(settings: Settings) -> dict | None:
     """What an exporter on this machine says on /api/devices, None if none runs: any web server can have its port."""
     with contextlib.suppress(ValueError, TypeError, KeyError, RecursionError):
         said = json.loads(local_get(settings, "/api/devices") or b"null")
-        upstream, devices = said["upstream"], said["devices"]
-        if (
-            upstream["mode"] in (FORWARD, LOCAL, SPOOL)
-            and isinstance(upstream["address"], str)
-            and isinstance(devices, list)
-        ):
-            return said if all(set(device) >= DEVICE_KEYS for device in devices) else None
+        is_ours = said["upstream"]["mode"] in (FORWARD, LOCAL, SPOOL) and isinstance(said["upstream"]["address"], str)
+        return said if is_ours and all(set(device) >= DEVICE_KEYS for device in said["devices"]) else None
     return None
 
 
@@ -6111,27 +6067,32 @@ STRANGERS = {"tls": "begins TLS", "nothing": "sends nothing"}
 
 
 # fmt: off
+def port_finding(flag: str, address: tuple, settings: Settings, running: dict | None) -> Finding:
+    """Whether a port is free, or the exporter has it."""
+    port, error = f"port {endpoint_text(address)}", None
+    try:
+        for sock in listeners(*address):
+            sock.close()
+    except HOST_ERRORS as caught:
+        error = caught
+    return first_true(
+        (not error and not running, OK, f"{port} is free", ""),
+        (not error, WARN, f"{port} is free, though an exporter runs", f"start doctor with the exporter's --{flag}"),
+        (getattr(error, "errno", None) != errno.EADDRINUSE, FAIL, f"{port} cannot be had: {error and error.args[-1]}", f"choose another with --{flag}"),
+        (running, OK, f"{port} is in use, and an exporter runs", ""),
+        (address == settings.web_address and local_get(settings, "/") is not None, FAIL, f"{port} is in use: another program answers there, and no exporter", f"end that program (`ss -ltnp` shows which), or choose another port with --{flag}"),
+        (True, FAIL, f"{port} is in use", f"`ss -ltnp` shows what has it: end that, or choose another with --{flag}"),
+    )
+
+
 def machine_findings(settings: Settings, running: dict | None) -> Iterator[Finding]:
-    """Where this runs; whether its ports are free, or the exporter has them; whether local time can be told."""
+    """Where this runs; whether its ports are free, or the exporter has them; whether its clock and time zone are right."""
     addresses = {"sems.listen-address": settings.listen_address, "web.listen-address": settings.web_address}
     if in_container():
         ports = " ".join(f"-p {port}:{port}" for _, port in addresses.values())
         yield OK, "this runs in a container: its ports, names, clock and files are not the host's", f"publish the ports ({ports}), give it TZ, and let the portal's name lead to the host"
     for flag, address in addresses.items():
-        port, error, number = f"port {endpoint_text(address)}", None, None
-        try:
-            for sock in listeners(*address):
-                sock.close()
-        except HOST_ERRORS as caught:
-            error, number = caught, getattr(caught, "errno", None)
-        yield first_true(
-            (not error and not running, OK, f"{port} is free", ""),
-            (not error, WARN, f"{port} is free, though an exporter runs", f"start doctor with the exporter's --{flag}"),
-            (number != errno.EADDRINUSE, FAIL, f"{port} cannot be had: {error and error.args[-1]}", f"choose another with --{flag}"),
-            (running, OK, f"{port} is in use, and an exporter runs", ""),
-            (address == settings.web_address and local_answer(settings, "/"), FAIL, f"{port} is in use: another program answers there, and no exporter", f"end that program (`ss -ltnp` shows which), or choose another port with --{flag}"),
-            (True, FAIL, f"{port} is in use", f"`ss -ltnp` shows what has it: end that, or choose another with --{flag}"),
-        )
+        yield port_finding(flag, address, settings, running)
     local, trouble = time.strftime("%Y-%m-%d %H:%M:%S %Z"), zone_trouble()
     yield first_true(
         (time.time() < RELEASED, FAIL, f"this machine's clock is wrong: {local}", "let it get the time from the network, and start again"),
