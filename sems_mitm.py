@@ -70,7 +70,6 @@ import threading
 import time
 import traceback
 import zlib
-from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import datetime, timedelta, timezone
 from typing import BinaryIO, Union
@@ -5292,13 +5291,13 @@ def demo(arguments: list[str]) -> int:
 
 # ------------------------------------------------------------------------------------------------------ recordings
 #
-# A file becomes pieces of streams, each with the time at which it was recorded. A recording of packets becomes what its
-# GoodWe connections carried: records of pcap or pcapng become packets, packets become TCP segments, segments by their
-# sequence numbers streams. Addresses keep connections apart here, and are in nothing that leaves this section.
+# A file becomes pieces of streams, each with the time at which it was recorded. Of a recording of packets: records become
+# packets, packets TCP segments, segments by their sequence numbers streams. Addresses keep connections apart here, and
+# are in nothing that leaves this section.
 
 PORTAL_PORT = (20001).to_bytes(2, "big")
 BEGINNINGS = (b"POSTGW\0\0", b"GW\0\0")  # of frames: the caps of the length fields leave their first two bytes 0
-MOST_BYTES = {"record": 16 << 20, "line": 1 << 20, "fold": 64 << 10}  # bytes; above it a record is damage
+LONGEST_RECORD, LONGEST_LINE = 16 << 20, 1 << 20  # bytes; above it a record is damage
 SHORTEST = 16  # bytes that an array or a literal inside a text must have
 
 # What a file lacks, each to how often.
@@ -5308,10 +5307,7 @@ DAMAGED = "damaged records: {}"
 SNAPPED = "packets that the snap length has cut: {}; record them whole, with -s 0"
 GAPS = "gaps in the streams, where the recording lacks packets: {}"
 TORN = "frames that are not whole at gaps, or where the recording begins or ends, left out: {}"
-FRAGMENTS = "fragments of IP packets, which are not put together: {}"
-OLD_BLOCKS = "packet blocks of an old kind, which are not read: {}; save the file as pcap"
-LINK = "packets of link type {link}, which is not read: {{}}"
-FOREIGN = "connections of port 20001 without a frame of GoodWe's, left out: {}"
+UNREAD = "{} are not read; left out: {{}}"
 FOREIGN_LINES = "lines that are no whole lines of a capture, passed over: {}"
 LEFT_OUT = "pieces between good frames that can hold anything, left out: {}"
 
@@ -5319,8 +5315,11 @@ LEFT_OUT = "pieces between good frames that can hold anything, left out: {}"
 Recorded = collections.namedtuple("Recorded", "captured wire kind data where", defaults=(0,))
 # time: seconds since 1970, None if not known; link: the type of its link; size: before the snap length cut it
 RecordedPacket = collections.namedtuple("RecordedPacket", "time link data size")
-# source, target: address and port; seq: the sequence number of data's first byte; syn: 1 or 0; cut: bytes missing, if > 0
-Segment = collections.namedtuple("Segment", "source target seq syn data cut")
+# source, target: address and port; seq: the sequence number of data's first byte; cut: bytes missing, if above 0
+Segment = collections.namedtuple("Segment", "source target seq is_syn data cut")
+# What one end of a connection sent. first: the sequence number of place 0; is_whole: whether that is the first byte;
+# segments: (place, time, bytes) of each, as they came
+Stream = collections.namedtuple("Stream", "source target first is_whole segments")
 
 # fmt: off
 PCAP = {  # the first four bytes: byte order, seconds of a unit of the fraction
@@ -5333,9 +5332,9 @@ LINKS = {  # link type: where the type of its contents stands (-1: nowhere), whe
     1: (12, 14), 113: (14, 16), 276: (0, 20), 0: (-1, 4), 108: (-1, 4), **dict.fromkeys((12, 14, 101, 228, 229), (-1, 0)),
 }
 VLAN_TAGS, IP_TYPES, ARP = (b"\x81\0", b"\x88\xa8", b"\x91\0"), (b"\x08\0", b"\x86\xdd"), b"\x08\6"
-LOOPBACK_FAMILIES = (b"\2", b"\x0a", b"\x18", b"\x1c", b"\x1e")  # in a loopback header: IPv4, and IPv6 of several systems
 IPV4, IPV6, TCP = struct.Struct(">BxH2xHxB2x4s4s"), struct.Struct(">4xHBx16s16s"), struct.Struct(">2s2sI4xBB")
 IPV6_EXTENSIONS = {0: (8, 8), 43: (8, 8), 60: (8, 8), 51: (4, 8), 44: (0, 8)}  # bytes a unit of its length, and beside it
+IP_HEADER = re.compile(rb"[\x45-\x4f].{8}[\1\6\x11].{10}|[\x60-\x6f].{5}[\0\6\x11\x2b\x2c\x33\x3a\x3c].{33}", re.S)
 # fmt: on
 
 
@@ -5348,66 +5347,65 @@ def pcap_packets(file: BinaryIO, notes: Notes) -> Iterator[RecordedPacket]:
     link = struct.unpack_from(order + "I", header, 16)[0] & 0xFFFF  # above it: whether checksums follow the packets
     while len(head := file.read(16)) == 16:
         seconds, fraction, size, length = record.unpack(head)
-        if size > MOST_BYTES["record"]:
+        if size > LONGEST_RECORD:
             notes[DAMAGED] += 1
             return
         data = file.read(size)
         if len(data) < size:
             break
         yield RecordedPacket(seconds + fraction * unit, link, data, length)
-    notes.update([CUT_END] if head else [])
+    notes[CUT_END] |= bool(head)
 
 
-def pcapng_packets(file: BinaryIO, notes: Notes) -> Iterator[RecordedPacket]:
-    """The packets of a pcapng file: of all its sections and interfaces."""
-    order, interfaces = "<", []  # type: ignore[var-annotated]
+def pcapng_blocks(file: BinaryIO, notes: Notes) -> Iterator[tuple[int, bytes, str]]:
+    """The blocks of a pcapng file: kind, body, byte order."""
+    order = ""
     while len(head := file.read(8)) == 8:
         magic = file.read(4) if head.startswith(PCAPNG) else b""
-        if magic:
-            order, interfaces = ORDERS.get(magic, ""), []
-        kind, size = struct.unpack(order + "2I", head)
-        if not order or not 12 <= size <= MOST_BYTES["record"]:
+        order = ORDERS.get(magic, "") if magic else order
+        kind, size = struct.unpack((order or "<") + "2I", head)
+        if not order or not 12 <= size <= LONGEST_RECORD:
             notes[DAMAGED] += 1
             return
         body = magic + file.read(size - 8 - len(magic))
         if len(body) < size - 8:
             break
+        yield kind, body[:-4], order  # at the end stands the size again
+    notes[CUT_END] |= bool(head)
+
+
+def pcapng_packets(file: BinaryIO, notes: Notes) -> Iterator[RecordedPacket]:
+    """The packets of a pcapng file: of all its sections and interfaces."""
+    interfaces: list[tuple[int, int, float]] = []
+    for kind, body, order in pcapng_blocks(file, notes):
         try:
             if kind == INTERFACE_BLOCK:
                 interfaces.append(interface(body, order))
-            elif kind in (ENHANCED_BLOCK, SIMPLE_BLOCK):
-                yield block_packet(kind, body, order, interfaces)
+            elif kind == SIMPLE_BLOCK:
+                (length,), (link, snap, _) = struct.unpack_from(order + "I", body), interfaces[0]
+                yield RecordedPacket(None, link, body[4 : 4 + min(length, snap or length)], length)
+            elif kind == ENHANCED_BLOCK:
+                which, high, low, size, length = struct.unpack_from(order + "5I", body)
+                link, _, unit = interfaces[which]
+                yield RecordedPacket((high << 32 | low) * unit, link, body[20 : 20 + size], length)
             elif kind == OLD_BLOCK:
-                notes[OLD_BLOCKS] += 1
+                notes[UNREAD.format("old packet blocks (save the file as pcap)")] += 1
+            elif body[:4] in ORDERS:  # a section
+                interfaces = []
         except (IndexError, struct.error):
             notes[DAMAGED] += 1
-    notes.update([CUT_END] if head else [])
 
 
-def interface(body: bytes, order: str) -> tuple[int, int, float, int]:
-    """Link type, snap length, seconds of a unit of time, seconds to add to it: of an interface description block."""
+def interface(body: bytes, order: str) -> tuple[int, int, float]:
+    """Link type, snap length, seconds of a unit of time: of an interface description block."""
     link, snap_length = struct.unpack_from(order + "HxxI", body)
-    unit, seconds, at = 1e-6, 0, 8
-    while at + 8 <= len(body):  # the block's length ends it
+    unit, at = 1e-6, 8
+    while at + 4 <= len(body):
         code, size = struct.unpack_from(order + "HH", body, at)
-        value = body[at + 4 : at + 4 + size]
-        if code == 9 and value:
-            unit = (2.0 if value[0] & 0x80 else 10.0) ** -(value[0] & 0x7F)
-        elif code == 14 and len(value) == 8:
-            (seconds,) = struct.unpack(order + "q", value)
+        if code == 9 and size and at + 4 < len(body):
+            unit = (2.0 if body[at + 4] & 0x80 else 10.0) ** -(body[at + 4] & 0x7F)
         at += 4 + size + -size % 4
-    return link, snap_length, unit, seconds
-
-
-def block_packet(kind: int, body: bytes, order: str, interfaces: list) -> RecordedPacket:
-    """The packet of a pcapng block. Raises IndexError, struct.error for nonsense."""
-    if kind == SIMPLE_BLOCK:
-        (length,) = struct.unpack_from(order + "I", body)
-        link, snap_length, _, _ = interfaces[0]
-        return RecordedPacket(None, link, body[4 : min(4 + min(length, snap_length or length), len(body) - 4)], length)
-    which, high, low, size, length = struct.unpack_from(order + "5I", body)
-    link, _, unit, seconds = interfaces[which]
-    return RecordedPacket((high << 32 | low) * unit + seconds, link, body[20 : min(20 + size, len(body) - 4)], length)
+    return link, snap_length, unit
 
 
 def ip_start(link: int, data: bytes) -> int:
@@ -5421,304 +5419,221 @@ def ip_start(link: int, data: bytes) -> int:
 def segment(packet: RecordedPacket, notes: Notes) -> Segment | None:
     """The TCP segment in a packet. Raises IndexError, struct.error for a packet that ends inside its headers."""
     data, at = packet.data, ip_start(packet.link, packet.data)
-    version = data[at] >> 4 if at >= 0 else 0
+    version, fragment = data[at] >> 4 if at >= 0 else 0, 0
     if version == 4:
         first, size, fragment, protocol, source, target = IPV4.unpack_from(data, at)
         at, end, fragment = at + (first & 15) * 4, at + size if size else packet.size, fragment & 0x1FFF
     elif version == 6:
         size, protocol, source, target = IPV6.unpack_from(data, at)
-        at, end, fragment = at + 40, at + 40 + size if size else packet.size, 0
+        at, end = at + 40, at + 40 + size if size else packet.size
         while protocol in IPV6_EXTENSIONS and not fragment:
             unit, more = IPV6_EXTENSIONS[protocol]
             fragment = struct.unpack_from(">2xH", data, at)[0] & 0xFFF8 if protocol == 44 else 0
             protocol, at = data[at], at + more + unit * data[at + 1]
-    if version not in (4, 6) or protocol != socket.IPPROTO_TCP or fragment:
-        notes[FRAGMENTS] += version in (4, 6) and protocol == socket.IPPROTO_TCP
+    if version not in (4, 6) or protocol != socket.IPPROTO_TCP:
+        return None
+    if fragment:
+        notes[UNREAD.format("fragments of IP packets")] += 1
         return None
     source_port, target_port, seq, header, flags = TCP.unpack_from(data, at)
-    syn = flags >> 1 & 1  # it has a sequence number of its own, before the data's
+    is_syn = flags >> 1 & 1  # it has a sequence number of its own, before the data's
     payload = data[at + (header >> 4) * 4 : end]
-    return Segment(source + source_port, target + target_port, (seq + syn) & 0xFFFFFFFF, syn, payload, end - len(data))
+    return Segment(
+        source + source_port, target + target_port, (seq + is_syn) & 0xFFFFFFFF, is_syn, payload, end - len(data)
+    )
 
 
-class Flow:
-    """What one end of a connection sent: bytes as they came, and of each segment its place in the stream, size and time."""
-
-    __slots__ = ("_end", "data", "first", "is_whole", "places", "sizes", "source", "target", "times")
-
-    def __init__(self, source: bytes, target: bytes, first: int, is_whole: bool) -> None:
-        self.source, self.target = source, target
-        self.first, self.is_whole = first, is_whole  # the sequence number of place 0; whether that is the first byte
-        self.data, self.places, self.sizes, self.times = bytearray(), array("q"), array("I"), array("d")
-        self._end = 0  # of the segment that is furthest on
-
-    def add(self, seq: int, data: bytes, time: float) -> None:
-        """Keep a segment. Sequence numbers wrap around: it belongs where it is nearest to what came before."""
-        place = self._end + ((seq - self.first - self._end + (1 << 31)) & 0xFFFFFFFF) - (1 << 31)
-        self._end = max(self._end, place + len(data))
-        self.data += data
-        self.places.append(place)
-        self.sizes.append(len(data))
-        self.times.append(time)
-
-    def wire(self) -> Wire:
-        """The direction: towards port 20001 or away from it; otherwise, or between two of them, as the frames say."""
-        to, back = (name.endswith(PORTAL_PORT) for name in (self.target, self.source))
-        return OUTBOUND if (to if to != back else BEGINNINGS[0] in self.data) else INBOUND
-
-    def stretches(self) -> Iterator[tuple[int, bytearray, array, array]]:
-        """Runs of bytes without a gap: place, bytes, where in them segments end, when all up to there had come."""
-        starts = array("Q", itertools.accumulate(self.sizes, initial=0))
-        order = array("Q", sorted(range(len(self.places)), key=self.places.__getitem__))
-        place = self.places[order[0]]
-        place = end = 0 if self.is_whole and place >= -1 else place  # at -1 stands the byte of a keep-alive probe
-        run, ends, times = bytearray(), array("Q"), array("d")
-        for i in order:
-            if self.places[i] > end:
-                yield place, run, ends, times
-                place = end = self.places[i]
-                run, ends, times = bytearray(), array("Q"), array("d")
-            new = self.places[i] + self.sizes[i] - end  # bytes that no segment before it held
-            if new > 0:
-                run += self.data[starts[i + 1] - new : starts[i + 1]]
-                end += new
-                ends.append(len(run))
-                times.append(max(self.times[i], times[-1] if times else 0))
-        yield place, run, ends, times
-
-    def pieces(self, notes: Notes) -> Iterator[Recorded]:
-        """The pieces of the stream, without those that a gap or an end of the recording tore."""
-        wire = self.wire()
-        for number, (place, data, ends, times) in enumerate(self.stretches()):
-            notes[GAPS] += number > 0
-            at = 0
-            for kind, part, is_unfinished in merged(cut(wire, data)):
-                begins_inside = kind == JUNK and not at and (number or not self.is_whole)
-                at += len(part)
-                if begins_inside or (is_unfinished and kind not in (FRAME, KEEPALIVE)):
-                    notes[TORN] += 1
-                else:
-                    where = (self.first + place + at) & 0xFFFFFFFF
-                    yield Recorded(times[bisect.bisect_left(ends, at)], wire, kind, part, where)
-
-
-def connections(packets: Iterable[RecordedPacket], notes: Notes) -> list[list[Flow]]:
-    """The flows of each connection to or from port 20001, or with a segment that begins like a frame."""
-    flows: dict[bytes, Flow] = {}
-    begun: dict[bytes, int] = {}  # after a SYN, until data comes: the sequence number of the first byte
-    found: dict[bytes, list[Flow]] = collections.defaultdict(list)
-    elsewhere = False  # such a connection has other ports: its packets cannot be picked out at a glance
+def segments(packets: Iterable[RecordedPacket], notes: Notes) -> Iterator[tuple[float, Segment]]:
+    """The TCP segments in packets, each with its time; most packets of other connections are left out at a glance."""
+    elsewhere = False  # a connection has other ports: its packets cannot be known at a glance
     for number, packet in enumerate(packets):
         if packet.link not in LINKS:
-            notes[LINK.format(link=packet.link)] += 1
-        if packet.link not in LINKS or not (elsewhere or PORTAL_PORT in packet.data or BEGINNINGS[1] in packet.data):
-            continue
-        try:
-            part = segment(packet, notes)
-        except (IndexError, struct.error):  # the packet ends inside its headers
-            notes[SNAPPED] += packet.size > len(packet.data)
-            continue
-        if not part:
-            continue
+            notes[UNREAD.format(f"packets of link type {packet.link}")] += 1
+        elif elsewhere or PORTAL_PORT in packet.data or BEGINNINGS[1] in packet.data:
+            try:
+                part = segment(packet, notes)
+            except (IndexError, struct.error):  # the packet ends inside its headers
+                notes[SNAPPED] += packet.size > len(packet.data)
+                continue
+            if part:
+                elsewhere |= part.data.startswith(BEGINNINGS) and not is_at_port(part)
+                yield number * 1e-9 if packet.time is None else packet.time, part
+
+
+def is_at_port(part: Segment | Stream) -> bool:
+    """Whether one of the two ends has the portal's port."""
+    return PORTAL_PORT in (part.source[-2:], part.target[-2:])
+
+
+def connections(packets: Iterable[RecordedPacket], notes: Notes) -> list[list[Stream]]:
+    """The streams of each connection to or from port 20001, or with a segment that begins like a frame."""
+    latest: dict[bytes, Stream] = {}
+    found: dict[bytes, list[Stream]] = collections.defaultdict(list)
+    for when, part in segments(packets, notes):
         way, back = part.source + part.target, part.target + part.source
-        at_port = PORTAL_PORT in (part.source[-2:], part.target[-2:])
-        if at_port or way in flows or back in flows or part.data.startswith(BEGINNINGS):
-            elsewhere |= not at_port
+        if is_at_port(part) or way in latest or back in latest or part.data.startswith(BEGINNINGS):
             notes[SNAPPED] += part.cut > 0
-            if part.syn:
-                begun[way] = part.seq
+            stream = latest.get(way)
+            if not stream or part.is_syn and part.seq != stream.first:  # the port is new, or used again
+                stream = latest[way] = Stream(part.source, part.target, part.seq, part.is_syn, [])
+                found[min(way, back)].append(stream)
             if part.data:
-                first, flow = begun.pop(way, None), flows.get(way)
-                if flow is None or first not in (None, flow.first):  # the port is new, or used again
-                    flow = flows[way] = Flow(
-                        part.source, part.target, part.seq if first is None else first, first is not None
-                    )
-                    found[min(way, back)].append(flow)
-                flow.add(part.seq, part.data, number * 1e-9 if packet.time is None else packet.time)
+                last = stream.segments[-1][0] if stream.segments else 0  # numbers wrap around: the place nearest to it
+                place = last + ((part.seq - stream.first - last + (1 << 31)) & 0xFFFFFFFF) - (1 << 31)
+                stream.segments.append((place, when, part.data))
     return list(found.values())
+
+
+def stretches(stream: Stream) -> Iterator[tuple[int, bytearray, list[tuple[int, float]]]]:
+    """Runs of bytes without a gap: place, bytes, and where in them segments end with when all up to there had come."""
+    parts = sorted(stream.segments, reverse=True)
+    stream.segments.clear()  # each is let go when its bytes stand in the run: a recording can be large
+    starts_early = not parts or stream.is_whole and parts[-1][0] >= -1  # at -1 stands the byte of a keep-alive probe
+    place, run, ends = 0 if starts_early else parts[-1][0], bytearray(), []  # type: ignore[var-annotated]
+    while parts:
+        at, when, data = parts.pop()
+        if at > place + len(run):
+            yield place, run, ends
+            place, run, ends = at, bytearray(), []
+        new = at + len(data) - place - len(run)  # bytes that no segment before it held
+        if new > 0:
+            run += data[-new:]
+            ends.append((len(run), max(when, ends[-1][1] if ends else 0)))
+    yield place, run, ends
+
+
+def direction_of(stream: Stream) -> Wire:
+    """Towards port 20001 or away from it; otherwise, or between two of them, as the frames say."""
+    to, back = stream.target[-2:] == PORTAL_PORT, stream.source[-2:] == PORTAL_PORT
+    return OUTBOUND if (to if to != back else any(BEGINNINGS[0] in data for _, _, data in stream.segments)) else INBOUND
+
+
+def stream_pieces(stream: Stream, notes: Notes) -> Iterator[Recorded]:
+    """The pieces of a stream, without those that a gap or an end of the recording tore."""
+    wire = direction_of(stream)
+    for number, (place, data, ends) in enumerate(stretches(stream)):
+        notes[GAPS] += number > 0
+        at = 0
+        for kind, part, is_unfinished in cut(wire, data):
+            begins_inside = kind == JUNK and not at and (number or not stream.is_whole)
+            at += len(part)
+            if begins_inside or (is_unfinished and kind not in (FRAME, KEEPALIVE)):
+                notes[TORN] += 1
+            else:
+                captured = ends[bisect.bisect_left(ends, (at,))][1]
+                yield Recorded(captured, wire, kind, part, (stream.first + place + at) & 0xFFFFFFFF)
 
 
 def conversations(packets: Iterable[RecordedPacket], notes: Notes) -> Iterator[Recorded]:
     """What devices and the portal said in packets, in the order of time; what was recorded twice, once."""
     found: list[Recorded] = []
     waiting = connections(packets, notes)
-    while waiting:  # what is done with is let go: a recording can be large
-        flows, lacks, before = waiting.pop(), collections.Counter(), len(found)  # type: ignore[var-annotated]
-        is_ours = any(BEGINNINGS[1] in flow.data for flow in flows)
-        while flows:
-            found += flows.pop(0).pieces(lacks)
-        if is_ours or any(piece.kind != JUNK for piece in found[before:]):
+    while waiting:
+        streams, lacks = waiting.pop(), collections.Counter()  # type: ignore[var-annotated]
+        has_frames = any(BEGINNINGS[1] in data for stream in streams for _, _, data in stream.segments)
+        pieces = [piece for stream in streams for piece in stream_pieces(stream, lacks)]
+        if has_frames or any(piece.kind != JUNK for piece in pieces):  # else another program uses the port
             notes.update(lacks)
-        else:
-            del found[before:]
-            notes[FOREIGN] += 1
+            found += pieces
     found.sort(key=lambda piece: piece.captured)
     recent: collections.deque[tuple[int, bytes]] = collections.deque(maxlen=64)  # another interface's, behind NAT too
     for piece in found:
         if (piece.where, piece.data) not in recent:
             recent.append((piece.where, piece.data))
-            yield piece._replace(captured=piece.captured if piece.captured >= 86400 else None)
+            yield piece
 
 
 def cut(wire: Wire, data: bytes | bytearray) -> Iterator[tuple[str, bytes, bool]]:
-    """The pieces of a stream: kind, bytes, and whether it is what the end of the stream left unfinished."""
+    """The pieces of a whole stream: kind, bytes, and whether it is what the end of the stream left unfinished."""
     framer = Framer(wire)
-    for at in range(0, len(data), RECV_SIZE):
-        yield from ((*piece, False) for piece in framer.feed(bytes(data[at : at + RECV_SIZE]), 0))
+    yield from ((*piece, False) for piece in framer.feed(bytes(data), 0))
     yield from ((*piece, True) for piece in framer.close())
-
-
-def merged(pieces: Iterable[tuple[str, bytes, bool]]) -> Iterator[tuple[str, bytes, bool]]:
-    """Pieces with what goes on with another."""
-    kind, parts, is_unfinished = "", [], False  # type: ignore[var-annotated]
-    for piece in pieces:
-        if parts and not piece[0] == kind == JUNK:  # an unbroken run of junk is one
-            yield kind, b"".join(parts), is_unfinished
-            parts = []
-        if not parts:
-            kind, _, is_unfinished = piece
-        parts.append(piece[1])
-    if parts:
-        yield kind, b"".join(parts), is_unfinished
 
 
 def pieces_of(direction: str, data: bytes, captured: float | None = None) -> Iterator[Recorded]:
     """The pieces of captured bytes: of their direction, or of both if that is not known ("")."""
     wire = INBOUND if direction == INBOUND.name else OUTBOUND
-    for kind, part, _ in merged(cut(wire, data)):
-        inward = [] if direction or kind == FRAME else list(merged(cut(INBOUND, part)))
+    for kind, part, _ in cut(wire, data):
+        inward = [] if direction or kind == FRAME else list(cut(INBOUND, part))
         if any(each in (FRAME, KEEPALIVE) for each, _, _ in inward):
             yield from (Recorded(captured, INBOUND, each, data) for each, data, _ in inward)
         else:
             yield Recorded(captured, wire, kind, part)
 
 
-# Text. A line of a dump is an offset, hex, and often the bytes as text; xxd and tcpdump put a colon behind the offset.
-DUMP_LINE = re.compile(r"(\s*)(?:0x)?([0-9a-f]{4,8})(?:(:)(?=\s)|(?=\s|$))\s*(.*)", re.I)
-DUMP_BYTES = re.compile(
-    r"((?:(?:[0-9a-f]{2})+(?: (?!\s)|(?=\s|$)))*)(?: {1,2}([0-9a-f]{2}(?: [0-9a-f]{2}){0,7})(?=\s|$))?", re.I
-)
-ONLY_HEX = re.compile(r"\s*[0-9a-f]{2,}(\s+[0-9a-f]{2,})*\s*", re.I)
-HEX_RUN = re.compile(r"(?<!\w)[0-9a-f]{2}(?:[\s,:;-]*[0-9a-f]{2}){11,}", re.I)
+# Text. A line of a dump is an offset, hex in one or two columns, and often the bytes as text; xxd and tcpdump put a colon
+# behind the offset. Columns are one or two blanks apart, and the text is behind two: so a second one needs 8 bytes before.
+# fmt: off
+DUMP_LINE = re.compile(r"(?im)^[^\S\n]*(?:0x)?([0-9a-f]{4,8}):?[ \t]+((?:[0-9a-f]{2})+(?: (?:[0-9a-f]{2})+)*)(?: {1,2}([0-9a-f]{2}(?: [0-9a-f]{2}){0,7}))?(?=\s|$)")
 LITERAL = re.compile(r"""(["'])((?:\\.|(?!\1)[^\\])*)(?:\1|$)""", re.S)
-ESCAPE = re.compile(r"\\(?:x([0-9a-f]{2})|([0-7]{1,3})|(.))", re.S | re.I)
+ESCAPE = re.compile(r"""\\(?:x[0-9a-fA-F]{2}|[0-3]?[0-7]{1,2}|[abfnrtv\\'"])""")
+ARRAY = re.compile(r"(?:\b0x[0-9a-f]{1,2}\b[,\s]*)+", re.I)
 SEPARATORS = str.maketrans("", "", " \t\r\n\f\v,:;|\"'-")
-C_BYTE = re.compile(r"\b0x([0-9a-f]{1,2})\b", re.I)
-ESCAPED = dict(zip("abfnrtv", "\a\b\f\n\r\t\v"))
-
-
-def line_bytes(text: str) -> bytes:
-    """The bytes in a line of a dump, behind its offset: up to two blanks, which can also stand between two halves."""
-    first, second = DUMP_BYTES.match(re.split(r"[|>]", text)[0]).groups()  # type: ignore[union-attr]
-    found = bytes.fromhex(first)
-    return found + bytes.fromhex(second) if second and len(found) == 8 else found
-
-
-def number_of(offset: str, base: int) -> int:
-    """An offset in a dump as a number, -1 if it has other digits than the base."""
-    return int(offset, base) if max(int(digit, 16) for digit in offset) < base else -1
+# fmt: on
 
 
 def dumps(text: str) -> list[bytes]:
-    """What the dumps in a text hold: an offset of 0 begins another, indented or not; [] if it is no text with dumps.
-
-    An offset is hex, octal or decimal: the base in which it is the number of bytes so far. A `*` stands for equal lines.
-    """
+    """What the dumps in a text hold, each from an offset of 0 on; other offsets count its bytes: hex, octal or decimal."""
     found: list[bytearray] = []
-    current: dict[str, bytearray] = {}  # by indentation: a dump of both directions indents one
-    base, last, is_folded = 0, b"", False
-    for line in (match[0] for match in re.finditer(r"[^\r\n]+", text)):
-        match = DUMP_LINE.match(line)
-        indent, offset, colon, rest = match.groups("") if match else ("", "", "", "")
-        part, dump = line_bytes(rest), current.get(indent)
-        if offset and dump and is_folded:
-            place = number_of(offset, base or (8 if len(offset) == 7 else 16))
-            dump += last * ((min(place, MOST_BYTES["fold"]) - len(dump)) // len(last))
-        bases = [each for each in (16, 8, 10) if offset and dump and number_of(offset, each) == len(dump)]
-        if bases and dump:
-            dump += part
-            base = bases[0]
-        elif part and (colon or not int(offset, 16)):
-            current[indent] = bytearray(part)
-            found.append(current[indent])
-        elif not found and ONLY_HEX.fullmatch(line):
-            return []
-        last, is_folded = part or last, line.strip() == "*"
+    for offset, first, second in DUMP_LINE.findall(text):
+        part = bytes.fromhex(first)
+        part += bytes.fromhex(second) if len(part) == 8 else b""
+        size = len(found[-1]) if found else 0
+        if not offset.strip("0"):
+            found.append(bytearray(part))
+        elif offset.lstrip("0").lower() in (f"{size:x}", f"{size:o}", f"{size}"):
+            found[-1] += part
     return [bytes(dump) for dump in found]
 
 
-def unescaped(match: re.Match) -> str:
-    r"""The character of an escape, as C and Python have them: \x0a, \12, \n."""
-    digits, octal, other = match.groups()
-    return chr(int(digits, 16)) if digits else chr(int(octal, 8) & 0xFF) if octal else ESCAPED.get(other, other)
-
-
-def from_hex(text: str) -> bytes:
-    """Bytes of hex digits in any spacing, nothing for anything else."""
+def typed(text: str) -> list[bytes]:
+    """The bytes in a text without dumps: hex in any spacing and nothing else, or literals with escapes and arrays of C."""
     with contextlib.suppress(ValueError):
-        return bytes.fromhex(text.replace("0x", "").replace("0X", "").replace("\\x", "").translate(SEPARATORS))
-    return b""
-
-
-def from_text(text: str) -> list[bytes]:
-    """The bytes in a text without dumps, one after another: hex, literals with escapes, arrays of C, hex in sentences."""
-    plain = from_hex(text)
-    if plain:
-        return [plain]
-    literals = [match[2] for match in LITERAL.finditer(text) if "\\x" in match[2]] if "\\x" in text else []
-    arrays = re.sub(r"/\*.*?\*/|//[^\n]*", "", text, flags=re.S).split("}") if re.search("0x", text, re.I) else []
-    found = [ESCAPE.sub(unescaped, "".join(literals)).encode("latin-1", "replace")]
-    found += (bytes(int(match[1], 16) for match in C_BYTE.finditer(part)) for part in arrays)
-    found += filter(lambda data: BEGINNINGS[1] in data, map(from_hex, HEX_RUN.findall(text)))
+        return [bytes.fromhex(re.sub("0x|\\\\x", "", text, flags=re.I).translate(SEPARATORS))]
+    literal = "".join(part for _, part in LITERAL.findall(text) if "\\x" in part)
+    found = [ESCAPE.sub(lambda match: match[0].encode().decode("unicode_escape"), literal).encode("latin-1", "replace")]
+    arrays = ARRAY.findall(re.sub(r"/\*.*?\*/|//[^\n]*", "", text, flags=re.S))
+    found += (bytes(int(number, 16) for number in re.findall("(?i)0x([0-9a-f]+)", each)) for each in arrays)
     return [data for data in found if len(data) >= SHORTEST]
-
-
-def is_ip(data: bytes) -> bool:
-    """Whether bytes look like an IP packet."""
-    is_v6 = len(data) >= 40 and data[0] >> 4 == 6 and data[6] in (socket.IPPROTO_TCP, 17, 58, *IPV6_EXTENSIONS)
-    return is_v6 or (len(data) >= 20 and 0x45 <= data[0] <= 0x4F)
 
 
 def link_of(data: bytes) -> int | None:
     """The link type of a packet in a dump, from what stands where; None for what is no packet."""
-    if data.startswith(BEGINNINGS):
-        return None
-    for link in (1, 113, 276):
-        at = LINKS[link][0]
-        if data[at : at + 2] in (*IP_TYPES, *VLAN_TAGS, ARP) and (at or data[2:4] == b"\0\0"):
+    for link in (1, 113, 276, 101, 0):
+        kind, at = LINKS[link]
+        if IP_HEADER.match(data, at) if kind < 0 else data[kind : kind + 2] in (*IP_TYPES, *VLAN_TAGS, ARP):
             return link
-    return 101 if is_ip(data) else 0 if data[:4].strip(b"\0") in LOOPBACK_FAMILIES and is_ip(data[4:]) else None
+    return None
 
 
 def text_pieces(text: str, notes: Notes) -> Iterator[Recorded]:
     """The pieces in what people paste. Raises ProtocolError if there is nothing of the kind."""
-    dumped, packets, streams = dumps(text), [], []
-    for data in dumped or from_text(text):
-        link = link_of(data)
-        if link is not None:
-            packets.append(RecordedPacket(None, link, data, len(data)))
-        elif not dumped or BEGINNINGS[1] in data:
-            streams.append(data)
-    if not packets and not streams and not dumped:
+    dumped, others = dumps(text), typed(text)
+    in_dumps, in_others = (any(BEGINNINGS[1] in data for data in each) for each in (dumped, others))
+    if not dumped and not any(others):
         raise ProtocolError("text without bytes in hex" if text.strip() else "nothing in it")
+    is_dump = bool(dumped) and (in_dumps or not in_others)
+    yield from byte_pieces(dumped if is_dump else others, notes, is_known=not is_dump)
+
+
+def byte_pieces(several: list[bytes], notes: Notes, is_known: bool = False) -> Iterator[Recorded]:
+    """The pieces of packets, and of other bytes. Unless it is known what these are, good frames alone: all else can hold addresses."""
+    links = [link_of(data) for data in several]
+    packets = (RecordedPacket(None, link, data, len(data)) for link, data in zip(links, several) if link is not None)
     yield from conversations(packets, notes)
-    for data in streams:
-        yield from shown_pieces(data, notes, is_known=not dumped or data.startswith(BEGINNINGS))
-
-
-def shown_pieces(data: bytes, notes: Notes, is_known: bool) -> Iterator[Recorded]:
-    """The pieces of bytes; if it is not known what they are, good frames alone: addresses can stand between them."""
-    for piece in pieces_of("", data):
-        if is_known or piece.kind == FRAME:
-            yield piece
-        else:
-            notes[LEFT_OUT] += 1
+    for data in itertools.compress(several, (link is None for link in links)):
+        is_shown = is_known or data.startswith(BEGINNINGS)
+        for piece in pieces_of("", data):
+            if is_shown or piece.kind == FRAME:
+                yield piece
+            else:
+                notes[LEFT_OUT] += 1
 
 
 def capture_pieces(file: BinaryIO, notes: Notes) -> Iterator[Recorded]:
     """The pieces in the lines of a capture file, or of what decode printed. Raises ProtocolError if no line is whole."""
     is_empty = True
-    while line := file.readline(MOST_BYTES["line"]):
+    while line := file.readline(LONGEST_LINE):
         line = line.strip(b"\0\xef\xbb\xbf\r\n")
         try:
             entry = json.loads(line)
@@ -5740,30 +5655,14 @@ def captured_at(entry: dict) -> float | None:
     return None
 
 
-class Unzipped(io.RawIOBase):
-    """A gzipped file as it was; where it is cut or damaged, it ends."""
-
-    def __init__(self, file: BinaryIO, notes: Notes) -> None:
-        super().__init__()
-        import gzip  # the exporter never needs it
-
-        self._file, self._notes = gzip.GzipFile(fileobj=file), notes
-
-    def readable(self) -> bool:
-        """As io.BufferedReader asks."""
-        return True
-
-    def readinto(self, buffer) -> int:
-        """Fill a buffer, or a part of it; how much."""
-        data = b""
-        try:
-            data = self._file.read1(len(buffer))
-        except (EOFError, OSError, zlib.error) as error:
-            if getattr(error, "errno", None):  # the system's, not gzip's
-                raise
-            self._notes[CUT_END] = 1
-        buffer[: len(data)] = data
-        return len(data)
+def until_cut(items: Iterable, notes: Notes) -> Iterator:
+    """Items from a file; where its gzip is cut or damaged, it ends."""
+    try:
+        yield from items
+    except (EOFError, OSError, zlib.error) as error:
+        if getattr(error, "errno", None):  # the system's, not gzip's
+            raise
+        notes[CUT_END] = 1
 
 
 def recording(raw: BinaryIO, notes: Notes) -> Iterator[Recorded]:
@@ -5771,31 +5670,35 @@ def recording(raw: BinaryIO, notes: Notes) -> Iterator[Recorded]:
 
     Raises ProtocolError if it is nothing of the kind.
     """
+    import gzip  # the exporter never needs it
+
     with io.BufferedReader(raw, RECV_SIZE) as plain:  # type: ignore[type-var]
-        is_zipped = plain.peek().startswith(b"\x1f\x8b")
-        file = io.BufferedReader(Unzipped(plain, notes), RECV_SIZE) if is_zipped else plain
-        head = file.peek()
-        if head[:4] in PCAP:
-            yield from conversations(pcap_packets(file, notes), notes)
-        elif head.startswith(PCAPNG):
-            yield from conversations(pcapng_packets(file, notes), notes)
-        elif head.startswith(MODIFIED_PCAP):
-            raise ProtocolError("a modified pcap file, which is not read: save it as pcap")
-        elif re.search(rb'(?m)^[\0\xef\xbb\xbf\s]*\{.*"hex"', head):
-            yield from capture_pieces(file, notes)
-        else:
-            yield from other_pieces(file.read(), notes)
+        file = gzip.GzipFile(fileobj=plain) if plain.peek().startswith(b"\x1f\x8b") else plain
+        yield from until_cut(file_pieces(file, notes), notes)  # type: ignore[arg-type]
+
+
+def file_pieces(file: io.BufferedReader, notes: Notes) -> Iterator[Recorded]:
+    """The pieces in a file that is not gzipped any more. Raises ProtocolError, and what gzip raises."""
+    head = file.peek(RECV_SIZE)
+    if head[:4] in PCAP:
+        yield from conversations(until_cut(pcap_packets(file, notes), notes), notes)
+    elif head.startswith(PCAPNG):
+        yield from conversations(until_cut(pcapng_packets(file, notes), notes), notes)
+    elif head.startswith(MODIFIED_PCAP):
+        raise ProtocolError("a modified pcap file, which is not read: save it as pcap")
+    elif re.search(rb'(?m)^[\0\xef\xbb\xbf\s]*\{"', head):
+        yield from capture_pieces(file, notes)
+    else:
+        data = b"".join(until_cut(iter(lambda: file.read1(RECV_SIZE), b""), notes))
+        yield from other_pieces(data, notes)
 
 
 def other_pieces(data: bytes, notes: Notes) -> Iterator[Recorded]:
     """The pieces in text, or in bytes as they are. Raises ProtocolError."""
-    is_utf16 = data.startswith((b"\xff\xfe", b"\xfe\xff"))
-    if is_utf16 or not re.search(rb"[\0-\x08\x0e-\x1a\x1c-\x1f]", data):
-        text = data.decode("utf-16" if is_utf16 else "latin-1", "replace")
-        del data  # a text is held once
-        yield from text_pieces(text, notes)
+    if not re.search(rb"[\0-\x08\x0e-\x1a\x1c-\x1f]", data):
+        yield from text_pieces(data.decode("latin-1"), notes)
     elif BEGINNINGS[1] in data:
-        yield from shown_pieces(data, notes, is_known=data.startswith(BEGINNINGS))
+        yield from byte_pieces([data], notes)
     else:
         raise ProtocolError("neither a recording nor text")
 
@@ -5827,84 +5730,44 @@ def missing(notes: Notes) -> list[str]:
     return [text.format(count) for text, count in notes.items() if count and text not in explained]
 
 
-def good_packets(pieces: Iterable[Recorded]) -> Iterator[tuple[bytes, Packet]]:
+def good_packets(pieces: Iterable[Recorded]) -> Iterator[tuple[Recorded, Packet]]:
     """The good frames among pieces, with their packets."""
     for piece in pieces:
         with contextlib.suppress(ProtocolError):
             if piece.kind == FRAME:
-                yield piece.data, decode(piece.data, piece.wire)
-
-
-def frames_in(path: str) -> dict[bytes, Packet]:
-    """The good frames in a file with their packets; says what the file lacks. Raises StartError if there are none."""
-    notes: Notes = collections.Counter()
-    found = dict(good_packets(recorded(path, notes)))
-    if not found:
-        raise StartError(f"{called(path)}: {'; '.join(['not a single good frame in it', *missing(notes)])}")
-    for text in missing(notes):
-        print(f"{called(path)}: {text}", file=sys.stderr)
-    return found
-
-
-def told_models(packets: Iterable[Packet]) -> dict[str, str]:
-    """Serial number to the model name that the device gave."""
-    told: dict[str, str] = {}
-    for packet in packets:
-        if packet.wire is OUTBOUND:
-            with contextlib.suppress(ProtocolError):
-                told[packet.serial] = info(registers(packet.clear)).get("model") or told.get(packet.serial, "")
-    return told
+                yield piece, decode(piece.data, piece.wire)
 
 
 def contents(where: Address, packet: Packet) -> dict:
     """blocks and values of a packet. Raises ProtocolError."""
-    clear = packet.clear
+    clear, values = packet.clear, {"clear": packet.clear.hex()}
     if packet.wire is INBOUND:
-        told: dict = {"meaning": allowed(where, clear, {where.cls, *CLOCK}) or "not let through"}
+        values = {"meaning": allowed(where, clear, {where.cls, *CLOCK}) or "not let through", **values}
         if where.type == CLOCK_TYPE:
             when = device_time(clear[4:10])
-            told.update(zip(("first_register", "last_register"), struct.unpack_from(">HH", clear)))
-            told.update(clock=when and when.isoformat())
-        return {"values": {**told, "clear": clear.hex()}}
-    if where.function == CONFIRMATION:
-        first, last, status = struct.unpack_from(">HHB", clear)
-        return {"values": {"first_register": first, "last_register": last, "status": status}}
-    if where.function not in DATA:
-        return {"values": {"clear": clear.hex()}}
-    ranges = blocks(clear)
-    taken = reading(family(where.cls, where.serial), registers(clear))
-    values = {f"{metric}{{{labels}}}" if labels else metric: n for (metric, labels), n in taken.values.items()}
-    unknown = f"{kind_of(where.cls)}_unknown_register"
-    values.update((f'{unknown}{{register="{register}"}}', word) for register, word in taken.unknown.items())
-    shown = [{"first": first, "last": first + len(words) - 1, "words": list(words)} for first, words in ranges]
-    return {"blocks": shown, "values": {**values, **taken.info}}
+            values.update(zip(("first_register", "last_register"), struct.unpack_from(">HH", clear)))
+            values.update(clock=when and when.isoformat())
+    elif where.function == CONFIRMATION:
+        values = dict(zip(("first_register", "last_register", "status"), struct.unpack_from(">HHB", clear)))
+    elif where.function in DATA:
+        ranges, taken = blocks(clear), reading(family(where.cls, where.serial), registers(clear))
+        values = {f"{metric}{{{labels}}}" if labels else metric: n for (metric, labels), n in taken.values.items()}
+        unknown = f"{kind_of(where.cls)}_unknown_register"
+        values.update((f'{unknown}{{register="{register}"}}', word) for register, word in taken.unknown.items())
+        shown = [{"first": first, "last": first + len(words) - 1, "words": list(words)} for first, words in ranges]
+        return {"blocks": shown, "values": {**values, **taken.info}}
+    return {"values": values}
 
 
-SAID = [
-    "direction",
-    "type",
-    "serial",
-    "model",
-    "time",
-    "captured",
-    "crc_ok",
-    "envelope",
-    "blocks",
-    "values",
-    "error",
-    "hex",
-]
+SAID = ["direction", "type", "serial", "model", "time", "captured", "crc_ok", "envelope", "blocks", "values", "error", "hex"]  # fmt: skip
 ENVELOPES = {LONG: "long", SHORT: "short", ANSWER: "answer"}
 
 
 def utc_text(seconds: float | None) -> str | None:
     """Seconds since 1970 in ISO 8601, None for what no clock shows."""
     with contextlib.suppress(ValueError, OverflowError, OSError):
-        return (
-            datetime.fromtimestamp(round(seconds, 6), timezone.utc).isoformat(timespec="microseconds")
-            if seconds
-            else None
-        )
+        if seconds and seconds >= 86400:  # below it a packet's number stands for its time
+            return datetime.fromtimestamp(round(seconds, 6), timezone.utc).isoformat(timespec="microseconds")
     return None
 
 
@@ -5944,14 +5807,11 @@ def renamed(data: bytes, packet: Packet, aliases: dict[str, str]) -> bytes:
 
 def redacted(pieces: Iterable[Recorded]) -> list[Recorded]:
     """The good frames among pieces with other serial numbers, in clear and in cipher; says how many others there were."""
-    kept, others = [], 0
-    for piece in pieces:
-        good = [packet for _, packet in good_packets([piece])]
-        kept += [(piece, packet) for packet in good]
-        others += not good
+    every = list(pieces)
+    kept = list(good_packets(every))
     serials = dict.fromkeys(packet.serial for _, packet in kept)
     aliases = {serial: f"{serial[:8]}XXXX{number:04d}" for number, serial in enumerate(serials, 1)}
-    left_out = f"{len(kept)} good frames, {others} other pieces left out."
+    left_out = f"{len(kept)} good frames, {len(every) - len(kept)} other pieces left out."
     if kept:
         print(left_out, "XXXX0001, XXXX0002, ... count the devices up and are no real serial numbers.", file=sys.stderr)
     return [piece._replace(data=renamed(piece.data, packet, aliases)) for piece, packet in kept]
@@ -5960,37 +5820,35 @@ def redacted(pieces: Iterable[Recorded]) -> list[Recorded]:
 def decode_command(arguments: list[str]) -> int:
     """Recorded traffic or pasted hex as one JSON object a frame."""
     parser = Parser("decode", decode_command.__doc__)
-    sources = (
-        "capture files, pcap and pcapng files, files with hex or dumps, gzipped or not, - for standard input; or hex"
-    )
-    parser.add_argument("source", metavar="FILE|-|HEX", nargs="+", help=sources)
-    good_only = "good frames only, with other serial numbers, for a bug report"
-    parser.add_argument("--redact", action="store_true", help=good_only)
+    # fmt: off
+    parser.add_argument("source", metavar="FILE|-|HEX", nargs="+", help="capture files, pcap and pcapng files, files with hex or dumps, gzipped or not, - for standard input; or hex")
+    parser.add_argument("--redact", action="store_true", help="good frames only, with other serial numbers, for a bug report")
+    # fmt: on
     given = parser.parse_args(arguments)
-    typed = " ".join(source for source in given.source if source != "-" and not os.path.exists(source))
-    files: list[tuple[str, Notes]] = [
-        (source, collections.Counter()) for source in given.source if source == "-" or os.path.exists(source)
-    ]
-    typed_pieces = list(typed_hex(typed)) if typed else []
-    pieces: Iterable[Recorded] = itertools.chain(*(recorded(path, notes) for path, notes in files), typed_pieces)
+    files: dict[str, Notes] = {}
+    for source in given.source:
+        if source == "-" or os.path.exists(source):
+            files[source] = collections.Counter()
+    hexes = " ".join(source for source in given.source if source not in files)
+    pieces: Iterable[Recorded] = itertools.chain(*itertools.starmap(recorded, files.items()), typed_hex(hexes))
     models: dict[str, str] = {}
-    where, good = ", ".join([called(path) for path, _ in files] + ["the hex given"] * bool(typed)), 0
+    good = 0
     for piece in redacted(pieces) if given.redact else pieces:
         said = described(piece, models)
         good += piece.kind == FRAME and said["serial"] is not None
         print(json.dumps(said))
-    lines = [f"{called(path)}: {text}" for path, notes in files for text in missing(notes)]
+    lines = [f"{called(path)}: {text}" for path, notes in files.items() for text in missing(notes)]
     if not good:
+        where = ", ".join([*map(called, files), *["the hex given"] * bool(hexes)])
         raise StartError("; ".join([f"not a single good frame in {where}", *lines]))
-    for line in lines:
-        print(line, file=sys.stderr)
+    sys.stderr.writelines(f"{line}\n" for line in lines)
     return 0
 
 
-def typed_hex(text: str) -> Iterator[Recorded]:
+def typed_hex(text: str) -> list[Recorded]:
     """The pieces of what stands on the command line. Raises UsageError."""
     try:
-        yield from text_pieces(text, collections.Counter())
+        return list(text_pieces(text, collections.Counter())) if text else []
     except ProtocolError:
         raise UsageError(f"neither a file nor whole bytes in hex: {text[:40]!a}") from None
 
@@ -5999,9 +5857,16 @@ def typed_hex(text: str) -> Iterator[Recorded]:
 
 Samples = dict[str, dict[str, dict[float, float]]]  # metric to series (labels) to seconds since 1970 to number
 EARLIEST = datetime(2010, 1, 1)  # older than any of these devices: a clock that was never set
-Backfilled = collections.namedtuple(
-    "Backfilled", "samples later held"
-)  # and by serial: readings later than now, values held back
+
+
+def frames_in(path: str) -> dict[bytes, Packet]:
+    """The good frames in a file with their packets; says what the file lacks. Raises StartError if there are none."""
+    notes: Notes = collections.Counter()
+    found = {piece.data: packet for piece, packet in good_packets(recorded(path, notes))}
+    if not found:
+        raise StartError(f"{called(path)}: {'; '.join(['not a single good frame in it', *missing(notes)])}")
+    sys.stderr.writelines(f"{called(path)}: {text}\n" for text in missing(notes))
+    return found
 
 
 def utc_seconds(times: list[datetime]) -> list[float]:
@@ -6040,12 +5905,10 @@ def kept_values(readings: list[tuple[float, Reading]]) -> tuple[dict[float, dict
     return found, held
 
 
-def readings_of(
-    packets: list[Packet], now: float
-) -> tuple[dict[tuple[int, str], dict[float, Reading]], collections.Counter]:
-    """The readings in packets by class, serial number and time; and how many of a serial number are later than now."""
-    times, later = collections.defaultdict(list), collections.Counter()  # type: ignore[var-annotated]
-    latest = datetime.fromtimestamp(now) + timedelta(days=1)  # beyond it not even a clock of 32 bits can say the time
+def readings_of(packets: list[Packet], later: collections.Counter, now: float) -> dict[tuple[int, str], dict]:
+    """Time to reading of each class and serial number; counts in `later` the readings of a serial number after now."""
+    times: dict[tuple, list] = collections.defaultdict(list)
+    latest = datetime.fromtimestamp(now) + timedelta(days=1)  # above it not even a clock of 32 bits can say it
     for packet in packets:
         when = device_time(packet.time)
         if when and int(packet.type[2:], 16) in (LIVE, BUFFERED):
@@ -6055,7 +5918,7 @@ def readings_of(
                     later[packet.serial] += 1
                 else:
                     times[packet.type, packet.serial].append((when, words))
-    found: dict[tuple[int, str], dict[float, Reading]] = collections.defaultdict(dict)
+    found: dict[tuple[int, str], dict] = collections.defaultdict(dict)
     for (kind, serial), several in times.items():
         cls = int(kind[:2], 16)
         for (_, words), seconds in zip(several, utc_seconds([when for when, _ in several])):
@@ -6063,22 +5926,32 @@ def readings_of(
                 later[serial] += 1
             else:
                 found[cls, serial][seconds] = reading(family(cls, serial), words)
-    return found, later
+    return found
 
 
-def samples_of(packets: list[Packet], extra: str, now: float) -> Backfilled:
-    """The readings in packets, none of which stands there twice, but what is later than now or held back."""
+def model_names(packets: Iterable[Packet]) -> dict[str, str]:
+    """Serial number to the model name that the device gave."""
+    names: dict[str, str] = {}
+    for packet in packets:
+        with contextlib.suppress(ProtocolError):
+            names[packet.serial] = info(registers(packet.clear)).get("model") or names.get(packet.serial, "")
+    return names
+
+
+def samples_of(
+    packets: list[Packet], extra: str, now: float
+) -> tuple[Samples, collections.Counter, collections.Counter]:
+    """The readings in packets, each once; and by serial number how many were later than now, how many values held back."""
     found: Samples = {metric: {} for metric in sorted(METRICS)}
-    told, held = told_models(packets), collections.Counter()  # type: ignore[var-annotated]
-    by_device, later = readings_of(packets, now)
-    for (cls, serial), readings in by_device.items():
-        labels_of_device = device_labels(identity(kind_of(cls), serial, told.get(serial, "")))
+    names, later, held = model_names(packets), collections.Counter(), collections.Counter()  # type: ignore[var-annotated]
+    for (cls, serial), readings in readings_of(packets, later, now).items():
+        labels_of_device = device_labels(identity(kind_of(cls), serial, names.get(serial, "")))
         values, held[serial] = kept_values(sorted(readings.items(), key=lambda item: item[0]))
         for seconds, one in values.items():
             for (metric, labels), number in one.items():
                 series = ",".join(filter(None, (labels_of_device, labels, extra)))
                 found[metric].setdefault(series, {})[seconds] = number
-    return Backfilled(found, later, held)
+    return found, later, held
 
 
 def openmetrics(found: Samples) -> Iterator[str]:
@@ -6103,23 +5976,17 @@ extra_label = FlagType(
 HEAD_SPAN = 3 * 3600  # s that Prometheus keeps in its head before they become a block
 
 
-def report(found: Backfilled, first: float, last: float, count: int, now: float) -> None:
-    """Say on stderr what of `count` times is there, and what its user has to know before the blocks are moved."""
-    begin, end, safe = (
-        time.strftime("%Y-%m-%d %H:%M %Z", time.localtime(seconds)) for seconds in (first, last, last + HEAD_SPAN + 60)
-    )
-    lines = [f"readings of {count} times, {begin} to {end}"]
-    lines += [
-        f"{serial}: left out {held} values of counters that fell, or rose more than is possible"
-        for serial, held in sorted(found.held.items())
-        if held
-    ]
-    if now < last + HEAD_SPAN:
-        lines.append(
-            f"Wait until {safe} before you move the blocks into Prometheus's data: at its next start it drops the live "
-            "samples of all series from before a block's end, and the last three hours are in no block of its own yet"
+def report(times: list[float], now: float) -> None:
+    """Say on stderr of what times readings are there, and what their user has to know before the blocks are moved."""
+    moments = times[0], times[-1], times[-1] + HEAD_SPAN + 60
+    begin, end, safe = (time.strftime("%Y-%m-%d %H:%M %Z", time.localtime(seconds)) for seconds in moments)
+    print(f"readings of {len(times)} times, {begin} to {end}", file=sys.stderr)
+    if now < times[-1] + HEAD_SPAN:
+        print(
+            f"Wait until {safe} before you move the blocks into Prometheus's data: at its next start it drops the live samples "
+            "of all series from before a block's end, and the last three hours are in no block of its own yet",
+            file=sys.stderr,
         )
-    print("\n".join(lines), file=sys.stderr)
 
 
 def backfill(arguments: list[str]) -> int:
@@ -6141,17 +6008,19 @@ def backfill(arguments: list[str]) -> int:
     extra = {"job": given.job, "instance": given.instance, **dict(given.label)}
     labels = ",".join(label(name, value) for name, value in extra.items() if value)
     now = time.time()
-    found = samples_of([packet for packet in frames.values() if packet.wire is OUTBOUND], labels, now)
-    for serial, count in sorted(found.later.items()):
-        print(
-            f"{serial}: left out {count} readings that are later than now, or older than {EARLIEST.year}",
-            file=sys.stderr,
-        )
-    times = sorted({seconds for series in found.samples.values() for samples in series.values() for seconds in samples})
+    packets = [packet for packet in frames.values() if packet.wire is OUTBOUND]
+    found, later, held = samples_of(packets, labels, now)
+    for serial, count in sorted(later.items()):
+        text = f"{serial}: left out {count} readings that are later than now, or older than {EARLIEST.year}"
+        print(text, file=sys.stderr)
+    times = sorted({seconds for series in found.values() for samples in series.values() for seconds in samples})
     if not times:
         raise StartError(f"{' '.join(given.file)}: no readings in it")
-    sys.stdout.writelines(openmetrics(found.samples))
-    report(found, times[0], times[-1], len(times), now)
+    sys.stdout.writelines(openmetrics(found))
+    report(times, now)
+    for serial, count in sorted((+held).items()):
+        text = f"{serial}: left out {count} values of counters that fell, or rose more than is possible"
+        print(text, file=sys.stderr)
     return 0
 
 
@@ -6171,8 +6040,8 @@ def in_container() -> bool:
     return os.path.exists("/.dockerenv") or os.path.exists("/run/.containerenv")
 
 
-def local_answer(settings: Settings, path: str) -> bytes:
-    """What a program on this machine answers to a GET on the exporter's port, head and all; b"" if there is none."""
+def local_get(settings: Settings, path: str) -> bytes | None:
+    """The body that a program on this machine answers to a GET on the exporter's port, None if it says nothing."""
     host, port = settings.web_address
     host = "127.0.0.1" if host in ("", "0.0.0.0", "::") else host
     answer, deadline = b"", time.monotonic() + 10
@@ -6180,26 +6049,15 @@ def local_answer(settings: Settings, path: str) -> bytes:
         sock.sendall(f"GET {path} HTTP/1.0\r\nHost: localhost\r\n\r\n".encode())
         while len(answer) < 16 << 20 and time.monotonic() < deadline and (data := sock.recv(RECV_SIZE)):
             answer += data
-    return answer
-
-
-def local_get(settings: Settings, path: str) -> bytes | None:
-    """The body that a web server on the exporter's port answers, None without one."""
-    head, _, body = local_answer(settings, path).partition(b"\r\n\r\n")
-    return body if re.match(rb"HTTP/1\.\d 200\b", head) else None
+    return answer.partition(b"\r\n\r\n")[2] if answer else None
 
 
 def running_exporter(settings: Settings) -> dict | None:
     """What an exporter on this machine says on /api/devices, None if none runs: any web server can have its port."""
     with contextlib.suppress(ValueError, TypeError, KeyError, RecursionError):
         said = json.loads(local_get(settings, "/api/devices") or b"null")
-        upstream, devices = said["upstream"], said["devices"]
-        if (
-            upstream["mode"] in (FORWARD, LOCAL, SPOOL)
-            and isinstance(upstream["address"], str)
-            and isinstance(devices, list)
-        ):
-            return said if all(set(device) >= DEVICE_KEYS for device in devices) else None
+        is_ours = said["upstream"]["mode"] in (FORWARD, LOCAL, SPOOL) and isinstance(said["upstream"]["address"], str)
+        return said if is_ours and all(set(device) >= DEVICE_KEYS for device in said["devices"]) else None
     return None
 
 
@@ -6208,27 +6066,32 @@ STRANGERS = {"tls": "begins TLS", "nothing": "sends nothing"}
 
 
 # fmt: off
+def port_finding(flag: str, address: tuple, settings: Settings, running: dict | None) -> Finding:
+    """Whether a port is free, or the exporter has it."""
+    port, error = f"port {endpoint_text(address)}", None
+    try:
+        for sock in listeners(*address):
+            sock.close()
+    except HOST_ERRORS as caught:
+        error = caught
+    return first_true(
+        (not error and not running, OK, f"{port} is free", ""),
+        (not error, WARN, f"{port} is free, though an exporter runs", f"start doctor with the exporter's --{flag}"),
+        (getattr(error, "errno", None) != errno.EADDRINUSE, FAIL, f"{port} cannot be had: {error and error.args[-1]}", f"choose another with --{flag}"),
+        (running, OK, f"{port} is in use, and an exporter runs", ""),
+        (address == settings.web_address and local_get(settings, "/") is not None, FAIL, f"{port} is in use: another program answers there, and no exporter", f"end that program (`ss -ltnp` shows which), or choose another port with --{flag}"),
+        (True, FAIL, f"{port} is in use", f"`ss -ltnp` shows what has it: end that, or choose another with --{flag}"),
+    )
+
+
 def machine_findings(settings: Settings, running: dict | None) -> Iterator[Finding]:
-    """Where this runs; whether its ports are free, or the exporter has them; whether local time can be told."""
+    """Where this runs; whether its ports are free, or the exporter has them; whether its clock and time zone are right."""
     addresses = {"sems.listen-address": settings.listen_address, "web.listen-address": settings.web_address}
     if in_container():
         ports = " ".join(f"-p {port}:{port}" for _, port in addresses.values())
         yield OK, "this runs in a container: its ports, names, clock and files are not the host's", f"publish the ports ({ports}), give it TZ, and let the portal's name lead to the host"
     for flag, address in addresses.items():
-        port, error, number = f"port {endpoint_text(address)}", None, None
-        try:
-            for sock in listeners(*address):
-                sock.close()
-        except HOST_ERRORS as caught:
-            error, number = caught, getattr(caught, "errno", None)
-        yield first_true(
-            (not error and not running, OK, f"{port} is free", ""),
-            (not error, WARN, f"{port} is free, though an exporter runs", f"start doctor with the exporter's --{flag}"),
-            (number != errno.EADDRINUSE, FAIL, f"{port} cannot be had: {error and error.args[-1]}", f"choose another with --{flag}"),
-            (running, OK, f"{port} is in use, and an exporter runs", ""),
-            (address == settings.web_address and local_answer(settings, "/"), FAIL, f"{port} is in use: another program answers there, and no exporter", f"end that program (`ss -ltnp` shows which), or choose another port with --{flag}"),
-            (True, FAIL, f"{port} is in use", f"`ss -ltnp` shows what has it: end that, or choose another with --{flag}"),
-        )
+        yield port_finding(flag, address, settings, running)
     local, trouble = time.strftime("%Y-%m-%d %H:%M:%S %Z"), zone_trouble()
     yield first_true(
         (time.time() < RELEASED, FAIL, f"this machine's clock is wrong: {local}", "let it get the time from the network, and start again"),
