@@ -101,6 +101,7 @@ SPOOL_FILE = (32 << 20, 256 << 20)  # the same in a file: three months of a Home
 SPOOL_RESERVE = (0.02, 1 << 20, 64 << 20)  # part of its disk that a spool file leaves free, at least, at most
 NEWEST = 64  # frames of a spool that a device can repeat without effect
 WINDOW, WINDOW_OF_TYPE = 32, 16  # frames of a spool that are under way unanswered: all, of one type
+HESITATION = 2  # s that frames of other types wait behind a type of which so many are unanswered
 GIVEN_UP = 3  # counts against a frame that the portal does not like, after which it is deleted
 ANSWER_TIMEOUT = 30  # s for the portal to answer a frame of a spool
 STALL = 60  # s without progress of what waits for a peer, before it counts as lost
@@ -3161,12 +3162,8 @@ class SpoolSender:
         is_counted = acked > row.mark
         if is_counted and row.count + 1 >= GIVEN_UP:
             data = self.table.frame(self.serial, row)
-            log.error(
-                "gave up a packet of %s, type %s, that the portal does not accept: %s",
-                self.serial,
-                row.type,
-                data[:LOG_HEX].hex(),
-            )
+            text = f"gave up a packet of {self.serial}, type {row.type}, that the portal does not accept"
+            self.loop.store.troubles.say("given up", f"{text}: {data[:LOG_HEX].hex()}", now, level=logging.ERROR)
             self.loop.store.add("sems_mitm_undeliverable_packets_total")
             return self._deliver(frame)
         self._under_way.remove(frame)
@@ -3189,7 +3186,7 @@ class SpoolSender:
                     self.loop.touch(self)  # the next can go
         if self.link.was_lost:
             self._start_anew(now)
-        if self.undelivered and self.link.can_begin(now) and self._next():
+        if self.undelivered and self.link.can_begin(now) and self._next(now):
             self.link.reach(now)
         self.link.watch(True)
 
@@ -3215,7 +3212,7 @@ class SpoolSender:
         while len(self._under_way) < WINDOW and outbox.size < SEND_SIZE:
             if len(self._behind) >= WINDOW and self._answered == -math.inf:
                 break  # it can be that it refuses everything
-            row = self._next()
+            row = self._next(now)
             if row is None:
                 break
             self._sent[row.type] = row.id
@@ -3225,19 +3222,21 @@ class SpoolSender:
             frame = UnderWay(row._replace(frame=b""), len(row.frame), hash(row.frame), now, next(self._numbers))
             self._under_way.append(frame)
 
-    def _next(self) -> Row | None:
-        """The next frame to send: the oldest of the types of which not too many are unanswered."""
-        unanswered = collections.Counter(frame.row.type for frame in self._under_way)
+    def _next(self, now: float) -> Row | None:
+        """The next frame to send: the oldest. Of a type of which too many are unanswered it is waited for, at first."""
         skipped = {*self._behind, *(frame.row.id for frame in self._under_way)}
         rows = []
         for kind, last in self._last.items():
+            unanswered = [frame.at for frame in self._under_way if frame.row.type == kind]
+            is_full = len(unanswered) >= WINDOW_OF_TYPE
             after = self._sent.get(kind, 0)
-            if after < last and unanswered[kind] < WINDOW_OF_TYPE:
+            if after < last and not (is_full and now - unanswered[0] >= HESITATION):
                 row = self.table.next(self.serial, kind, after)
                 while row and row.id in skipped:
                     row = self.table.next(self.serial, kind, row.id)
-                rows += [row] if row else []
-        return min(rows, key=lambda row: row.id, default=None)
+                rows += [(row.id, is_full, row)] if row else []
+        _, is_full, row = min(rows, default=(0, True, None))
+        return None if is_full else row
 
     # Deadlines
 
@@ -3399,6 +3398,7 @@ class Mailbox:
     def __init__(self, loop: Loop) -> None:
         self.loop = loop
         self._work: collections.deque[Callable[[float], object]] = collections.deque()
+        self._is_woken = False
         self._in, self._out = socket.socketpair()
         for sock in (self._in, self._out):
             sock.setblocking(False)
@@ -3418,8 +3418,15 @@ class Mailbox:
         while self._work:
             self.loop.do("a look-up's result", None, self._work.popleft(), now)
 
+    def wake_at_signals(self) -> None:
+        """Have a signal write a byte at once: Python's own handlers run only when the loop is awake."""
+        signal.set_wakeup_fd(self._out.fileno(), warn_on_full_buffer=False)
+        self._is_woken = True
+
     def close(self) -> None:
         """Take no more."""
+        if self._is_woken:
+            signal.set_wakeup_fd(-1)
         self._in.close()
         self._out.close()
 
@@ -4973,7 +4980,7 @@ def notify_systemd(state: str) -> None:
 
 
 def at_signal(stop: Callable[[], None]) -> None:
-    """Have SIGTERM and SIGINT stop what runs."""
+    """Have SIGTERM and SIGINT call stop."""
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop())
 
@@ -4988,6 +4995,7 @@ def serve(arguments: list[str]) -> int:
     warn_of_unknown_variables(os.environ)
     _, loop, web = started(settings)
     at_signal(loop.stop)
+    loop.mailbox.wake_at_signals()
     signal.signal(signal.SIGHUP, lambda *_: loop.reopen())
     text = "sems_mitm %s, mode %s: devices connect to port %d, metrics at http://HOST:%d%s"
     log.info(text, VERSION, settings.mode, loop.listeners[0].port, web.listener.port, settings.telemetry_path)
@@ -5268,6 +5276,7 @@ def demo(arguments: list[str]) -> int:
         settings.refresh = DEMO_REFRESH
         _, loop, web = started(settings, clock, clock)
         at_signal(loop.stop)
+        loop.mailbox.wake_at_signals()
         what = settings.listen_address, simulated_house(0, given.hybrid), 1, clock, ended
         devices = threading.Thread(target=simulation, args=what)
         devices.start()

@@ -161,7 +161,9 @@ def summed(metrics: dict, name: str, **labels: str) -> float:
 class Exporter:
     """The program, on ports that it keeps when it is started again."""
 
-    def __init__(self, program: str, portal: int, *flags: str, as_module: bool = False) -> None:
+    def __init__(self, program: str, portal: int, *flags: str, as_module: bool = False, log: str = "") -> None:
+        """log: where what it says is appended, the standard error if empty."""
+        self.log = log
         self.ports = low_port(), low_port()
         names = "--sems.listen-address", "--web.listen-address", "--sems.upstream"
         where = [f"{name}={LOCAL}:{port}" for name, port in zip(names, (*self.ports, portal))]
@@ -174,7 +176,9 @@ class Exporter:
 
     def start(self) -> None:
         """Start it, and wait until it is ready."""
-        self.popen = subprocess.Popen(self.command, cwd=self.folder, env=self.environment)
+        with contextlib.ExitStack() as stack:
+            stderr = stack.enter_context(open(self.log, "ab")) if self.log else None
+            self.popen = subprocess.Popen(self.command, cwd=self.folder, env=self.environment, stderr=stderr)
         atexit.register(self.popen.kill)  # which does nothing to one that has ended
         until(self.is_ready)
 
