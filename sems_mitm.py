@@ -1160,6 +1160,7 @@ COUNTED = {  # energies that a house lives by: the counters of which the first t
     "battery_discharged": ("battery_energy_discharge_watthours_total",),
 }
 ENERGIES = {(metric, "") for metrics in COUNTED.values() for metric in metrics}
+WITHOUT_BATTERY = {series for series in ENERGIES if not series[0].startswith("battery")}
 BATTERIES = {("battery_power_watts", label("battery", number)) for number in "12"}
 OWN_DAY = ("inverter_energy_output_hectowatt_hours_day", "")  # an inverter's own count of the day
 OWN_TOTAL = ("inverter_energy_output_hectowatt_hours_total", "")  # in the same unit
@@ -1195,7 +1196,7 @@ class Live:
         """
         before = {series: self.held.counters[series].shown for series in self.energies()}
         said = self.held.take(found.values, at)
-        is_new = any(said.get(series) in (RESET, RISEN, WRONG_FIRST) for series in before)
+        is_new = not {RESET, RISEN, WRONG_FIRST}.isdisjoint(map(said.get, before))
         unsure = is_new or bool(said) and self._is_over_midnight(before, at)
         self.fresh, self.at = came, at if said else self.at
         self.unknown = dict(itertools.islice(found.unknown.items(), UNKNOWN_REGISTERS))
@@ -1212,8 +1213,7 @@ class Live:
 
     def energies(self) -> set[Series]:
         """The counters of the energies that a house lives by, without those of a battery that is not there."""
-        energies = ENERGIES & self.held.counters.keys()
-        return energies if self.has_battery else {series for series in energies if not series[0].startswith("battery")}
+        return (ENERGIES if self.has_battery else WITHOUT_BATTERY) & self.held.counters.keys()
 
     def gained(self) -> dict[Series, float]:
         """What the energies have gained in the day."""
@@ -1525,11 +1525,12 @@ class Store:
             own = live.gauges.get(OWN_DAY) if agrees else None
         reasons = [*said.values()]
         for reason, count in (*((why, reasons.count(why)) for why in HELD_BACK), ("not_finite", found.not_finite)):
-            self.add("sems_mitm_rejected_values_total", count, label("reason", reason))
-        for series, why in said.items():
-            counter = live.held.counters[series]
-            if why == FALL and at - counter.shown.at >= DAY:
-                self._say_stuck(device, series, counter.shown.number, came)
+            if count:
+                self.add("sems_mitm_rejected_values_total", count, label("reason", reason))
+        for series in (series for series, why in said.items() if why == FALL):
+            last = live.held.counters[series].shown
+            if at - last.at >= DAY:
+                self._say_stuck(device, series, last.number, came)
         if not live.day or unsure and not live.slept(own):
             live.begin(looked, looked, at)
         if said.get(OWN_TOTAL, FALL) not in HELD_BACK:
