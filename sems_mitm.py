@@ -502,13 +502,15 @@ def metric_rows() -> list[tuple[str, ...]]:
 # -------------------------------------------------------------------------------------------------------- checksum
 #
 # CRC-16/MODBUS is the remainder of a message by (x + 1)(x^15 + x + 1). Modulo x^15 + x + 1 the message folds as one big
-# integer, since (x^15 + x + 1) to the power of 2^k is x^(15 * 2^k) + x^(2^k) + 1: what stands above x^(15 * 2^k) is added
-# to what stands lower, twice. Modulo x + 1 it is the parity, which crc_hqx, whose polynomial has that factor too, knows.
+# integer, since (x^15 + x + 1) to the power of 2^k is x^(15 * 2^k) + x^(2^k) + 1: what stands above x^(15 * 2^k) is
+# added to what stands lower, twice. Modulo x + 1 it is the parity, which crc_hqx, whose polynomial has that factor too,
+# knows.
 
 
 @functools.lru_cache(maxsize=512)
 def _folds(size: int) -> tuple[tuple[int, int, int, int], ...]:
-    """The steps that fold a message of so many bytes to 15 bits: (mask of the part to fold, two shifts, bits to leave out)."""
+    """The steps that fold a message of so many bytes to 15 bits: (mask of the part to fold, two shifts, bits to
+    leave out)."""
     bits, steps = 8 * size + 16, []
     while bits > 15:
         powers = [1 << k for k in range(bits.bit_length()) if 15 << k < bits]
@@ -662,8 +664,9 @@ FRAME, MALFORMED, JUNK, KEEPALIVE = "frame", "malformed", "junk", "keepalive"
 Piece = tuple[str, bytes]
 
 
-# One direction on the wire. overhead: bytes that a frame has beside its length field's number; head: bytes that name its type
-# and serial; cap: of the length field; order: of the CRC's bytes; beat: a keep-alive, which can stand between frames.
+# One direction on the wire. overhead: bytes that a frame has beside its length field's number; head: bytes that name
+# its type and serial; cap: of the length field; order: of the CRC's bytes; beat: a keep-alive, which can stand between
+# frames.
 Wire = collections.namedtuple("Wire", "name prefix overhead head cap order beat")
 OUTBOUND = Wire("outbound", b"POSTGW", 13, 30, 8 << 10, "big", b"")
 INBOUND = Wire("inbound", b"GW", 9, 24, 4 << 10, "little", b"\x01\x02")
@@ -671,11 +674,12 @@ LENGTH = struct.Struct(">I")
 
 
 class Framer:
-    """Cuts a stream into pieces, wherever its reads were cut. `rest` is the bytes of an unfinished frame, which wait for its end.
+    """Cuts a stream into pieces, wherever its reads were cut. `rest` is the bytes of an unfinished frame, which wait
+    for its end.
 
-    A frame with a bad CRC ends where another begins inside it, so that a good frame behind a torn one is found at once. The
-    next one, if it is bad too, is taken whole, and so is one that claims more than may be checked again: claims inside
-    claims cost no more than checking each byte about twice.
+    A frame with a bad CRC ends where another begins inside it, so that a good frame behind a torn one is found at once.
+    The next one, if it is bad too, is taken whole, and so is one that claims more than may be checked again: claims
+    inside claims cost no more than checking each byte about twice.
     """
 
     def __init__(self, wire: Wire) -> None:
@@ -750,7 +754,8 @@ class Framer:
         return pieces, pos
 
     def _start(self, data: bytes, pos: int) -> int:
-        """Where a frame can begin from pos on: at a prefix whose length is possible, or at the first bytes of a prefix at the end."""
+        """Where a frame can begin from pos on: at a prefix whose length is possible, or at the first bytes of a
+        prefix at the end."""
         prefix, cap, start = self.wire.prefix, self.wire.cap, pos
         while (pos := data.find(prefix, pos)) >= 0:
             at = pos + len(prefix)
@@ -1168,7 +1173,8 @@ CLOCK_STEP = 60  # s that this machine's clock can be off the monotonic one from
 CLOCK_AGREES = 600  # s between a device's clock and ours: its day is ours
 
 # A day of a device: its date; when counting began, None for midnight, and the same on the clock of the counter rules;
-# what the counters had gained at that time; and what an inverter itself counted of the day before it, None if not known.
+# what the counters had gained at that time; and what an inverter itself counted of the day before it, None if not
+# known.
 Day = collections.namedtuple("Day", "date since at base before", defaults=(None,))
 
 
@@ -1221,7 +1227,8 @@ class Live:
         return {series: self.held.counters[series].gained - base.get(series, 0) for series in self.energies()}
 
     def slept(self, own: float | None) -> bool:
-        """Whether the device, by its own count of the day, counted nothing but today's over a silence, and nothing else.
+        """Whether the device, by its own count of the day, counted nothing but today's over a silence, and nothing
+        else.
 
         So does a grid-tied inverter, which sleeps at night.
         """
@@ -1481,8 +1488,8 @@ class Store:
     # Packets are decoded
 
     def look(self, now: float) -> None:
-        """Begin a day at midnight, and decode what waits. Called once a second, and before anything is shown. What takes
-        longer than DECODING is left to the next look, since all connections wait."""
+        """Begin a day at midnight, and decode what waits. Called once a second, and before anything is shown. What
+        takes longer than DECODING is left to the next look, since all connections wait."""
         self._begin_day(now)
         end = time.monotonic() + DECODING
         while self.undecoded and time.monotonic() < end:
@@ -1602,7 +1609,8 @@ FORWARD, LOCAL, SPOOL = "forward", "local", "spool"  # modes
 
 
 def allowed(where: Address, clear: bytes, classes: set[int]) -> str:
-    """What a frame from the portal is if it may pass to a device that has sent these classes: ack, nack, clock or ""."""
+    """What a frame from the portal is if it may pass to a device that has sent these classes: ack, nack, clock or
+    ""."""
     if where.cls in classes and where.function in DATA and len(clear) == 16 and not any(clear[1:]):
         return {0: "ack", 2: "nack"}.get(clear[0], "")
     clocks = [struct.pack(">HH", CLOCK[cls], CLOCK[cls] + 2) for cls in classes if cls in CLOCK]
@@ -1701,7 +1709,8 @@ class Outbox:
         self._sent, self.size = 0, sum(map(len, self._pieces))
 
     def shed(self, excess: int) -> int:
-        """Drop the oldest pieces that are not half sent, until so many bytes are dropped; how many pieces these were."""
+        """Drop the oldest pieces that are not half sent, until so many bytes are dropped; how many pieces these
+        were."""
         count, half_sent = 0, [self._pieces.popleft()] if self._sent else []
         while excess > 0 and self._pieces:
             piece = self._pieces.popleft()
@@ -1867,16 +1876,16 @@ CREATE TABLE spool (serial TEXT, type TEXT, id INTEGER, count INTEGER, mark INTE
 CREATE TABLE totals (serial TEXT PRIMARY KEY, bytes INTEGER, last INTEGER, acked INTEGER) WITHOUT ROWID;
 COMMIT;
 """
-# Of a Debian build, secure_delete alone would write 28 MB to delete 28 MB. In exclusive mode there is no -shm file, and a
-# second process is locked out.
+# Of a Debian build, secure_delete alone would write 28 MB to delete 28 MB. In exclusive mode there is no -shm file, and
+# a second process is locked out.
 SPOOL_PRAGMAS = (
     "locking_mode = EXCLUSIVE", "secure_delete = OFF", "synchronous = FULL", "temp_store = MEMORY", "cache_size = -256",
     "journal_mode = WAL", "wal_autocheckpoint = 64",
 )  # fmt: skip
 
 NO_ANSWER = "none"
-# A frame of the spool. type: of the answer to it, or NO_ANSWER; id: its place; count: how often it has counted against it
-# that the portal did not like it; mark: what `acked` was then.
+# A frame of the spool. type: of the answer to it, or NO_ANSWER; id: its place; count: how often it has counted against
+# it that the portal did not like it; mark: what `acked` was then.
 Row = collections.namedtuple("Row", "type id count mark frame")
 
 
@@ -1912,12 +1921,13 @@ def check_spool_file(path: str) -> None:
 class SpoolTable:
     """The frames that mode spool has not delivered yet, a row a frame, in an SQLite database: a file, or memory.
 
-    The frames of a round are stored by `commit`, before they are acknowledged; what is delivered is deleted with the next
-    frames or at the next look, so after a kill only what was under way is sent again.
+    The frames of a round are stored by `commit`, before they are acknowledged; what is delivered is deleted with the
+    next frames or at the next look, so after a kill only what was under way is sent again.
     """
 
     def __init__(self, path: str, store: Store) -> None:
-        """Raises StartError if the file cannot be used. A disk that is full or read-only is tried again at each look."""
+        """Raises StartError if the file cannot be used. A disk that is full or read-only is tried again at each
+        look."""
         try:
             import sqlite3  # 3 MB that only this mode needs
         except ImportError:
@@ -1953,7 +1963,8 @@ class SpoolTable:
             check_spool_file(self._path)
         db = self._sqlite.connect(self._path, isolation_level=None, timeout=2, check_same_thread=False)
         try:
-            # A frame of over a quarter of a page takes pages of its own: in memory that counts, in a file each write does.
+            # A frame of over a quarter of a page takes pages of its own: in memory that counts, in a file each write
+            # does.
             db.execute(f"PRAGMA page_size = {4096 if self._path != ':memory:' else 16384}")
             for pragma in SPOOL_PRAGMAS[:-2]:
                 db.execute(f"PRAGMA {pragma}")
@@ -1995,7 +2006,8 @@ class SpoolTable:
         return total.last
 
     def commit(self) -> list[tuple[str, str, int, bytes]]:
-        """Store the new frames of a round; those that are not, because the disk does not take them. Sets `is_stored`."""
+        """Store the new frames of a round; those that are not, because the disk does not take them. Sets
+        `is_stored`."""
         new, self._new = self._new, []
         self._changed.update(serial for serial, *_ in new)
         self.is_stored = True
@@ -2106,7 +2118,8 @@ class SpoolTable:
         self._changed.add(serial)
 
     def move_behind(self, serial: str, row: Row, count: int, mark: int) -> int:
-        """Let a frame wait behind all others of its serial number, with the next frames or at the next look; its new id."""
+        """Let a frame wait behind all others of its serial number, with the next frames or at the next look; its new
+        id."""
         total = self.totals[serial]
         total.last += 1
         self._moved[serial, row.type, row.id] = (total.last, count, mark)
@@ -2226,7 +2239,8 @@ def _dns_name_end(data: bytes, pos: int) -> int:
 
 
 def dns_answer(data: bytes, query: bytes) -> list[str]:
-    """The IPv4 addresses in the answer to a query. Raises ProtocolError for what is no answer to it: another's, forged, cut."""
+    """The IPv4 addresses in the answer to a query. Raises ProtocolError for what is no answer to it: another's,
+    forged, cut."""
     is_answer = len(data) >= 12 and data[:2] == query[:2] and data[2] & 0x80
     if not is_answer or data[12 : len(query)].lower() != query[12:].lower():
         raise ProtocolError("not the answer to the question", data)
@@ -2284,8 +2298,8 @@ def literal_addresses(host: str, port: int) -> list[Endpoint]:
 def resolve(host: str, port: int, servers: list[tuple[str, int]]) -> list[Endpoint]:
     """The portal's addresses. Raises Unresolved.
 
-    The servers are asked first: in this network the name leads to this machine, which must not connect to itself. Then the
-    system's answer counts, but for addresses of this machine.
+    The servers are asked first: in this network the name leads to this machine, which must not connect to itself. Then
+    the system's answer counts, but for addresses of this machine.
     """
     known = literal_addresses(host, port)
     for server in () if known else servers:
@@ -2312,7 +2326,8 @@ def resolve(host: str, port: int, servers: list[tuple[str, int]]) -> list[Endpoi
 def tuned(sock: socket.socket, idle: int, interval: int, patience: float = 0) -> socket.socket:
     """A stream socket that does not block, does not wait for more to send, and notices a peer that is gone.
 
-    idle, interval: s of silence before keep-alives, and between them; patience: s that what is sent can stay unacknowledged.
+    idle, interval: s of silence before keep-alives, and between them; patience: s that what is sent can stay
+    unacknowledged.
     """
     sock.setblocking(False)
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -2328,7 +2343,8 @@ def tuned(sock: socket.socket, idle: int, interval: int, patience: float = 0) ->
 
 
 def with_small_buffers(sock: socket.socket) -> socket.socket:
-    """The same socket: the kernel holds little for it. Before `listen` and `connect`, or the windows are set already."""
+    """The same socket: the kernel holds little for it. Before `listen` and `connect`, or the windows are set
+    already."""
     for option in (socket.SO_RCVBUF, socket.SO_SNDBUF):
         sock.setsockopt(socket.SOL_SOCKET, option, SOCKET_BUFFERS)
     # On the loopback interface one segment would fill the buffer, and each wait for a delayed acknowledgement: 40 ms.
@@ -2370,8 +2386,8 @@ def listeners(host: str, port: int) -> list[socket.socket]:
 class Connection:
     """A connected socket that does not block, and the pieces that wait for its peer.
 
-    `receive` and `send` set `ended` when the peer sends no more, and `error` when the connection is lost. Whoever owns it
-    closes it; the selector holds (owner, connection).
+    `receive` and `send` set `ended` when the peer sends no more, and `error` when the connection is lost. Whoever owns
+    it closes it; the selector holds (owner, connection).
     """
 
     def __init__(self, loop: Loop, sock: socket.socket, owner: Owner, outbox: Outbox, now: float) -> None:
@@ -2415,7 +2431,8 @@ class Connection:
         self._progress = (self._progress or now) if outbox.size else None
 
     def watch(self, reading: bool, writing: bool = False) -> None:
-        """Have the selector wait until the peer sends, if it is read, and until it takes what waits (or has connected)."""
+        """Have the selector wait until the peer sends, if it is read, and until it takes what waits (or has
+        connected)."""
         wants_write = writing or self.outbox.size > 0 and not self.error
         events = (selectors.EVENT_READ if reading and not self.ended else 0) | (
             selectors.EVENT_WRITE if wants_write else 0
@@ -2452,13 +2469,14 @@ class Connection:
         self.owner = None
 
 
-# What a peer has sent, recognized: kind (packet type, malformed, junk, keepalive), bytes, address of a good frame or None,
-# and of the portal's the meaning of `allowed`, or keepalive, if it is let through; else "".
+# What a peer has sent, recognized: kind (packet type, malformed, junk, keepalive), bytes, address of a good frame or
+# None, and of the portal's the meaning of `allowed`, or keepalive, if it is let through; else "".
 Message = tuple[str, bytes, Union[Address, None], str]
 
 
 class Reader:
-    """Recognizes the pieces of one direction of a connection, and counts them. classes: those that the device has sent."""
+    """Recognizes the pieces of one direction of a connection, and counts them. classes: those that the device has
+    sent."""
 
     def __init__(self, wire: Wire, loop: Loop, name: str, classes: set[int]) -> None:
         self.wire, self.loop, self.name, self.classes = wire, loop, name, classes
@@ -2657,10 +2675,11 @@ class Portal:
         return any((name, port) in own for name in ("0.0.0.0", "::", host)) and is_this_machine(host)
 
     def has_sent(self, piece: bytes, peer: str, window: float, now: float) -> bool:
-        """Whether a device's connection begins as an open connection of ours to the portal has just begun a write: a loop.
+        """Whether a device's connection begins as an open connection of ours to the portal has just begun a write: a
+        loop.
 
-        Where the device's address is our end of that connection, it is no other; else once and within a window only, since
-        a device can repeat what it said on a connection that is still open. Frames alone have a fixed cut.
+        Where the device's address is our end of that connection, it is no other; else once and within a window only,
+        since a device can repeat what it said on a connection that is still open. Frames alone have a fixed cut.
         """
         self._refused = {key: at for key, at in self._refused.items() if now - at < RETURN_WINDOW}
         opening, is_frame = piece[:OPENING], piece.startswith(OUTBOUND.prefix)
@@ -2698,8 +2717,8 @@ IDLE, LOOKING, CONNECTING, UP = "idle", "looking", "connecting", "up"  # states 
 class PortalLink:
     """The way of one owner to the portal: an attempt, a connection, the wait until the next attempt.
 
-    `outbox` outlives connections. `was_lost` is set when an attempt has failed or a connection has ended; the owner, which
-    then decides what waits on, resets it.
+    `outbox` outlives connections. `was_lost` is set when an attempt has failed or a connection has ended; the owner,
+    which then decides what waits on, resets it.
     """
 
     def __init__(self, loop: Loop, owner: Owner, name: str, classes: set[int]) -> None:
@@ -2974,8 +2993,8 @@ class Relay:
 
 
 class Answerer:
-    """Modes local and spool: a device's connection that the exporter answers. In mode spool a frame is answered at the end
-    of the round, behind the commit."""
+    """Modes local and spool: a device's connection that the exporter answers. In mode spool a frame is answered at the
+    end of the round, behind the commit."""
 
     def __init__(self, loop: Loop, sock: socket.socket, name: str, now: float) -> None:
         self.loop = loop
@@ -3190,8 +3209,8 @@ class SpoolSender:
         self.link.watch(True)
 
     def _start_anew(self, now: float) -> None:
-        """The connection has ended: what is unanswered is sent again. If the portal has answered nothing on it, its oldest
-        frame can be why, and goes behind the others."""
+        """The connection has ended: what is unanswered is sent again. If the portal has answered nothing on it, its
+        oldest frame can be why, and goes behind the others."""
         self.link.was_lost = False
         self.link.outbox.restart(lambda piece: False)
         unanswered = [frame for frame in self._under_way if frame.row.type != NO_ANSWER]
@@ -3260,7 +3279,8 @@ class SpoolSender:
                 return self.link.lose(None, now)
 
     def close(self) -> None:
-        """End the connection, and be forgotten; what is spooled stays, and `Spools.wake` makes another sender for it."""
+        """End the connection, and be forgotten; what is spooled stays, and `Spools.wake` makes another sender for
+        it."""
         self.link.drop(time.monotonic())
         if self.loop.spools:
             self.loop.spools.senders.pop(self.serial, None)
@@ -3271,7 +3291,8 @@ KEPT, REFUSED, COMES_BACK = "kept", "refused", "comes back"  # what a spool says
 
 
 class Spools:
-    """Mode spool: the table of all spools, and a sender for each serial number that has something in it, or a device."""
+    """Mode spool: the table of all spools, and a sender for each serial number that has something in it, or a
+    device."""
 
     def __init__(self, loop: Loop, table: SpoolTable) -> None:
         self.loop, self.table = loop, table
@@ -3284,10 +3305,12 @@ class Spools:
                 self._sender(serial, now)
 
     def take(self, frame: bytes, where: Address, now: float) -> str:
-        """What becomes of a device's good frame. What is kept can be answered once the table has stored this round's."""
+        """What becomes of a device's good frame. What is kept can be answered once the table has stored this
+        round's."""
         sender, departure = self.senders.get(where.serial), self.loop.portal.sent.departure(frame)
         waits = sender is not None and sender.has(frame)
-        # One that waits is sent again and again while the portal is silent. Its device, whose acknowledgement was lost, must
+        # One that waits is sent again and again while the portal is silent. Its device, whose acknowledgement was lost,
+        # must
         # be answered all the same a minute after the first time.
         left = (departure.first if waits else departure.latest) if departure else -math.inf
         if now - left < RETURN_WINDOW:
@@ -3623,8 +3646,8 @@ class Loop:
             self.store.troubles.say("slow disk", text, now)
 
     def _bound(self) -> None:
-        """Keep all queues together within bounds: the longest of mode forward loses its oldest frames, or is closed where
-        its device takes no answers."""
+        """Keep all queues together within bounds: the longest of mode forward loses its oldest frames, or is closed
+        where its device takes no answers."""
         excess = sum(owner.waiting for owner in self.owners) - QUEUES
         while excess > 0:
             relays = [owner for owner in self.owners if isinstance(owner, Relay)]
@@ -4499,8 +4522,8 @@ def home_assistant(seen: Seen, address: str) -> str:
 
 # ------------------------------------------------------------------------------------------------------------ HTTP
 #
-# An HTTP client is a connection of the loop like any other. When its head is there, the standard library's handler parses
-# it and writes the answer, both in memory. One request a connection.
+# An HTTP client is a connection of the loop like any other. When its head is there, the standard library's handler
+# parses it and writes the answer, both in memory. One request a connection.
 
 PLAIN, JSON = "text/plain; charset=utf-8", "application/json"
 EXPOSITION = "text/plain; version=0.0.4; charset=utf-8"
@@ -4662,7 +4685,8 @@ class HttpClient:
             self.close()
 
     def close(self) -> None:
-        """Close the socket. What the client still said is read, or the end would be a reset that takes the answer along."""
+        """Close the socket. What the client still said is read, or the end would be a reset that takes the answer
+        along."""
         self.connection.half_close()
         with contextlib.suppress(OSError):
             self.connection.sock.recv(HTTP_HEAD)
@@ -4683,7 +4707,8 @@ class Web:
         loop.resources.callback(self.listener.close)
 
     def _admit(self, sock: socket.socket, sockaddr: tuple, now: float) -> None:
-        """Serve a connection; if there are too many, the one that has not completed its request for longest is closed."""
+        """Serve a connection; if there are too many, the one that has not completed its request for longest is
+        closed."""
         try:
             tuned(sock, 120, 30)
         except OSError:  # gone already
@@ -4720,7 +4745,8 @@ Settings = argparse.Namespace  # of serve: a value for each row of FLAGS, by its
 
 
 class FlagType:
-    """The type of a flag's value: its name in --help, what is expected in words, and text to value, which raises ValueError."""
+    """The type of a flag's value: its name in --help, what is expected in words, and text to value, which raises
+    ValueError."""
 
     def __init__(self, metavar: str, expected: str, value: Callable) -> None:
         self.metavar, self.expected, self.value = metavar, expected, value
