@@ -4143,7 +4143,7 @@ def amount(metric: str, number: float) -> str:
 
 
 def one_a_quantity(name: str) -> list[Series]:
-    """The series of a family, one of those that read the same registers: in V and not in 0.1 V, and without a channel."""
+    """The series of a family, of those of the same registers one: in V and not in 0.1 V, without a channel."""
     best: dict[tuple[int, ...], Series] = {}
     for value in sorted(VALUES[name], key=lambda value: (unit(value.series[0]).startswith("0."), value.series[1])):
         best.setdefault((value.register, *value.later), value.series)
@@ -4151,7 +4151,7 @@ def one_a_quantity(name: str) -> list[Series]:
 
 
 def table_rows(name: str, values: dict[Series, float]) -> list[tuple[str, str]]:
-    """(what, how much) of a device of the family `name`, without channels, strings and the like of which all is 0."""
+    """(what, how much) of a device of the family `name`, without channels and strings of which all is 0."""
     there = {"", *(labels for (_, labels), number in values.items() if number)}
     known = [series for series in one_a_quantity(name) if series in values]
     known = [(metric, labels) for metric, labels in known if labels in there or labels.endswith('"1"')]
@@ -4257,7 +4257,7 @@ def axis_text(x: float, y: float, css: str, text: str) -> str:
 
 
 def time_texts(axes: Axes, hours: list[datetime]) -> Iterator[str]:
-    """The labels below the plot: whole hours, the date at midnight; both ends where there is no hour to speak of."""
+    """The labels below the plot: whole hours, the date at midnight; without two hours both ends."""
     if len(hours) < 2:
         for x, moment in ((0, axes.left), (100, axes.right)):
             yield axis_text(x, 100, "time", f"{datetime.fromtimestamp(moment):%H:%M}")
@@ -4272,13 +4272,12 @@ def time_texts(axes: Axes, hours: list[datetime]) -> Iterator[str]:
 def rules(axes: Axes, levels: list[float], hours: list[datetime]) -> Iterator[tuple[str, str]]:
     """(class, path) of the lines behind the flows, in minutes and W."""
     width = (axes.right - axes.left) / 60
-    upright = {
-        hour: f"M{(hour.timestamp() - axes.left) / 60:.1f} {-axes.high:g}v{axes.high - axes.low:g}" for hour in hours
-    }
+    down = f"{-axes.high:g}v{axes.high - axes.low:g}"
+    places = [(bool(hour.hour), (hour.timestamp() - axes.left) / 60) for hour in hours]
     across = [f"M0 {-level:g}H{width:.2f}" for level in levels]
-    yield "rule", "".join([*across, *(path for hour, path in upright.items() if hour.hour)])
+    yield "rule", "".join([*across, *(f"M{x:.1f} {down}" for is_plain, x in places if is_plain)])
     yield "zero", f"M0 0H{width:.2f}"
-    yield from (("midnight", path) for hour, path in upright.items() if not hour.hour)
+    yield from (("midnight", f"M{x:.1f} {down}") for is_plain, x in places if not is_plain)
 
 
 def present(figures: dict) -> str:
@@ -4289,7 +4288,7 @@ def present(figures: dict) -> str:
 
 
 def picture(points: list[Point], figures: dict) -> str:
-    """The house's flows as SVG, nothing if there is none. It is drawn in minutes and W and stretches; its texts do not."""
+    """The house's flows as SVG, or nothing. The plot is in minutes and W and stretches; its texts do not."""
     drawn = [i for i in range(len(PICTURED)) if any(point.watts[i] is not None for point in points)]
     if not drawn:
         return ""
@@ -4375,7 +4374,7 @@ def sensor_name(name: str, key: str) -> str:
 
 
 def sensor(path: Sequence[str], name: str, key: str) -> str:
-    """A sensor for a key under path in /api/household, in YAML of JSON; what is not known there is unavailable."""
+    """A sensor for a key under path in /api/household, in YAML; what is not known is unavailable there."""
     unit_name, _, device_class, state_class = UNIT_OF[key.rpartition("_")[2]]
     if key == "battery_charge_percent":
         device_class = "battery"
@@ -4409,14 +4408,15 @@ def named_for_home(devices: Sequence[Shown]) -> list[tuple[Shown, str]]:
 
 
 def counting(named: list[tuple[Shown, str]], key: str) -> list[list[str]]:
-    """Names of the devices that count a key: first those that the house takes, then those that count the same again."""
-    members = [device.member for device, _ in named]
-    groups = ([one for one in group if key in one.told] for group in sources(key, members))
-    return [[name for device, name in named if any(device.member is one for one in group)] for group in groups if group]
+    """Names of the devices that count a key: those that the house takes, then those that count the same."""
+    names = {id(device.member): name for device, name in named}
+    groups = sources(key, [device.member for device, _ in named])
+    found = [[names[id(one)] for one in group if key in one.told] for group in groups]
+    return [group for group in found if group]
 
 
 def energy_fields(named: list[tuple[Shown, str]], of_house: Iterable[str]) -> Iterator[str]:
-    """Comments that say which sensor goes into which field of the Energy dashboard, and which count the same twice."""
+    """Comments: which sensor goes into which field of the Energy dashboard, and which count the same."""
     for field, key in FIELDS:
         of_a_power = [[HOUSE]] if key in of_house else []
         takers = of_a_power if key.endswith("watts") else counting(named, key)
@@ -4972,16 +4972,15 @@ def serve(arguments: list[str]) -> int:
 
 
 class House:
-    """A simulated household with a roof, and a battery if wanted: W and Wh, by a clock that its user moves on."""
+    """A simulated household with a roof, perhaps a battery: W and Wh, by a clock that its user moves on."""
 
     CAPACITY, RESERVE, STRONGEST = 10_000, 1_000, 3_000  # of the battery, Wh and W
 
     def __init__(self, seed: int, battery: bool) -> None:
         self.random, self.has_battery, self.stored = random.Random(seed), battery, 4_000.0 if battery else 0.0
         self.clock: datetime | None = None
-        self.generation = self.load = self.battery = self.export = self._cloud = (
-            0.0  # W; battery: positive while it gives
-        )
+        self.generation = self.load = self.battery = self.export = 0.0  # battery: positive while it gives
+        self._cloud = 0.0
         self.today, self.uptime = 0.0, 1667.0  # generated, Wh; hours of sun
         self.energy = dict.fromkeys(self.flows(), 0.0)
         self.energy.update({"export": 270_780, "import": 801_550, "generation": 579_410, "load": 1_110_180})
