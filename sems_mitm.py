@@ -3939,29 +3939,27 @@ class History:
 # A device as it is shown. age: s since its last packet; asleep: silent, as an inverter is while the roof gives nothing;
 # values: series to number, gauges only while it is not silent.
 Shown = collections.namedtuple("Shown", "name serial info up asleep age member values")
-Seen = collections.namedtuple(
-    "Seen", "devices house upstream blocked strangers time"
-)  # time: the shown one, s since 1970
-ASLEEP = 100  # W at most of an inverter's last packet, or of the roof, when the inverter goes to sleep
+Seen = collections.namedtuple("Seen", "devices house upstream blocked strangers time")  # time: s since 1970, as shown
+ASLEEP = 100  # W at most of the roof, or of an inverter's last packet, when the inverter goes to sleep
 
 
-def shown(device: Device, store: Store, now: float) -> Shown:
-    """A device as it is shown, by itself."""
-    live, age, up = device.live, round(max(now - device.last_frame, 0), 1), not store.is_stale(device.last_frame, now)
+def shown(device: Device, figures: Member, roof: float | None, store: Store, now: float) -> Shown:
+    """A device as it is shown. roof: what the house generates, if it is known."""
+    live, up = device.live, not store.is_stale(device.last_frame, now)
     values = {**({} if store.is_stale(live.fresh, now) else live.gauges), **live.counters}
-    asleep = not up and device.kind != "meter" and flows(device.family, live.gauges).get("generation_watts", 0) < ASLEEP
-    figures = member(device, store, now)
+    if roof is None:
+        roof = flows(device.family, live.gauges).get("generation_watts", 0)
+    asleep = not up and device.kind != "meter" and roof < ASLEEP
+    age = round(max(now - device.last_frame, 0), 1)
     return Shown(device.name, label_text(device.serial), dict(device.info), up, asleep, age, figures, values)
 
 
 def see(store: Store, settings: argparse.Namespace, now: float) -> Seen:
     """Everything that the page and the API show, but for the picture."""
     store.look(now)
-    devices = [shown(device, store, now) for device in store.names.values()]
-    figures = house_of(store, [device.member for device in devices], now)
-    roof = figures.get("generation_watts")
-    if roof is not None:  # another device knows whether the roof gives anything
-        devices = [one._replace(asleep=not one.up and one.name[0] != "meter" and roof < ASLEEP) for one in devices]
+    members = {device: member(device, store, now) for device in store.names.values()}
+    figures = house_of(store, [*members.values()], now)
+    devices = [shown(*pair, figures.get("generation_watts"), store, now) for pair in members.items()]
     up, waiting = (store.gauges.get(f"sems_mitm_{name}", lambda: None)() for name in ("upstream_up", "queue_bytes"))
     address = "" if settings.mode == LOCAL else settings.upstream_text
     reachable = None if up is None else bool(up)
@@ -3970,51 +3968,54 @@ def see(store: Store, settings: argparse.Namespace, now: float) -> Seen:
     return Seen(devices, figures, upstream, blocked, dict(store.strangers), store.clock(now))
 
 
-@functools.lru_cache(maxsize=1024)
-def flat(metric: str, labels: str) -> str:
-    """A metric with its label as one word: meter_voltage_volts_channel_1."""
-    return "_".join((metric, *re.findall(r"\w+", labels)))
+def device_json(device: Shown) -> dict:
+    """A device in /api/devices; its values by their flat names, such as meter_voltage_volts_channel_1."""
+    name = dict(zip(("device", "model", "serial", "full_serial"), (*device.name, device.serial)))
+    values = {"_".join((series[0], *re.findall(r"\w+", series[1]))): number for series, number in device.values.items()}
+    about = {**name, **device.info, "up": device.up, "age_seconds": device.age}
+    return {**about, **device.member.figures, "values": values}
 
 
-def devices_json(seen: Seen) -> Iterator[str]:
+def devices_json(seen: Seen) -> str:
     """/api/devices."""
-    yield '{"devices": ['
-    for i, device in enumerate(seen.devices):
-        name = dict(zip(("device", "model", "serial", "full_serial"), (*device.name, device.serial)))
-        about = {**name, **device.info, "up": device.up, "age_seconds": device.age, **device.member.figures}
-        values = {flat(*series): number for series, number in device.values.items()}
-        yield f"{',' if i else ''}\n {json.dumps({**about, 'values': values})}"
     strangers = [{"host": host, "said": said} for host, said in seen.strangers.items()]
-    rest = {"upstream": seen.upstream, "blocked": seen.blocked, "strangers": strangers}
-    yield "],\n" + json.dumps(rest)[1:] + "\n"
+    state = {"upstream": seen.upstream, "blocked": seen.blocked, "strangers": strangers}
+    return json.dumps({"devices": [device_json(device) for device in seen.devices], **state}) + "\n"
 
 
-def household_json(seen: Seen) -> Iterator[str]:
+def household_json(seen: Seen) -> str:
     """/api/household."""
     devices = {device.serial: device.member.figures for device in seen.devices}
-    yield json.dumps({"house": seen.house, "devices": devices}) + "\n"
+    return json.dumps({"house": seen.house, "devices": devices}) + "\n"
 
 
-# Figures of the house on the page, by their keys: title and colour; the same where the figure is negative, and is shown
-# without its sign. The rest of the contract's keys is for the API and Home Assistant.
-NOW_TILES = {
-    "generation_watts": ("Solar", "solar"),
-    "house_watts": ("House", "house"),
-    "grid_watts": ("From the grid", "bought", "To the grid", "sold"),
-    "battery_watts": ("From the battery", "battery", "Into the battery", "battery"),
-    "battery_charge_percent": ("Battery", "battery"),
+# What people call a figure: title and colour on the page; name and icon of its sensor in Home Assistant.
+ENERGIES_CALLED = {
+    "generated": ("Solar", "solar", "solar energy", "solar-power"),
+    "used": ("Used", "house", "energy used", "home-lightning-bolt"),
+    "imported": ("From the grid", "bought", "energy from the grid", "transmission-tower-export"),
+    "exported": ("To the grid", "sold", "energy to the grid", "transmission-tower-import"),
+    "battery_charged": ("Into the battery", "battery", "energy into the battery", "battery-arrow-down"),
+    "battery_discharged": ("From the battery", "battery", "energy from the battery", "battery-arrow-up"),
 }
-TODAY_TILES = {
-    "generated_today_kilowatt_hours": ("Solar", "solar"),
-    "used_today_kilowatt_hours": ("Used", "house"),
-    "imported_today_kilowatt_hours": ("From the grid", "bought"),
-    "exported_today_kilowatt_hours": ("To the grid", "sold"),
-    "battery_charged_today_kilowatt_hours": ("Into the battery", "battery"),
-    "battery_discharged_today_kilowatt_hours": ("From the battery", "battery"),
-    "self_sufficiency_percent": ("Self-sufficiency", ""),
-    "self_consumption_percent": ("Self-consumption", ""),
+CALLED = {
+    "generation_watts": ("Solar", "solar", "solar power", "solar-power"),
+    "house_watts": ("House", "house", "house power", "home-lightning-bolt"),
+    "grid_watts": ("From the grid", "bought", "grid power", "transmission-tower"),
+    "battery_watts": ("From the battery", "battery", "power from the battery", "home-battery"),
+    "battery_charge_percent": ("Battery", "battery", "battery charge", "battery"),
+    **{f"{word}_today_kilowatt_hours": (*row[:2], f"{row[2]} today", row[3]) for word, row in ENERGIES_CALLED.items()},
+    "self_sufficiency_percent": ("Self-sufficiency", "", "self-sufficiency today", "home-percent"),
+    "self_consumption_percent": ("Self-consumption", "", "self-consumption today", "solar-power-variant"),
+    **{f"{word}_kilowatt_hours": row for word, row in ENERGIES_CALLED.items()},
 }
-UNIT_OF = {"watts": ("W", 0), "percent": ("%", 0), "hours": ("kWh", 1)}  # by a key's last word: unit and decimals
+NEGATIVE = {"grid_watts": ("To the grid", "sold"), "battery_watts": ("Into the battery", "battery")}  # without its sign
+NOW = (*PICTURED, "battery_charge_percent")
+UNIT_OF = {  # by a key's last word: unit and decimals; device_class and state_class in Home Assistant
+    "watts": ("W", 0, "power", "measurement"),
+    "percent": ("%", 0, "", "measurement"),
+    "hours": ("kWh", 1, "energy", "total_increasing"),
+}
 REFRESH = 30  # s between reloads of the page, where the settings say nothing else
 STYLE = """
 :root{color-scheme:light dark;--ink:#1c2430;--dim:#566070;--back:#f4f5f5;--card:#fff;--line:#dde1e6;--good:#17693b;--bad:#b3261e;
@@ -4061,6 +4062,9 @@ FOOT = """</main>
 <p><a href="{telemetry}">Metrics</a> · <a href="/api/devices">JSON</a> · <a href="/home-assistant.yaml">Home Assistant</a> · version {version}</p></footer></body></html>
 """
 SECTION = '<section class="wide"><h2>{}</h2>{}</section>\n'
+TILE = '<div><dt>{}</dt><dd class="{}">{}<small> {}</small></dd></div>'
+CARD = '<section><h2>{model}</h2><p>{state}, last packet {last}</p><p class="dim">{about}</p>{table}</section>\n'
+VALUES_TABLE = "<details><summary>All values ({count})</summary><table>{cells}</table></details>"
 SILENT_HOUSE = '<p class="dim">Nothing is known now: the devices that measure the house are silent.</p>'
 AWAY = "; what is shown here does not need it. To see why, run <code>python3 sems_mitm.py doctor</code> on this machine"
 SET_UP = """<ol>
@@ -4088,25 +4092,22 @@ def minus(text: str) -> str:
     return text.replace("-", "−")
 
 
-def in_words(tiles: dict, key: str, number: float) -> tuple[str, str, str, str]:
+def in_words(key: str, number: float) -> tuple[str, str, str, str]:
     """A figure's title, colour, number and unit; the number has no sign where the title says it."""
-    title, colour, *negative = tiles[key]
-    unit_name, decimals = UNIT_OF[key.rpartition("_")[2]]
+    title, colour = CALLED[key][:2]
+    unit_name, decimals = UNIT_OF[key.rpartition("_")[2]][:2]
     number = round(number, decimals) + 0.0  # without the sign of a 0
-    if negative and number < 0:
-        (title, colour), number = negative, -number
+    if number < 0 and key in NEGATIVE:
+        (title, colour), number = NEGATIVE[key], -number
     return title, colour, minus(f"{number:,.{decimals}f}"), unit_name
 
 
-def tile_row(tiles: dict, figures: dict, css: str) -> str:
+def tile_row(keys: Iterable[str], figures: dict, css: str) -> str:
     """The figures that are known, in rows of equal length."""
-    known = [in_words(tiles, key, figures[key]) for key in tiles if key in figures]
+    known = [in_words(key, figures[key]) for key in keys if key in figures]
     columns = len(known) if len(known) <= 6 else (len(known) + 1) // 2
-    divs = (
-        f'<div><dt>{title}</dt><dd class="{colour}">{number}<small> {unit_name}</small></dd></div>'
-        for title, colour, number, unit_name in known
-    )
-    return f'<dl class="{css}" style="--columns:{columns}">{"".join(divs)}</dl>' if known else ""
+    tiles = "".join(TILE.format(*words) for words in known)
+    return f'<dl class="{css}" style="--columns:{columns}">{tiles}</dl>' if known else ""
 
 
 # The foldable table. A quantity's name is its metric's, without kind of device and unit, or one of these.
@@ -4137,25 +4138,13 @@ NAMES = {
     "battery_energy_charge_watthours_total": "Energy into the battery",
     "battery_energy_discharge_watthours_total": "Energy from the battery",
 }
+UNITS_SHOWN = {"Wh": ("kWh", 0.001), "1": ("", 1.0)}  # in place of a metric's unit, and by what it is multiplied
 
 
-@functools.lru_cache(maxsize=1024)
 def quantity(metric: str) -> str:
     """What a metric is, in a few words: String voltage."""
-    bare = re.sub("_(total|day)$", "", metric)
-    ending = next((ending for ending in UNITS if bare.endswith(f"_{ending}")), "")
-    words = re.sub("^(meter|inverter)_", "", bare.removesuffix(f"_{ending}") if ending else bare)
+    words = re.sub(f"^(meter|inverter)_|(_({'|'.join(UNITS)}))?(_total|_day)?$", "", metric)
     return NAMES.get(metric) or words.replace("_", " ").capitalize()
-
-
-@functools.lru_cache(maxsize=1024)
-def shown_unit(metric: str) -> tuple[str, float]:
-    """The unit in which a metric is shown, and by what its values are multiplied."""
-    size, _, name = unit(metric).rpartition(" ")  # the original has units such as 0.1 V
-    number = float(size or 1)
-    if metric.startswith("battery_state"):
-        return "%", 100
-    return ("kWh", number / 1000) if name == "Wh" else (name.replace("1", ""), number)
 
 
 def amount(metric: str, number: float) -> str:
@@ -4164,40 +4153,32 @@ def amount(metric: str, number: float) -> str:
         return dict(re.findall(r"(\d+) ([a-z ]+)", METRICS[metric][1])).get(f"{number:g}", f"{number:g}")
     if metric.endswith("_bitmap"):
         return f"{number:#x}" if number else "none"
-    name, multiply = shown_unit(metric)
-    return minus(f"{round(number * multiply, 3):,.12g} {name}").rstrip()
+    size, _, name = unit(metric).rpartition(" ")  # the original has units such as 0.1 V
+    name, factor = ("%", 100.0) if metric.startswith("battery_state") else UNITS_SHOWN.get(name, (name, 1.0))
+    return minus(f"{round(number * float(size or 1) * factor, 3):,.12g} {name}").rstrip()
 
 
-@functools.cache
-def one_a_quantity(name: str) -> tuple[Series, ...]:
-    """The series of a family, one of those that read the same registers: in V and not in 0.1 V, and without a channel."""
+def one_a_quantity(name: str) -> list[Series]:
+    """The series of a family, of those of the same registers one: in V and not in 0.1 V, without a channel."""
     best: dict[tuple[int, ...], Series] = {}
     for value in sorted(VALUES[name], key=lambda value: (unit(value.series[0]).startswith("0."), value.series[1])):
         best.setdefault((value.register, *value.later), value.series)
-    kept = set(best.values())
-    return tuple(dict.fromkeys(value.series for value in VALUES[name] if value.series in kept))
+    return [series for series in dict.fromkeys(value.series for value in VALUES[name]) if series in best.values()]
 
 
 def table_rows(name: str, values: dict[Series, float]) -> list[tuple[str, str]]:
-    """(what, how much) of a device of the family `name`, without channels, strings and the like of which all is 0."""
-    there = {labels for (_, labels), number in values.items() if number}
+    """(what, how much) of a device of the family `name`, without channels and strings of which all is 0."""
+    there = {"", *(labels for (_, labels), number in values.items() if number)}
     known = [series for series in one_a_quantity(name) if series in values]
-    known = [series for series in known if not series[1] or series[1] in there or series[1].endswith('"1"')]
+    known = [(metric, labels) for metric, labels in known if labels in there or labels.endswith('"1"')]
     several = {labels.partition("=")[0] for _, labels in known if labels and not labels.endswith('"1"')}
     rows = []
     for metric, labels in known:
-        kind, _, which = labels.replace('"', "").partition("=")
-        which = which if kind in quantity(metric).lower() else f"{kind} {which}"
-        what = f"{quantity(metric)}, {which}" if kind in several else quantity(metric)
+        what, (kind, _, which) = quantity(metric), labels.replace('"', "").partition("=")
+        if kind in several:
+            what += f", {which}" if kind in what.lower() else f", {kind} {which}"
         rows.append((what, amount(metric, values[metric, labels])))
     return rows
-
-
-def table(device: Shown) -> str:
-    """The current values of a device, foldable."""
-    rows = table_rows(device.member.family, device.values)
-    cells = "".join(f"<tr><th>{html.escape(what)}</th><td>{text}</td></tr>" for what, text in rows)
-    return f"<details><summary>All values ({len(rows)})</summary><table>{cells}</table></details>" if rows else ""
 
 
 def span(seconds: float) -> str:
@@ -4207,21 +4188,19 @@ def span(seconds: float) -> str:
     return f"{seconds // size:.0f} {word}{'' if seconds // size == 1 else 's'}"
 
 
-def state(device: Shown) -> str:
-    """Whether a device speaks, in words and colour."""
-    if device.up:
-        return '<b class="good">reporting</b>'
-    return '<b class="asleep">asleep until the sun is up</b>' if device.asleep else '<b class="bad">silent</b>'
-
-
 def card(device: Shown) -> str:
     """A device on the page; every text of a device is escaped."""
     kind, model, serial, firmware = map(html.escape, (*device.name[:2], device.serial, device.info["firmware"]))
-    last = f"{span(device.age)} ago" if device.age >= 1 else "just now"
-    return (
-        f"<section><h2>{model}</h2><p>{state(device)}, last packet {last}</p>"
-        f'<p class="dim">{kind} · serial {serial}{f" · firmware {firmware}" if firmware else ""}</p>'
-        f"{table(device)}</section>\n"
+    silent = ("asleep", "asleep until the sun is up") if device.asleep else ("bad", "silent")
+    css, state = ("good", "reporting") if device.up else silent
+    rows = table_rows(device.member.family, device.values)
+    cells = "".join(f"<tr><th>{html.escape(what)}</th><td>{text}</td></tr>" for what, text in rows)
+    return CARD.format(
+        model=model,
+        state=f'<b class="{css}">{state}</b>',
+        last=f"{span(device.age)} ago" if device.age >= 1 else "just now",
+        about=f"{kind} · serial {serial}{f' · firmware {firmware}' if firmware else ''}",
+        table=VALUES_TABLE.format(count=len(rows), cells=cells) if rows else "",
     )
 
 
@@ -4247,45 +4226,44 @@ FIGURE = """<figure><svg role="img" aria-labelledby="title desc">
 def outline(points: list[Point], which: int, left: float) -> str:
     """The path of a flow in minutes and W, broken where it is not known; solar's goes down to 0 and closes.
 
-    What is known last holds until the next point, and alone it is a line, too.
+    What is known holds until the next point: a point that is alone is a line, too.
     """
-    parts = []
-    for known, run in itertools.groupby(
-        zip(points, [*points[1:], points[-1]]), lambda pair: pair[0].watts[which] is not None
-    ):
+    path = ""
+    spans = zip(points, [point.time for point in points[1:]] + [points[-1].time])
+    for known, run in itertools.groupby(spans, lambda pair: pair[0].watts[which] is not None):
         if known:
             pairs = list(run)
-            places = [point._replace(time=(point.time - left) / 60) for point, _ in pairs]
-            places.append(places[-1]._replace(time=(pairs[-1][1].time - left) / 60))
-            line = " ".join(f"{place.time:.1f} {-round(place.watts[which])}" for place in places)
-            first, last = places[0].time, places[-1].time
-            parts.append(f"M{line}" if which else f"M{first:.1f} 0 {line} {last:.1f} 0Z")
-    return "".join(parts)
+            corners = [(point.time, point.watts[which]) for point, _ in pairs]
+            corners.append((pairs[-1][1], corners[-1][1]))
+            if not which:
+                corners = [(corners[0][0], 0), *corners, (corners[-1][0], 0)]
+            line = " ".join(f"{(at - left) / 60:.1f} {-round(watts)}" for at, watts in corners)
+            path += f"M{line}" if which else f"M{line}Z"
+    return path
 
 
-# Where the picture lies: shown time from left to right, W from low to high in round steps.
-Axes = collections.namedtuple("Axes", "left right low high step")
+# Where the picture lies: shown time from left to right, W from low to high in round steps, hours labelled every so many.
+Axes = collections.namedtuple("Axes", "left right low high step every")
 
 
 def axes_of(points: list[Point]) -> Axes:
     """Time from the minute of the first point to the last; 0 and all powers."""
-    begin, end = points[0].time // 60 * 60, points[-1].time
+    left = points[0].time // 60 * 60
+    right = max(points[-1].time, left + 1)
     known = [0.0, *(watts for point in points for watts in point.watts if watts is not None)]
-    lowest, highest = min(known), max(known)
-    wanted = max(highest - lowest, 500) / 7  # W a step, at least: seven steps, or a few less
+    wanted = max(max(known) - min(known), 500) / 7  # W a step, at least: seven steps, or a few less
     size = 10 ** math.floor(math.log10(wanted))
     step = next(size * factor for factor in (1, 2, 5, 10) if size * factor >= wanted)
-    low = step * math.floor(lowest / step)
-    return Axes(begin, max(end, begin + 1), low, max(step * math.ceil(highest / step), low + step), step)
+    low = step * math.floor(min(known) / step)
+    every = next((every for every in (1, 2, 3) if (right - left) / 3600 / every <= 8), 4)
+    return Axes(left, right, low, max(step * math.ceil(max(known) / step), low + step), step, every)
 
 
 def whole_hours(axes: Axes) -> list[datetime]:
     """Whole hours of local time on the axis, midnight among them, as many as can be labelled."""
-    every = next(every for every in (1, 2, 3, 4) if (axes.right - axes.left) / 3600 / every <= 8 or every == 4)
-    first = datetime.fromtimestamp(axes.left)
-    begin = math.ceil(axes.left) + -(first.minute * 60 + math.ceil(first.second + first.microsecond / 1e6)) % 3600
-    hours = map(datetime.fromtimestamp, range(begin, math.floor(axes.right) + 1, 3600))
-    return [hour for hour in hours if hour.hour % every == 0]
+    quarters = range(math.ceil(axes.left / 900) * 900, math.floor(axes.right) + 1, 900)  # by which time zones differ
+    hours = map(datetime.fromtimestamp, quarters)
+    return [hour for hour in hours if hour.minute == 0 and hour.hour % axes.every == 0]
 
 
 def axis_text(x: float, y: float, css: str, text: str) -> str:
@@ -4295,50 +4273,56 @@ def axis_text(x: float, y: float, css: str, text: str) -> str:
 
 
 def time_texts(axes: Axes, hours: list[datetime]) -> Iterator[str]:
-    """The labels below the plot: whole hours, the date at midnight; both ends where there is no hour to speak of."""
-    width, every = axes.right - axes.left, (hours[1].hour - hours[0].hour) % 24 or 1 if len(hours) > 4 else 24
+    """The labels below the plot: whole hours, the date at midnight; without two hours both ends."""
     if len(hours) < 2:
         for x, moment in ((0, axes.left), (100, axes.right)):
             yield axis_text(x, 100, "time", f"{datetime.fromtimestamp(moment):%H:%M}")
     for hour in hours:
-        x = 100 * (hour.timestamp() - axes.left) / width
+        x = 100 * (hour.timestamp() - axes.left) / (axes.right - axes.left)
         if len(hours) > 1 or 15 < x < 85:
-            other = " other" if hour.hour // every % 2 else ""  # every second one, which a phone has no room for
-            text = f"{hour:%H:%M}" if hour.hour else f"{hour.day} {hour:%b}"
-            yield axis_text(x, 100, f"time{other}" if hour.hour else "time midnight", text)
+            is_second = len(hours) > 4 and hour.hour // axes.every % 2  # a phone has no room for it
+            css = "time midnight" if not hour.hour else "time other" if is_second else "time"
+            yield axis_text(x, 100, css, f"{hour:%H:%M}" if hour.hour else f"{hour.day} {hour:%b}")
+
+
+def rules(axes: Axes, levels: list[float], hours: list[datetime]) -> Iterator[tuple[str, str]]:
+    """(class, path) of the lines behind the flows, in minutes and W."""
+    width = (axes.right - axes.left) / 60
+    down = f"{-axes.high:g}v{axes.high - axes.low:g}"
+    places = [(bool(hour.hour), (hour.timestamp() - axes.left) / 60) for hour in hours]
+    across = [f"M0 {-level:g}H{width:.2f}" for level in levels]
+    yield "rule", "".join([*across, *(f"M{x:.1f} {down}" for is_plain, x in places if is_plain)])
+    yield "zero", f"M0 0H{width:.2f}"
+    yield from (("midnight", f"M{x:.1f} {down}") for is_plain, x in places if not is_plain)
 
 
 def present(figures: dict) -> str:
     """The present figures in a sentence."""
-    known = [in_words(NOW_TILES, key, figures[key]) for key in NOW_TILES if key in figures]
+    known = (in_words(key, figures[key]) for key in NOW if key in figures)
     text = "; ".join(f"{title} {number} {unit_name}" for title, _, number, unit_name in known)
-    return f"Now: {text}." if known else "Nothing is known now."
+    return f"Now: {text}." if text else "Nothing is known now."
 
 
 def picture(points: list[Point], figures: dict) -> str:
-    """The house's flows as SVG, nothing if there is none. It is drawn in minutes and W and stretches; its texts do not."""
+    """The house's flows as SVG, or nothing. The plot is in minutes and W and stretches; its texts do not."""
     drawn = [i for i in range(len(PICTURED)) if any(point.watts[i] is not None for point in points)]
     if not drawn:
         return ""
     axes = axes_of(points)
-    levels = [axes.low + i * axes.step for i in range(round((axes.high - axes.low) / axes.step) + 1)]
-    width, height, hours = (axes.right - axes.left) / 60, axes.high - axes.low, whole_hours(axes)
-    upright = [(hour, f"M{(hour.timestamp() - axes.left) / 60:.1f} {-axes.high:g}v{height:g}") for hour in hours]
-    across = "".join(f"M0 {-level:g}H{width:.2f}" for level in levels)
-    paths = [("rule", across + "".join(path for hour, path in upright if hour.hour)), ("zero", f"M0 0H{width:.2f}")]
-    paths += [("midnight", path) for hour, path in upright if not hour.hour]
-    paths += [(LEGENDS[i][0], outline(points, i, axes.left)) for i in drawn]
+    height, hours = axes.high - axes.low, whole_hours(axes)
+    levels = [axes.low + i * axes.step for i in range(round(height / axes.step) + 1)]
+    paths = [*rules(axes, levels, hours), *((LEGENDS[i][0], outline(points, i, axes.left)) for i in drawn)]
     scale = [axis_text(0, 100 * (axes.high - level) / height, "level", f"{level / 1000:g} kW") for level in levels]
-    legend = [(css, text, i) for i in drawn for css, text in LEGENDS[i][1].items()]
+    legend = [(css, "M0 6H32" if i else "M1 11V3H31V11Z", text) for i in drawn for css, text in LEGENDS[i][1].items()]
     figure = FIGURE.format(
         now=present(figures),
-        box=f"0 {-axes.high:g} {width:.2f} {height:g}",
+        box=f"0 {-axes.high:g} {(axes.right - axes.left) / 60:.2f} {height:g}",
         top=f"{-axes.high:g}",
         bottom=f"{-axes.low:g}",
         zero=f"{axes.high / height:.4f}",
-        paths="".join(f'<path class="{css}" d="{path}"/>' for css, path in paths if path),
+        paths="".join(f'<path class="{css}" d="{path}"/>' for css, path in paths),
         texts="".join((*scale, *time_texts(axes, hours))),
-        legend="".join(SWATCH.format(css, "M0 6H32" if i else "M1 11V3H31V11Z", text) for css, text, i in legend),
+        legend="".join(SWATCH.format(*row) for row in legend),
     )
     return SECTION.format("Power, last 24 hours", figure)
 
@@ -4347,9 +4331,9 @@ def html_page(seen: Seen, points: list[Point], settings: argparse.Namespace, add
     """The page at /, in parts. address: this machine's, if it is known."""
     yield HEAD.format(style=STYLE, portal=portal_state(seen.upstream), refresh=getattr(settings, "refresh", REFRESH))
     if seen.devices:
-        yield SECTION.format("The house", tile_row(NOW_TILES, seen.house, "now") or SILENT_HOUSE)
+        yield SECTION.format("The house", tile_row(NOW, seen.house, "now") or SILENT_HOUSE)
         yield picture(points, seen.house)
-        row, since = tile_row(TODAY_TILES, seen.house, "today"), seen.house.get("today_since", "")[11:16]
+        row, since = tile_row((*TODAY, *SHARES), seen.house, "today"), seen.house.get("today_since", "")[11:16]
         title = f"Today <small>since {since}</small>" if since not in ("", "00:00") else "Today"
         yield row and SECTION.format(title, row)
     else:
@@ -4365,34 +4349,6 @@ def html_page(seen: Seen, points: list[Point], settings: argparse.Namespace, add
     )
 
 
-# Home Assistant. A household key's sensor: name, icon.
-SENSORS = {
-    "generation_watts": ("solar power", "solar-power"),
-    "house_watts": ("house power", "home-lightning-bolt"),
-    "grid_watts": ("grid power", "transmission-tower"),
-    "battery_watts": ("power from the battery", "home-battery"),
-    "battery_charge_percent": ("battery charge", "battery"),
-    "generated_today_kilowatt_hours": ("solar energy today", "solar-power"),
-    "used_today_kilowatt_hours": ("energy used today", "home-lightning-bolt"),
-    "imported_today_kilowatt_hours": ("energy from the grid today", "transmission-tower-export"),
-    "exported_today_kilowatt_hours": ("energy to the grid today", "transmission-tower-import"),
-    "battery_charged_today_kilowatt_hours": ("energy into the battery today", "battery-arrow-down"),
-    "battery_discharged_today_kilowatt_hours": ("energy from the battery today", "battery-arrow-up"),
-    "self_sufficiency_percent": ("self-sufficiency today", "home-percent"),
-    "self_consumption_percent": ("self-consumption today", "solar-power-variant"),
-    "generated_kilowatt_hours": ("solar energy", "solar-power"),
-    "imported_kilowatt_hours": ("energy from the grid", "transmission-tower-export"),
-    "exported_kilowatt_hours": ("energy to the grid", "transmission-tower-import"),
-    "battery_charged_kilowatt_hours": ("energy into the battery", "battery-arrow-down"),
-    "battery_discharged_kilowatt_hours": ("energy from the battery", "battery-arrow-up"),
-}
-# device_class and state_class, by a key or its last word
-CLASSES = {
-    "battery_charge_percent": ("battery", "measurement"),
-    "percent": ("", "measurement"),
-    "watts": ("power", "measurement"),
-    "hours": ("energy", "total_increasing"),
-}
 PACKAGE = """# sems_mitm in Home Assistant: a package. Devices in it, as known on {time}:
 {devices}
 # Save it with
@@ -4406,9 +4362,15 @@ PACKAGE = """# sems_mitm in Home Assistant: a package. Devices in it, as known o
 # Energy dashboard, which sensor for which field (take the devices' energies: those of the house are sums, which are others
 # for as long as a device is not known after a restart):
 {fields}
+rest:
+  - resource: {resource}
+    scan_interval: 60
+    sensor:
+{sensors}
 """
-# Fields of the Energy dashboard, and the key that goes there: powers of the house, energies of devices, since the counters of
-# one device never change places with those of another.
+HOUSE = "House"
+# Fields of the Energy dashboard, and the key that goes there: powers of the house, and energies of devices, because the
+# counters of one device never change places with those of another.
 FIELDS = (
     ("Grid, energy imported from the grid", "imported_kilowatt_hours"),
     ("Grid, energy exported to the grid", "exported_kilowatt_hours"),
@@ -4423,52 +4385,55 @@ FIELDS = (
 
 def sensor_name(name: str, key: str) -> str:
     """What a sensor is called: the house's power is not the "House house power"."""
-    return f"{name} {SENSORS[key][0].removeprefix('house ') if name == HOUSE else SENSORS[key][0]}"
+    what = CALLED[key][2]
+    return f"{name} {what.removeprefix('house ') if name == HOUSE else what}"
 
 
-HOUSE = "House"
-
-
-def sensor(path: tuple[str, ...], name: str, key: str) -> dict[str, object]:
-    """A sensor of Home Assistant for a key under path in /api/household; what is not known there is unavailable."""
-    unit_word = key.rpartition("_")[2]
-    device_class, state_class = CLASSES.get(key) or CLASSES[unit_word]
-    if path[-1] == "house" and unit_word == "hours":
+def sensor(path: Sequence[str], name: str, key: str) -> str:
+    """A sensor for a key under path in /api/household, in YAML; what is not known is unavailable there."""
+    unit_name, _, device_class, state_class = UNIT_OF[key.rpartition("_")[2]]
+    if key == "battery_charge_percent":
+        device_class = "battery"
+    if path[-1] == "house" and device_class == "energy":
         # After a restart a sum, of the day or for life, is another until all its devices are known: a fall is no reset.
         state_class = "total"
     steps = "".join(f".get('{part}', {{}})" for part in path)
     number = f"value_json{steps}.get('{key}')"
-    fields: dict[str, object] = {"name": sensor_name(name, key), "unique_id": f"{path[-1]}_{key}"}
-    fields.update({"device_class": device_class} if device_class else {})
-    fields.update(state_class=state_class, unit_of_measurement=UNIT_OF[unit_word][0], icon=f"mdi:{SENSORS[key][1]}")
-    fields["value_template"] = f"{{{{ {number} if value_json is mapping else none }}}}"
-    fields["availability"] = f"{{{{ value_json is mapping and {number} is not none }}}}"
-    if "_today_" in key:
+    fields: dict[str, object] = {
+        "name": sensor_name(name, key),
+        "unique_id": f"{path[-1]}_{key}",
+        **({"device_class": device_class} if device_class else {}),
+        "state_class": state_class,
+        "unit_of_measurement": unit_name,
+        "icon": f"mdi:{CALLED[key][3]}",
+        "value_template": f"{{{{ {number} if value_json is mapping else none }}}}",
+        "availability": f"{{{{ value_json is mapping and {number} is not none }}}}",
+    }
+    if key in TODAY:
         fields["json_attributes_path"] = "$" + "".join(f"['{part}']" for part in path)
         fields["json_attributes"] = ["today_since"]
-    return fields
+    return "      - " + "\n        ".join(f"{field}: {json.dumps(value)}" for field, value in fields.items())
 
 
 def named_for_home(devices: Sequence[Shown]) -> list[tuple[Shown, str]]:
     """The devices of a package and their names: models, with the serial number's end where two are alike."""
-    named = []
-    for device in devices:
-        if device.member.told and re.fullmatch("[A-Z0-9]{16}", device.serial):
-            plain_text = " ".join(re.sub(r"[^A-Za-z0-9 .()/+-]", " ", device.name[1]).split())
-            named.append((device, plain_text.replace(" Smart Meter", "") or device.name[0]))
-    models = collections.Counter(name for _, name in named)
-    return [(device, name if models[name] == 1 else f"{name} {device.serial[-8:]}") for device, name in named]
+    known = [device for device in devices if device.member.told and re.fullmatch("[A-Z0-9]{16}", device.serial)]
+    models = [re.sub(r"[^A-Za-z0-9.()/+-]+", " ", device.name[1]).strip() for device in known]
+    names = [model.replace(" Smart Meter", "") or device.name[0] for model, device in zip(models, known)]
+    ends = [f" {device.serial[-8:]}" if names.count(name) > 1 else "" for name, device in zip(names, known)]
+    return [(device, name + end) for device, name, end in zip(known, names, ends)]
 
 
 def counting(named: list[tuple[Shown, str]], key: str) -> list[list[str]]:
-    """Names of the devices that count a key: first those that the house takes, then those that count the same again."""
-    members = [device.member for device, _ in named]
-    groups = ([one for one in group if key in one.told] for group in sources(key, members))
-    return [[name for device, name in named if any(device.member is one for one in group)] for group in groups if group]
+    """Names of the devices that count a key: those that the house takes, then those that count the same."""
+    names = {id(device.member): name for device, name in named}
+    groups = sources(key, [device.member for device, _ in named])
+    found = [[names[id(one)] for one in group if key in one.told] for group in groups]
+    return [group for group in found if group]
 
 
 def energy_fields(named: list[tuple[Shown, str]], of_house: Iterable[str]) -> Iterator[str]:
-    """Comments that say which sensor goes into which field of the Energy dashboard, and which count the same twice."""
+    """Comments: which sensor goes into which field of the Energy dashboard, and which count the same."""
     for field, key in FIELDS:
         of_a_power = [[HOUSE]] if key in of_house else []
         takers = of_a_power if key.endswith("watts") else counting(named, key)
@@ -4499,25 +4464,18 @@ def home_assistant(seen: Seen, address: str) -> str:
     if not named:
         raise LookupError(f"No device is known yet: fetch this again when http://{address}/ shows one.")
     of_house = keys_of_house([device.member for device, _ in named])
-    sensors = [sensor(("house",), HOUSE, key) for key in SENSORS if key in of_house]
-    for device, name in named:
-        sensors += [sensor(("devices", device.serial), name, key) for key in SENSORS if key in device.member.told]
-    head = PACKAGE.format(
+    owners = [("house", HOUSE, of_house)]
+    owners += [(f"devices {device.serial}", name, device.member.told) for device, name in named]
+    return PACKAGE.format(
         address=address,
         time=f"{datetime.fromtimestamp(seen.time):%Y-%m-%d at %H:%M}",
         devices="\n".join(f"#     {name}, {device.serial}" for device, name in named),
         fields="\n".join(energy_fields(named, of_house)),
+        resource=json.dumps(f"http://{address}/api/household"),
+        sensors="\n".join(
+            sensor(path.split(), name, key) for path, name, keys in owners for key in CALLED if key in keys
+        ),
     )
-    lines = [
-        "rest:",
-        f"  - resource: {json.dumps(f'http://{address}/api/household')}",
-        "    scan_interval: 60",
-        "    sensor:",
-    ]
-    for fields in sensors:
-        first, *more = (f"{field}: {json.dumps(text)}" for field, text in fields.items())
-        lines += [f"      - {first}", *(f"        {row}" for row in more)]
-    return "\n".join((head.rstrip("\n"), *lines, ""))
 
 
 # ------------------------------------------------------------------------------------------------------------ HTTP
@@ -5036,22 +4994,18 @@ def serve(arguments: list[str]) -> int:
 
 
 class House:
-    """A simulated household with a roof, and a battery if wanted: W and Wh, by a clock that its user moves on."""
+    """A simulated household with a roof, perhaps a battery: W and Wh, by a clock that its user moves on."""
 
     CAPACITY, RESERVE, STRONGEST = 10_000, 1_000, 3_000  # of the battery, Wh and W
 
     def __init__(self, seed: int, battery: bool) -> None:
         self.random, self.has_battery, self.stored = random.Random(seed), battery, 4_000.0 if battery else 0.0
         self.clock: datetime | None = None
-        self.generation = self.load = self.battery = self._cloud = 0.0  # battery: positive while it gives
+        self.generation = self.load = self.battery = self.export = 0.0  # battery: positive while it gives
+        self._cloud = 0.0
         self.today, self.uptime = 0.0, 1667.0  # generated, Wh; hours of sun
         self.energy = dict.fromkeys(self.flows(), 0.0)
         self.energy.update({"export": 270_780, "import": 801_550, "generation": 579_410, "load": 1_110_180})
-
-    @property
-    def export(self) -> float:
-        """What goes to the grid; negative while it is bought."""
-        return self.generation - self.load + self.battery
 
     def flows(self) -> dict[str, float]:
         """Power by the name of the energy that it adds to while it is positive."""
@@ -5064,12 +5018,12 @@ class House:
         """Let time pass until clock, at the powers of before, and find those of now."""
         if clock == self.clock:  # another of its devices has come here before
             return
-        hours = (clock.timestamp() - self.clock.timestamp()) / 3600 if self.clock else 0.0
+        before = self.clock or clock
+        hours = (clock.timestamp() - before.timestamp()) / 3600
         for name, power in self.flows().items():
             self.energy[name] += max(power, 0) * hours
         self.stored = min(max(self.stored - self.battery * hours, 0), self.CAPACITY)
-        self.today *= self.clock is not None and clock.date() == self.clock.date()
-        self.today += max(self.generation, 0) * hours
+        self.today = max(self.generation, 0) * hours + (self.today if clock.date() == before.date() else 0)
         self.uptime += hours if self.generation > 0 else 0
         self.clock = clock
         self._weather(clock.hour + clock.minute / 60 + clock.second / 3600)
@@ -5084,6 +5038,7 @@ class House:
         lacking = min(max(self.load - self.generation, -self.STRONGEST), self.STRONGEST)
         useful = self.stored > self.RESERVE if lacking > 0 else self.stored < self.CAPACITY
         self.battery = lacking if self.has_battery and useful else 0.0
+        self.export = self.generation - self.load + self.battery
 
 
 # What a device says of its house: metric to a number, or to a tuple with one for each value of its label.
@@ -5177,11 +5132,11 @@ class Simulated:
         """Its frame as its house is now, with the time `when`; nothing while it is off."""
         cls, clock, stamp, ranges = self.model.cls, self.model.clock, time_stamp(when), self.model.settings
         if function == LIVE:
-            found = register_words(family(cls, self.serial), self.model.says(self.house))
-            if found and clock:
-                found.update(zip(range(clock, clock + 3), struct.unpack(">3H", stamp)))
+            words = register_words(family(cls, self.serial), self.model.says(self.house))
+            if words and clock:
+                words.update(zip(range(clock, clock + 3), struct.unpack(">3H", stamp)))
             ranges = []
-            for register, word in sorted(found.items()):
+            for register, word in sorted(words.items()):
                 if not ranges or register != ranges[-1][0] + len(ranges[-1][1]):
                     ranges.append((register, []))
                 ranges[-1][1].append(word)
@@ -5189,22 +5144,20 @@ class Simulated:
         return encode(packet) if ranges else b""
 
     def report(self, target: tuple[str, int], when: datetime) -> None:
-        """Send live data, on a new connection behind settings. Raises HOST_ERRORS."""
+        """Send live data, on a new connection behind settings; nothing while it is off. Called once a second."""
         live = self.frame(LIVE, when)
-        if not live:  # it sleeps
-            return self.hang_up()
-        if not self.sock:
-            self.sock = socket.create_connection(target, timeout=5)
-            self.sock.sendall(self.frame(SETTINGS, when))
-        self.sock.sendall(live)
-        self.sock.settimeout(0)
-        with contextlib.suppress(BlockingIOError):
-            self.sock.recv(4096)  # the answers; if it is the end, the next packet will fail
-        self.sock.settimeout(5)
-
-    def hang_up(self) -> None:
-        """Close the connection."""
-        if self.sock:
+        try:
+            if live and not self.sock:
+                self.sock = socket.create_connection(target)
+                self.sock.sendall(self.frame(SETTINGS, when))
+            if live and self.sock:
+                self.sock.sendall(live)
+                with contextlib.suppress(BlockingIOError):
+                    self.sock.recv(4096, socket.MSG_DONTWAIT)  # the answers; behind the end, the next packet fails
+        except OSError as error:
+            log.info("%s connects again: %s", self.serial, error)
+            live = b""
+        if self.sock and not live:
             self.sock.close()
             self.sock = None
 
@@ -5215,23 +5168,14 @@ def simulated_house(number: int, hybrid: bool = False) -> list[Simulated]:
     return [Simulated(model, house, 2 * number + i) for i, model in enumerate(models, 1)]
 
 
-def simulation(target: tuple, devices: list, interval: float, clock: Clock, ended: threading.Event) -> None:
-    """Have devices report until it is ended; clock gives their houses' time of day and the time in their packets."""
-    troubles = Troubles()
-    while not ended.is_set():
-        now = time.monotonic()
+def simulation(target: tuple[str, int], devices: list[Simulated], clock: Clock) -> None:
+    """Have devices report once a second, for ever; clock gives their time of day."""
+    while True:
+        when = datetime.fromtimestamp(clock(time.monotonic()))
         for device in devices:
-            when = datetime.fromtimestamp(clock(now))
             device.house.move(when)
-            try:
-                device.report(target, when)
-            except HOST_ERRORS as error:
-                text = f"simulated devices cannot reach {endpoint_text(target)}: {error}"
-                troubles.say("simulator", text, now)
-                device.hang_up()
-        ended.wait(interval)
-    for device in devices:
-        device.hang_up()
+            device.report(target, when)
+        time.sleep(1)
 
 
 # ------------------------------------------------------------------------------------------------------------ demo
@@ -5246,7 +5190,7 @@ DEMO_TEXT = """{who} a solar day: it is midnight, the sun is up in 20 seconds, a
         http://localhost:{web}/metrics        what Prometheus scrapes
         http://localhost:{web}/api/household  the house as JSON
 
-devices -> 127.0.0.1:{devices} -> exporter -> {portal}, a local portal. Ctrl-C stops it all."""
+devices -> {devices} -> exporter -> {portal}, a local portal. Ctrl-C stops it all."""
 
 
 def day_clock() -> Clock:
@@ -5269,22 +5213,18 @@ def free_endpoint(host: str, port: int) -> str:
         with contextlib.suppress(OSError):
             for sock in listeners(host, number):
                 sock.close()
+            if number != port:
+                print(f"Port {port} is in use, the demo takes {number}.")
             return f"{host}:{number}"
     raise StartError(f"no free port from {port} to {port + 99}")
 
 
-@contextlib.contextmanager
-def local_portal() -> Iterator[str]:
-    """A stand-in for the portal on this machine, which is an exporter that answers; its HOST:PORT."""
+def local_portal() -> str:
+    """Start a stand-in for the portal on this machine, which is an exporter that answers; its HOST:PORT."""
     settings, store = serve_settings(["--sems.mode=local", "--sems.listen-address=127.0.0.1:0"], {}), Store()
     loop = Loop(store, settings, Files(store))
-    thread = threading.Thread(target=loop.run, name="portal")
-    thread.start()
-    try:
-        yield f"127.0.0.1:{loop.listeners[0].port}"
-    finally:
-        loop.stop()
-        thread.join()
+    threading.Thread(target=loop.run, name="portal", daemon=True).start()
+    return f"127.0.0.1:{loop.listeners[0].port}"
 
 
 def demo(arguments: list[str]) -> int:
@@ -5293,25 +5233,18 @@ def demo(arguments: list[str]) -> int:
     parser.add_argument("--hybrid", action="store_true", help="a hybrid with a battery in place of the two devices")
     given = parser.parse_args(arguments)
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
-    devices_at, web_at = free_endpoint("127.0.0.1", 20001), free_endpoint("", 14028)
+    portal, devices_at, web_at = local_portal(), free_endpoint("127.0.0.1", 20001), free_endpoint("", 14028)
     flags = [f"--sems.listen-address={devices_at}", f"--web.listen-address={web_at}", "--metrics.stale-after=10s"]
-    clock, ended = day_clock(), threading.Event()
-    with local_portal() as portal:
-        settings = serve_settings([f"--sems.upstream={portal}", *flags], {})
-        settings.refresh = DEMO_REFRESH
-        _, loop, web = started(settings, clock, clock)
-        at_signal(loop.stop)
-        loop.mailbox.wake_at_signals()
-        what = settings.listen_address, simulated_house(0, given.hybrid), 1, clock, ended
-        devices = threading.Thread(target=simulation, args=what)
-        devices.start()
-        who = "A hybrid with a battery sends" if given.hybrid else "A HomeKit 1000 and a DNS G3 send"
-        print(
-            DEMO_TEXT.format(who=who, web=web.listener.port, devices=loop.listeners[0].port, portal=portal), flush=True
-        )
-        loop.run()
-        ended.set()
-        devices.join()
+    settings, clock = serve_settings([f"--sems.upstream={portal}", *flags], {}), day_clock()
+    settings.refresh = DEMO_REFRESH
+    _, loop, web = started(settings, clock, clock)
+    at_signal(loop.stop)
+    loop.mailbox.wake_at_signals()
+    what = settings.listen_address, simulated_house(0, given.hybrid), clock
+    threading.Thread(target=simulation, args=what, name="devices", daemon=True).start()
+    who = "A hybrid with a battery sends" if given.hybrid else "A HomeKit 1000 and a DNS G3 send"
+    print(DEMO_TEXT.format(who=who, web=web.listener.port, devices=devices_at, portal=portal), flush=True)
+    loop.run()
     print("stopped")
     return 0
 
