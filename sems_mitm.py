@@ -6159,7 +6159,7 @@ def doctor(arguments: list[str]) -> int:
         for state, text, step in check(settings, running):
             counts[state] += 1
             print(f"{state:4}  {text}" + (f"\n      -> {step}" if step else ""))
-    print(f"\n{counts[OK]} ok, {counts[WARN]} to look at, {counts[FAIL]} to mend")
+    print(f"\n{counts[OK]} ok, warnings: {counts[WARN]}, errors: {counts[FAIL]}")
     return 1 if counts[FAIL] else 0
 
 
