@@ -6570,9 +6570,7 @@ class RecordingTest(SocketCase):
 
     def test_standard_output(self) -> None:
         """A full disk, a reader that goes, and an ASCII terminal: a line or silence, no traceback."""
-        path = os.path.join(self.directory(), "f\xe4hig")
-        with open(path, "wb") as file:
-            file.write(inflated(CAPTURES[0][2]) if os.path.exists("/dev/full") else b"")
+        path = written(self.directory(), *frames_of(5), name="f\xe4hig")
         environment = {**os.environ, "LC_ALL": "C", "PYTHONIOENCODING": "ascii", "TZ": "UTC0"}
         for command, out, code, pattern in (
             (["decode", path], "/dev/full", 1, r"^sems_mitm.py: cannot write to standard output: .*\n$"), (["backfill", path], "/dev/full", 1, "cannot write to standard output"),
