@@ -4394,8 +4394,8 @@ def sensor(path: Sequence[str], name: str, key: str) -> str:
     unit_name, _, device_class, state_class = UNIT_OF[key.rpartition("_")[2]]
     if key == "battery_charge_percent":
         device_class = "battery"
-    if path[-1] == "house" and device_class == "energy":
-        # After a restart a sum, of the day or for life, is another until all its devices are known: a fall is no reset.
+    if path[-1] == "house" and device_class == "energy" and "_today_" not in key:
+        # After a restart the sum is another until all devices are known: a fall is no reset. A day's does fall to 0.
         state_class = "total"
     steps = "".join(f".get('{part}', {{}})" for part in path)
     number = f"value_json{steps}.get('{key}')"
@@ -5581,7 +5581,7 @@ def byte_pieces(several: list[bytes], notes: Notes, is_known: bool = False) -> I
     links = [link_of(data) for data in several]
     packets = (RecordedPacket(None, link, data, len(data)) for link, data in zip(links, several) if link is not None)
     yield from conversations(packets, notes)
-    for data in itertools.compress(several, (link is None for link in links)):
+    for data in (data for link, data in zip(links, several) if link is None and (is_known or BEGINNINGS[1] in data)):
         is_shown = is_known or data.startswith(BEGINNINGS)
         for piece in pieces_of("", data):
             if is_shown or piece.kind == FRAME:
