@@ -100,8 +100,8 @@ SPOOL_FILE = (32 << 20, 256 << 20)  # the same in a file: three months of a Home
 SPOOL_RESERVE = (0.02, 1 << 20, 64 << 20)  # part of its disk that a spool file leaves free, at least, at most
 NEWEST = 64  # frames of a spool that a device can repeat without effect
 WINDOW, WINDOW_OF_TYPE = 32, 16  # frames of a spool that are under way unanswered: all, of one type
-HESITATION = 2  # s that frames of other types wait behind a type of which so many are unanswered
-GIVEN_UP = 3  # counts against a frame that the portal does not like, after which it is deleted
+HESITATION = 2  # s for which a type with WINDOW_OF_TYPE unanswered frames holds the other types back
+GIVEN_UP = 3  # counts against a frame that the portal refuses or does not answer, after which it is deleted
 ANSWER_TIMEOUT = 30  # s for the portal to answer a frame of a spool
 STALL = 60  # s without progress of what waits for a peer, before it counts as lost
 CONNECT_TIMEOUT = 10  # s for an attempt to reach the portal, all addresses together
@@ -115,7 +115,7 @@ LINGER = 2  # s for the portal's last words after its device has gone
 SHUTDOWN = 2  # s to send what is queued at the end
 TICK = 1  # s between looks at deadlines
 SLOW = 1  # s in a file system after which the log names it
-LOOP_WINDOW = 2  # s in which a device's first piece that we have just sent to the portal is a loop
+LOOP_WINDOW = 2  # s after we sent a piece to the portal in which a device's connection that begins with it is a loop
 OPENING = 46  # bytes of a frame that tell it from others: type, serial number and IV, which is the time
 WRITES = 4  # to the portal, of which a connection remembers the first bytes
 RETURN_WINDOW = 60  # s in which a frame that left a spool and comes in again is a loop
@@ -418,16 +418,16 @@ INTERNALS = (
     ("sems_mitm_unreadable_packets_total",             "counter", DEVICE_LABELS, (), "Good frames of the device whose payload cannot be read: settings, live and buffered packets that were decoded."),
 
     # packets and connections
-    ("sems_mitm_packets_total",                   "counter", "direction, type, verdict", (), "Packets by type and by what became of them."),
+    ("sems_mitm_packets_total",                   "counter", "direction, type, verdict", (), "Packets by type and by what became of them: forwarded, rewritten, answered or dropped."),
     ("sems_mitm_rejected_values_total",           "counter", "reason",    ("fall", "jump", "not_finite"), "Values of live packets that were not taken."),
-    ("sems_mitm_queue_bytes",                     "gauge",   "",          (),    "Bytes that wait for the portal, in memory."),
+    ("sems_mitm_queue_bytes",                     "gauge",   "",          (),    "Bytes that wait for the portal: queues in memory, and the spool."),
     ("sems_mitm_queue_dropped_packets_total",     "counter", "",          ALONE, "Packets that were dropped because a queue was full."),
     ("sems_mitm_undeliverable_packets_total",     "counter", "",          ALONE, "Packets that the portal did not accept or answer three times, given up by mode spool."),
     ("sems_mitm_unlisted_device_packets_total",   "counter", "",          ALONE, "Good packets of devices without series of their own."),
     ("sems_mitm_device_connections",              "gauge",   "",          (),    "Device connections open now."),
     ("sems_mitm_upstream_connections",            "gauge",   "",          (),    "Portal connections open now."),
     ("sems_mitm_refused_connections_total",       "counter", "reason",    ("limit", "not_allowed", "loop"), "Device connections that were refused."),
-    ("sems_mitm_upstream_connect_failures_total", "counter", "reason",    ("dns", "refused", "timeout", "loop", "other"), "Attempts to reach the portal that failed."),
+    ("sems_mitm_upstream_connect_failures_total", "counter", "reason",    ("dns", "refused", "timeout", "loop", "other"), "Attempts to reach the portal that failed, and connections on which it stopped answering."),
     ("sems_mitm_upstream_up",                     "gauge",   "",          (),    "1 if the last attempt of any device to reach the portal succeeded, and its connection was not lost since."),
     ("sems_mitm_bytes_total",                     "counter", "direction", ("outbound", "inbound"), "Bytes read from devices (outbound) and from the portal (inbound)."),
 
@@ -2010,13 +2010,11 @@ class SpoolTable:
         `is_stored`."""
         new, self._new = self._new, []
         self._changed.update(serial for serial, *_ in new)
-        self.is_stored = True
-        is_due = (
-            new or len(self._delivered) >= WINDOW
-        )  # what is delivered is not sent again after a kill, but for so many
+        # Deletions alone wait for the next frames or the next look; only when WINDOW of them wait are they written now.
+        is_due = new or len(self._delivered) >= WINDOW
         trouble = self._write(new) if is_due else ""
+        self.is_stored = not (trouble and new)
         if trouble:
-            self.is_stored = not new
             for serial, _, _, frame in new:
                 self.totals[serial].bytes -= len(frame)
                 self.size -= len(frame)
@@ -2039,11 +2037,13 @@ class SpoolTable:
             db.executemany("INSERT INTO spool VALUES (?, ?, ?, 0, 0, ?)", new)
             db.executemany("REPLACE INTO totals VALUES (?, ?, ?, ?)", totals)
             db.execute("COMMIT")
-        except self._sqlite.Error as error:
+        except Exception as error:
             # "full" has rolled back by itself already; nothing of the transaction counts, whatever the error was
             with contextlib.suppress(self._sqlite.Error):
                 db.execute("ROLLBACK")
-            return str(error)
+            if not isinstance(error, self._sqlite.Error):
+                self._store.broke("the spool")
+            return str(error) or type(error).__name__
         self._delivered.clear()
         self._moved.clear()
         self._changed.clear()
@@ -2067,12 +2067,12 @@ class SpoolTable:
     def types(self, serial: str) -> dict[str, int]:
         """The types of a serial number's frames, and the last id of each."""
         found: dict[str, int] = {}
+        query = "SELECT type FROM spool WHERE serial = ? AND type > ? ORDER BY type LIMIT 1"
         kind = ""
-        while rows := self._select("SELECT min(type) FROM spool WHERE serial = ? AND type > ?", serial, kind):
+        while rows := self._select(query, serial, kind):
             kind = rows[0][0]
-            if kind is None:
-                break
-            found[kind] = self._select("SELECT max(id) FROM spool WHERE serial = ? AND type = ?", serial, kind)[0][0]
+            last = self._select("SELECT max(id) FROM spool WHERE serial = ? AND type = ?", serial, kind)
+            found[kind] = last[0][0] if last else 0
         return found
 
     def next(self, serial: str, kind: str, after: int) -> Row | None:
@@ -2496,7 +2496,7 @@ class Reader:
         if len(data) > 13 and data[11] not in FUNCTIONS:  # in 13 bytes the CRC stands there
             store.add("outbound_unknown_packets_total")
         try:
-            where = address(data[:30], len(data), OUTBOUND)
+            where = address_of(data, OUTBOUND)
         except ProtocolError:
             return MALFORMED, data, None, ""
         self.classes.add(where.cls)
@@ -2572,7 +2572,8 @@ class DevicePeer(Peer):
         super().__init__(Connection(loop, sock, owner, Outbox(), now), Reader(OUTBOUND, loop, name, set()))
         self.host = name.rpartition(":")[0].strip("[]")
         self.is_loop = False
-        self._began: float | None = now  # until its first piece is complete
+        # when it connected; inf once it was named a stranger; None once its first piece is complete
+        self._began: float | None = now
 
     def read(self, now: float) -> list[Message]:
         """Read once: the messages that are complete."""
@@ -2675,11 +2676,10 @@ class Portal:
         return any((name, port) in own for name in ("0.0.0.0", "::", host)) and is_this_machine(host)
 
     def has_sent(self, piece: bytes, peer: str, window: float, now: float) -> bool:
-        """Whether a device's connection begins as an open connection of ours to the portal has just begun a write: a
-        loop.
+        """Whether a device's connection begins with the bytes of a recent write of ours to the portal: then it is a loop.
 
-        Where the device's address is our end of that connection, it is no other; else once and within a window only,
-        since a device can repeat what it said on a connection that is still open. Frames alone have a fixed cut.
+        If its address is our own end of that connection, it is certainly one. Else it counts once, and only within
+        `window` s, since a device can repeat what it sent. Frames must agree in OPENING bytes, anything else in all.
         """
         self._refused = {key: at for key, at in self._refused.items() if now - at < RETURN_WINDOW}
         opening, is_frame = piece[:OPENING], piece.startswith(OUTBOUND.prefix)
@@ -2798,7 +2798,7 @@ class PortalLink:
         elif events & selectors.EVENT_READ:
             messages = self.peer.read(now)
             if messages or not connection.ended:
-                self._backoff = BACKOFF[0]  # it is the portal, and well
+                self._backoff = BACKOFF[0]  # it answers: the next attempt need not wait long
             self._notice_end(now)
             return messages
         return []
@@ -2888,7 +2888,7 @@ class Relay:
         self.loop = loop
         self.device = DevicePeer(loop, sock, self, name, now)
         self.link = PortalLink(loop, self, name, self.device.reader.classes)
-        self._is_away = False  # the portal: an attempt has failed, or a connection was lost
+        self._is_away = False  # the portal: set by settle when the link was lost, cleared when it is connected
         self._deadline: float | None = None  # when all ends, behind the device's end
         self._is_half_closed = False  # towards the portal
 
@@ -2903,7 +2903,7 @@ class Relay:
             return self._pass_inward(self.link.ready(events, now))
         if events & selectors.EVENT_READ:
             self._pass_outward(self.device.read(now), now)
-            self._pass_inward(self.link.write(now))  # at once: that is what a packet is held up by
+            self._pass_inward(self.link.write(now))  # at once: the rest of the round would delay the packet
 
     def _pass_outward(self, messages: list[Message], now: float) -> None:
         """Queue what the device sent for the portal."""
@@ -2929,7 +2929,7 @@ class Relay:
             passes = meaning and not self.device.connection.error
             if passes:
                 self.device.connection.outbox.put(piece)
-            if meaning == "ack" and where:
+            if passes and meaning == "ack" and where:
                 self.loop.store.answered(where.owner, ACKS)
             self.link.reader.decide(message, "forwarded" if passes else "dropped")
 
@@ -2990,6 +2990,9 @@ class Relay:
         self.device.connection.close()
         self.link.drop(time.monotonic())
         self.loop.forget(self)
+
+
+KEPT, REFUSED, COMES_BACK = "kept", "refused", "comes back"  # what becomes of a device's frame
 
 
 class Answerer:
@@ -3241,7 +3244,8 @@ class SpoolSender:
             self._under_way.append(frame)
 
     def _next(self, now: float) -> Row | None:
-        """The next frame to send: the oldest. Of a type of which too many are unanswered it is waited for, at first."""
+        """The next frame to send: the oldest. If its type has WINDOW_OF_TYPE unanswered, none for HESITATION s; then
+        other types go first."""
         skipped = {*self._behind, *(frame.row.id for frame in self._under_way)}
         rows = []
         for kind, last in self._last.items():
@@ -3287,9 +3291,6 @@ class SpoolSender:
         self.loop.forget(self)
 
 
-KEPT, REFUSED, COMES_BACK = "kept", "refused", "comes back"  # what a spool says of a frame
-
-
 class Spools:
     """Mode spool: the table of all spools, and a sender for each serial number that has something in it, or a
     device."""
@@ -3309,16 +3310,15 @@ class Spools:
         round's."""
         sender, departure = self.senders.get(where.serial), self.loop.portal.sent.departure(frame)
         waits = sender is not None and sender.has(frame)
-        # One that waits is sent again and again while the portal is silent. Its device, whose acknowledgement was lost,
-        # must
-        # be answered all the same a minute after the first time.
+        # Came in within a minute of leaving: a loop. A frame that still waits is sent again and again, which would renew
+        # that minute for ever; so for it the first departure counts, for any other the latest.
         left = (departure.first if waits else departure.latest) if departure else -math.inf
         if now - left < RETURN_WINDOW:
             return COMES_BACK
         if not waits:
             is_active = sender or len(self.senders) < self.loop.settings.max_connections
             if not is_active or not self.table.has_room(where.serial, len(frame)):
-                text = f"the spool has no room for a packet of {where.serial}: it is not acknowledged, and stays the device's"
+                text = f"the spool has no room for a packet of {where.serial}, or cannot store it: it is not acknowledged, and stays the device's"
                 self.loop.store.troubles.say("spool full", text, now)
                 return REFUSED
             sender = sender or self._sender(where.serial, now)
@@ -3365,7 +3365,7 @@ Owner = Union[Relay, Answerer, SpoolSender, "HttpClient"]
 REFUSALS = {
     "limit": "there are --sems.max-connections={max_connections} already",
     "not_allowed": "its address is not in --sems.allow-from",
-    "loop": "it is our own connection to the portal that comes back; let --sems.upstream lead to the real portal,"
+    "loop": "it is our own connection to the portal that comes back, or a device repeats itself; let --sems.upstream lead to the real portal,"
     " and redirect only what the devices send, not this machine",
 }
 
@@ -3438,7 +3438,7 @@ class Mailbox:
             while sock.recv(4096):
                 pass
         while self._work:
-            self.loop.do("a look-up's result", None, self._work.popleft(), now)
+            self.loop.do("work from another thread", None, self._work.popleft(), now)
 
     def wake_at_signals(self) -> None:
         """Have a signal write a byte at once: Python's own handlers run only when the loop is awake."""
@@ -3648,7 +3648,7 @@ class Loop:
     def _bound(self) -> None:
         """Keep all queues together within bounds: the longest of mode forward loses its oldest frames, or is closed
         where its device takes no answers."""
-        excess = sum(owner.waiting for owner in self.owners) - QUEUES
+        excess = sum(owner.waiting for owner in self.owners if not isinstance(owner, HttpClient)) - QUEUES
         while excess > 0:
             relays = [owner for owner in self.owners if isinstance(owner, Relay)]
             longest = max(relays, key=lambda relay: relay.waiting, default=None)
@@ -3908,6 +3908,7 @@ class History:
     def __init__(self, store: Store) -> None:
         self.store = store
         self._points: collections.deque[Point] = collections.deque()
+        self._noted = math.inf  # when `note` was last called: without connections the loop sleeps
 
     def note(self, now: float) -> None:
         """Add a point if a new minute has begun. Called once a second."""
@@ -3916,6 +3917,9 @@ class History:
             points.pop()
         while points and points[0].time < moment - DAY:
             points.popleft()
+        if points and now - self._noted > 2 * PERIOD:
+            points.append(Point(points[-1].time + PERIOD, [None] * len(PICTURED)))
+        self._noted = now
         if not points or points[-1].time // 60 < moment // 60:
             point = self._present(now)
             points.extend([point] if points or is_known(point) else [])
@@ -4934,7 +4938,7 @@ def started(settings: Settings, clock: Clock = wall_clock, rules_clock: Clock = 
 
 
 class JournalFormatter(logging.Formatter):
-    """A log line for systemd's journal, which has a time of its own: its priority, the text; a traceback keeps it."""
+    """A log line for systemd's journal, which has a time of its own: priority and text, on each line of a traceback."""
 
     PRIORITIES = {logging.ERROR: 3, logging.WARNING: 4, logging.INFO: 6, logging.DEBUG: 7}
 

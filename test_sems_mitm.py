@@ -2205,6 +2205,23 @@ class SpoolTableTest(SocketCase):
                 self.assertEqual(table.size, sum(len(row[1]) for rows in model.values() for row in rows))
             table.close()
 
+    def test_error_of_our_own(self):
+        """A write that breaks otherwise than by the disk stores nothing either, says so, and leaves nothing behind."""
+        store = sems.Store()
+        table = sems.SpoolTable("", store)
+        self.addCleanup(table.close)
+        self.faults = 1
+        table.put("A", "0304", b"frame")
+        broken = mock.Mock(wraps=table._db)
+        broken.executemany.side_effect = MemoryError
+        with mock.patch.object(table, "_db", broken):
+            self.assertEqual([row[3] for row in table.commit()], [b"frame"])
+        self.assertFalse(table.is_stored)
+        self.assertEqual((table.size, table.totals["A"].bytes, table.types("A")), (0, 0, {}))
+        self.assertEqual(store.totals["sems_mitm_internal_errors_total", ""], 1)
+        table.put("A", "0304", b"frame")
+        self.assertEqual((table.commit(), table.is_stored), ([], True))
+
     @staticmethod
     def all_of(table, serial: str, kind: str) -> list:
         """All rows of a serial number and a type, in order."""
@@ -5111,6 +5128,14 @@ class HistoryTest(unittest.TestCase):
         wanted = [(605, 605, 505, -100), (660, 660, 560, -100), (720, 720, 620, -100), (729, 729, 629, -100)]
         self.assertEqual(self.seen(729), wanted)
         self.assertEqual(self.seen(729), wanted)
+
+    def test_nobody_looks(self) -> None:
+        """Without connections the loop sleeps, and nobody notes: the time in between is a gap, and no level line."""
+        self.reads(600, 3000, 0)
+        self.reads(8000, 100, 0)
+        self.assertEqual(
+            [(at, solar) for at, solar, *_ in self.seen(8000)], [(600, 3000), (660, None), (8000, 100), (8000, 100)]
+        )
 
     def test_silence_is_a_gap(self) -> None:
         """Its minutes are there, and nothing is known of them."""
