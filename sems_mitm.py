@@ -2169,6 +2169,7 @@ class SpoolTable:
 
 # ------------------------------------------------------------------------------------------------- network: names
 
+PORTAL_NAME = "tcp.goodwe-power.com"
 Endpoint = collections.namedtuple("Endpoint", "family sockaddr")
 HOST_ERRORS = (OSError, UnicodeError)  # of a host that cannot be had, or whose name cannot be one
 
@@ -4077,7 +4078,7 @@ with it.</li>
 <li>Power-cycle the device's Wi-Fi or LAN module: it asks for the name when it starts.</li>
 <li>It connects to port {port} of this machine within a minute or two, and appears here.</li></ol>
 <p>Nothing after five minutes? <code>python3 sems_mitm.py doctor</code> on this machine says what is missing; in Docker it is
-<code>docker exec sems_mitm python3 /sems_mitm.py doctor</code>.</p>
+<code>docker exec sems_mitm python3 -m sems_mitm doctor</code>.</p>
 """
 
 
@@ -4342,7 +4343,8 @@ def html_page(seen: Seen, points: list[Point], settings: argparse.Namespace, add
         yield row and SECTION.format(title, row)
     else:
         now = f" (now {html.escape(address)})" if address else ""
-        steps = SET_UP.format(now=now, host=html.escape(settings.upstream[0]), port=settings.listen_address[1])
+        name = PORTAL_NAME if is_literal(settings.upstream[0]) else settings.upstream[0]  # an address is no name
+        steps = SET_UP.format(now=now, host=html.escape(name), port=settings.listen_address[1])
         yield SECTION.format("No device has connected yet", steps)
     for device in sorted(seen.devices, key=lambda device: (device.name[0] != "meter", *device.name[1:])):
         yield card(device)
@@ -4356,7 +4358,7 @@ def html_page(seen: Seen, points: list[Point], settings: argparse.Namespace, add
 PACKAGE = """# sems_mitm in Home Assistant: a package. Devices in it, as known on {time}:
 {devices}
 # Save it with
-#     curl -fo /config/packages/sems_mitm.yaml http://{address}/home-assistant.yaml
+#     curl --create-dirs -fo /config/packages/sems_mitm.yaml http://{address}/home-assistant.yaml
 # and have in configuration.yaml, once:
 #     homeassistant:
 #       packages: !include_dir_named packages
@@ -4798,7 +4800,7 @@ FLAG_GROUPS = (
         ("metrics.stale-after", "5m", duration, "stale_after", "when the gauges of a silent device go; 0 is never"),
     )),
     ("portal", (
-        ("sems.upstream", "tcp.goodwe-power.com:20001", portal_endpoint, "upstream", "the portal"),
+        ("sems.upstream", f"{PORTAL_NAME}:20001", portal_endpoint, "upstream", "the portal"),
         ("sems.upstream-dns", "1.1.1.1,8.8.8.8", name_servers, "upstream_dns", "name servers that are asked for the portal's address, before the system is; none turns it off"),
         ("sems.mode", FORWARD, mode_name, "mode", "forward: the portal answers the devices. local: no portal, the exporter answers. spool: the exporter answers and delivers everything to the portal, however late"),
         ("sems-passthrough", "true", boolean, "passthrough", "the original's switch: false is --sems.mode local, unless that flag or its variable says otherwise"),
@@ -5099,11 +5101,10 @@ def text_words(text: str, size: int) -> tuple[int, ...]:
 # A model that can be simulated: its class, the first half of its serial numbers, the register ranges of its settings packet,
 # the first register of its time in a live one (0: none), and what that says.
 Simulable = collections.namedtuple("Simulable", "cls start settings clock says")
-PORTAL_TEXT = "tcp.goodwe-power.com"
 # fmt: off
-HOMEKIT = Simulable(METER, "91000HKU", [(4608, (12, *text_words(f"20001,{PORTAL_TEXT}", 15))), (4864, (*text_words("02053-05-000Me05", 8), 0, 4))], 0, meter_says)
-DNS = Simulable(GRID_TIED, "53000DSC", [(30221, text_words("410-02065-04", 6)), (40075, text_words(PORTAL_TEXT, 26))], 30100, inverter_says)
-HYBRID_ET = Simulable(HYBRID_CLASS, "9010KETU", [(35011, text_words("GW10K-ET", 5)), (35021, text_words("04029-08-S11", 6)), (40075, text_words(PORTAL_TEXT, 26))], 35100, hybrid_says)
+HOMEKIT = Simulable(METER, "91000HKU", [(4608, (12, *text_words(f"20001,{PORTAL_NAME}", 15))), (4864, (*text_words("02053-05-000Me05", 8), 0, 4))], 0, meter_says)
+DNS = Simulable(GRID_TIED, "53000DSC", [(30221, text_words("410-02065-04", 6)), (40075, text_words(PORTAL_NAME, 26))], 30100, inverter_says)
+HYBRID_ET = Simulable(HYBRID_CLASS, "9010KETU", [(35011, text_words("GW10K-ET", 5)), (35021, text_words("04029-08-S11", 6)), (40075, text_words(PORTAL_NAME, 26))], 35100, hybrid_says)
 # fmt: on
 
 
@@ -5944,7 +5945,7 @@ def report(times: list[float], now: float) -> None:
     """Say on stderr of what times readings are there, and what their user has to know before the blocks are moved."""
     moments = times[0], times[-1], times[-1] + HEAD_SPAN + 60
     begin, end, safe = (time.strftime("%Y-%m-%d %H:%M %Z", time.localtime(seconds)) for seconds in moments)
-    print(f"readings of {len(times)} times, {begin} to {end}", file=sys.stderr)
+    print(f"readings of {len(times)} time{'' if len(times) == 1 else 's'}, {begin} to {end}", file=sys.stderr)
     if now < times[-1] + HEAD_SPAN:
         print(
             f"Wait until {safe} before you move the blocks into Prometheus's data: at its next start it drops the live samples "

@@ -5349,6 +5349,8 @@ class PageTest(unittest.TestCase):
         for bad in ("<script", "http:", "https:", "//", "@import"):
             self.assertNotIn(bad, page)
         self.assertEqual(set(re.findall(r"url\((.)", page)), {"#"})
+        by_address = argparse.Namespace(**{**vars(WEB_SETTINGS), "upstream": ("198.51.100.7", 20001)})
+        self.assertIn("<code>tcp.goodwe-power.com</code>", page_of(seen_of(), settings=by_address))
         settings = argparse.Namespace(**vars(WEB_SETTINGS), refresh=sems.DEMO_REFRESH)
         for seconds, text in ((30, page), (5, page_of(seen_of(), settings=settings))):
             self.assertIn(f'http-equiv="refresh" content="{seconds}"', text)
@@ -6759,7 +6761,7 @@ class BackfillTest(SocketCase):
         flags = ("--job=sems", "--instance=pi:14028", "--label=house=1")
         with time_zone("UTC0"):
             code, out, err = called("backfill", path, *flags, env={"TZ": "UTC0"})
-        self.assertEqual((code, err), (0, "readings of 1 times, 2026-03-21 12:00 UTC to 2026-03-21 12:00 UTC\n"))
+        self.assertEqual((code, err), (0, "readings of 1 time, 2026-03-21 12:00 UTC to 2026-03-21 12:00 UTC\n"))
         labels = (
             'device="meter",model="HomeKit 1000 Smart Meter",serial="00000042",job="sems",instance="pi:14028",house="1"'
         )
