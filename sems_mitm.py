@@ -97,6 +97,7 @@ QUEUE = 1 << 20  # bytes of a device's frames that wait for an absent portal: da
 QUEUES = 16 << 20  # bytes in all queues in memory
 SPOOL_MEMORY = (4 << 20, 16 << 20)  # bytes that a spool in memory holds: of a device, of all
 SPOOL_FILE = (32 << 20, 256 << 20)  # the same in a file: three months of a HomeKit 1000
+SPOOL_LOCKED = 2  # s to wait for the process before us to let its spool file go
 SPOOL_RESERVE = (0.02, 1 << 20, 64 << 20)  # part of its disk that a spool file leaves free, at least, at most
 NEWEST = 64  # frames of a spool that a device can repeat without effect
 WINDOW, WINDOW_OF_TYPE = 32, 16  # frames of a spool that are under way unanswered: all, of one type
@@ -472,6 +473,7 @@ def all_metrics(rows: Sequence[Quantity] = QUANTITIES) -> dict[str, tuple[str, s
 METRICS = all_metrics()
 
 
+@functools.cache  # there are so many metrics and no more; a page of 256 devices asks 40,000 times
 def unit(metric: str) -> str:
     """The unit of a metric, "" if it has none."""
     base = re.sub("_(total|day)$", "", metric)
@@ -1961,7 +1963,7 @@ class SpoolTable:
         """Raises OSError, StartError, or an error of sqlite3."""
         if self._path != ":memory:":
             check_spool_file(self._path)
-        db = self._sqlite.connect(self._path, isolation_level=None, timeout=2, check_same_thread=False)
+        db = self._sqlite.connect(self._path, isolation_level=None, timeout=SPOOL_LOCKED, check_same_thread=False)
         try:
             # A frame of over a quarter of a page takes pages of its own: in memory that counts, in a file each write
             # does.
@@ -4146,6 +4148,7 @@ NAMES = {
 UNITS_SHOWN = {"Wh": ("kWh", 0.001), "1": ("", 1.0)}  # in place of a metric's unit, and by what it is multiplied
 
 
+@functools.cache
 def quantity(metric: str) -> str:
     """What a metric is, in a few words: String voltage."""
     words = re.sub(f"^(meter|inverter)_|(_({'|'.join(UNITS)}))?(_total|_day)?$", "", metric)
@@ -4163,12 +4166,13 @@ def amount(metric: str, number: float) -> str:
     return minus(f"{round(number * float(size or 1) * factor, 3):,.12g} {name}").rstrip()
 
 
-def one_a_quantity(name: str) -> list[Series]:
+@functools.cache
+def one_a_quantity(name: str) -> tuple[Series, ...]:
     """The series of a family, of those of the same registers one: in V and not in 0.1 V, without a channel."""
     best: dict[tuple[int, ...], Series] = {}
     for value in sorted(VALUES[name], key=lambda value: (unit(value.series[0]).startswith("0."), value.series[1])):
         best.setdefault((value.register, *value.later), value.series)
-    return [series for series in dict.fromkeys(value.series for value in VALUES[name]) if series in best.values()]
+    return tuple(series for series in dict.fromkeys(value.series for value in VALUES[name]) if series in best.values())
 
 
 def table_rows(name: str, values: dict[Series, float]) -> list[tuple[str, str]]:

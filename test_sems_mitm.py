@@ -15,6 +15,7 @@ import base64
 import collections
 import contextlib
 import ctypes
+import functools
 import gzip
 import hashlib
 import html
@@ -26,6 +27,7 @@ import json
 import logging
 import math
 import os
+import py_compile
 import random
 import re
 import select
@@ -498,6 +500,15 @@ class Running(Launched):
             raise AssertionError(f"the exporter's loop: {self.error!r}")
 
 
+@functools.lru_cache(maxsize=1)
+def compiled() -> str:
+    """A folder with the program and its bytecode: dozens of processes start, and each would compile it."""
+    folder = tempfile.mkdtemp()
+    unittest.addModuleCleanup(shutil.rmtree, folder)
+    py_compile.compile(shutil.copy(sems.__file__, folder))
+    return folder
+
+
 class Process(Launched):
     """The program as a process, its stderr in a file; `before` is what it does to itself, as `sems`, before it starts.
 
@@ -506,9 +517,10 @@ class Process(Launched):
 
     def __init__(self, *arguments: str, before: str = "", under: tuple = (), **environment: str) -> None:
         self.log = tempfile.TemporaryFile()
-        path = os.path.dirname(os.path.abspath(sems.__file__))
-        code = f"import sys; sys.path.insert(0, {path!r}); import sems_mitm as sems; {before}\nsys.exit(sems.main())"
-        start = [*under, sys.executable, "-W", "error", "-c", code, *arguments]  # imported: compiled but once
+        code = (
+            f"import sys; sys.path.insert(0, {compiled()!r}); import sems_mitm as sems; {before}\nsys.exit(sems.main())"
+        )
+        start = [*under, sys.executable, "-W", "error", "-c", code, *arguments]
         self.popen = subprocess.Popen(
             start, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=self.log, env={**os.environ, **environment}
         )
@@ -3397,7 +3409,7 @@ class SpoolFileTest(SpoolCase):
         """A second exporter on the file ends in one line; the first goes on; after it the next one is let in."""
         first = self.filed(self.portal(listening=False))
         first.device(frame()).packets(1)
-        code, err = self.filed(None).ended()
+        code, err = self.filed(None, before=f"{QUICK}; sems.SPOOL_LOCKED = 0.1").ended()
         self.assertEqual((code, err.count("\n")), (1, 1), err)
         self.assertIn(self.file, err)
         first.device(frame(when=minute(1))).packets(1)
