@@ -1751,9 +1751,14 @@ class SentFrames:
         if len(self._departures) > SENT_FRAMES:
             self._departures.popitem(last=False)
 
-    def departure(self, frame: bytes) -> Departure | None:
-        """When a frame has left, if that is remembered."""
-        return self._departures.get(hash(frame))
+    def is_back(self, frame: bytes, waits: bool, now: float) -> bool:
+        """Whether a frame that comes in from a device has left within the last minute.
+
+        A frame that still waits is sent again and again, which would renew that minute for ever; so for it the first
+        departure counts, for any other the latest.
+        """
+        departure = self._departures.get(hash(frame), Departure(-math.inf, -math.inf))
+        return now - (departure.first if waits else departure.latest) < RETURN_WINDOW
 
     def forget(self, frame: bytes) -> None:
         """Called when a device's frame is new: the next departure is its first."""
@@ -1778,62 +1783,50 @@ def capture_line(wall: float, peer: str, direction: str, verdict: str, data: byt
     )
 
 
-APPENDING = os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NONBLOCK
-
-
-class Appender:
-    """An open file to which lines are appended, several in one call; a last line that was torn is ended first."""
-
-    def __init__(self, file: int) -> None:
-        self.file = file
-        self._torn = False
-        with contextlib.suppress(OSError):  # not a regular file: nothing to look at
-            end = os.lseek(file, 0, os.SEEK_END)
-            self._torn = end > 0 and os.pread(file, 1, end - 1) != b"\n"
-
-    def append(self, lines: list[str]) -> int:
-        """Write lines; how many bytes they are. Raises OSError if the file does not take them all."""
-        data = "".join(["\n" if self._torn else "", *lines]).encode()
-        written = os.write(self.file, data)
-        self._torn = data[written - 1 : written] != b"\n" if written else self._torn
-        if written < len(data):
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        return written
-
-
-def count_file_error(store: Store, name: str, path: str, error: OSError, count: int) -> None:
-    """Count lines that a file did not take, and say so once a minute."""
-    store.add("sems_mitm_file_errors_total", count, label("file", name))
-    store.troubles.say(f"file {name}", f"cannot write --sems.{name} {path}: {error.strerror}", time.monotonic())
-
-
 class RecordFile:
-    """A file of lines; what it does not take is counted, said once a minute, and nothing else."""
+    """A file to which lines are appended; what it does not take is counted, said once a minute, and nothing else."""
 
     def __init__(self, path: str, name: str, store: Store) -> None:
         self.path, self.name, self.store = path, name, store
-        self._appender: Appender | None = None
         self.lines: list[str] = []  # of this round
-        self.flush(is_rotated=True)
+        self._file: io.FileIO | None = None
+        self._is_torn = False  # the last line has no end
+        self.flush()
 
-    def put(self, line: str) -> None:
-        """Append a line at the end of the round."""
-        self.lines.append(line)
-
-    def flush(self, is_rotated: bool = False) -> None:
-        """Write the lines of this round, to a file opened anew if another stands under the name now."""
+    def flush(self) -> None:
+        """Write the lines of this round; the file is made if it is not there."""
         lines, self.lines = self.lines, []
-        if not lines and not is_rotated:
-            return
         try:
-            if is_rotated and self._appender:
-                old, self._appender = self._appender, None
-                os.close(old.file)
-            self._appender = self._appender or Appender(os.open(self.path, APPENDING, 0o640))
+            self._file = self._file or self._opened()
             if lines:
-                self._appender.append(lines)
+                self._append(self._file, "".join(lines).encode())
         except OSError as error:
-            count_file_error(self.store, self.name, self.path, error, len(lines))
+            self.store.add("sems_mitm_file_errors_total", len(lines), label("file", self.name))
+            text = f"cannot write --sems.{self.name} {self.path}: {error.strerror}"
+            self.store.troubles.say(f"file {self.name}", text, time.monotonic())
+
+    def close(self) -> None:
+        """Close the file; the next lines go to the one that stands under the name then."""
+        file, self._file = self._file, None
+        with contextlib.suppress(OSError):
+            if file:
+                file.close()
+
+    def _opened(self) -> io.FileIO:
+        """The file, open for appending, even if it is a pipe that nobody reads."""
+        file = io.FileIO(self.path, "a+", opener=lambda path, flags: os.open(path, flags | os.O_NONBLOCK, 0o640))
+        end = file.seek(0, os.SEEK_END) if file.seekable() else 0
+        self._is_torn = end > 0 and os.pread(file.fileno(), 1, end - 1) != b"\n"
+        return file
+
+    def _append(self, file: io.FileIO, lines: bytes) -> None:
+        """Append lines; a last line that was torn is ended first. Raises OSError if the file does not take them all."""
+        data = b"\n" + lines if self._is_torn else lines
+        written = os.write(file.fileno(), data)
+        if written:
+            self._is_torn = data[written - 1 : written] != b"\n"
+        if written < len(data):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 class Files:
@@ -1843,7 +1836,6 @@ class Files:
         self.capture = RecordFile(capture, "capture", store) if capture else None
         self.backfill = RecordFile(backfill, "backfill", store) if backfill else None
         self.open = [file for file in (self.capture, self.backfill) if file]
-        self.are_rotated = False  # others stand under the names now
 
     def record(self, peer: str, wire: Wire, kind: str, verdict: str, data: bytes) -> None:
         """Record a piece of a stream; kind is its type, or what else it is."""
@@ -1851,19 +1843,31 @@ class Files:
             return
         line = capture_line(time.time(), peer, wire.name, verdict, data)
         if self.capture:
-            self.capture.put(line)
+            self.capture.lines.append(line)
         if self.backfill and wire is OUTBOUND and kind.endswith(f"{BUFFERED:02x}"):
-            self.backfill.put(line)
+            self.backfill.lines.append(line)
 
     def has_lines(self) -> bool:
         """Whether anything is recorded and not written."""
         return any(file.lines for file in self.open)
 
     def flush(self) -> None:
-        """At the end of a round: open anew what was rotated, write what was recorded."""
-        are_rotated, self.are_rotated = self.are_rotated, False
+        """At the end of a round: write what was recorded."""
         for file in self.open:
-            file.flush(are_rotated)
+            if file.lines:
+                file.flush()
+
+    def close(self) -> None:
+        """Write and close all."""
+        self.flush()
+        for file in self.open:
+            file.close()
+
+    def reopen(self) -> None:
+        """Called when others stand under the names now: open those."""
+        self.close()
+        for file in self.open:
+            file.flush()
 
 
 # ----------------------------------------------------------------------------------------------- files: the spool
@@ -1885,6 +1889,8 @@ SPOOL_PRAGMAS = (
     "journal_mode = WAL", "wal_autocheckpoint = 64",
 )  # fmt: skip
 
+THIS_ROW = "serial = ? AND type = ? AND id = ?"
+DISK_TROUBLE = (errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EIO)  # which can pass
 NO_ANSWER = "none"
 # A frame of the spool. type: of the answer to it, or NO_ANSWER; id: its place; count: how often it has counted against
 # it that the portal did not like it; mark: what `acked` was then.
@@ -1898,6 +1904,10 @@ class Total:
 
     def __init__(self, size: int = 0, last: int = 0, acked: int = 0) -> None:
         self.bytes, self.last, self.acked = size, last, acked
+
+    def row(self) -> tuple[int, int, int]:
+        """Its columns in the table `totals`."""
+        return self.bytes, self.last, self.acked
 
 
 def check_spool_file(path: str) -> None:
@@ -1941,33 +1951,28 @@ class SpoolTable:
         self.is_stored = True  # the new frames of this round are
         self.size = 0  # bytes of all frames
         self._new: list[tuple[str, str, int, bytes]] = []  # serial, type, id, frame
-        self._delivered: dict[tuple[str, str, int], None] = {}  # serial, type, id
-        self._moved: dict[tuple[str, str, int], tuple[int, int, int]] = {}  # the same to new id, count, mark
+        # what is not written yet: serial, type, id of a row to its new id, count, mark, or None where it is delivered
+        self._changes: dict[tuple[str, str, int], tuple[int, int, int] | None] = {}
         self._changed: set[str] = set()  # serial numbers whose totals are not written yet
         try:
             self._open()
-        except StartError:
-            raise
-        except OSError as error:
-            if error.errno not in (errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EIO):
-                raise StartError(f"--sems.spool-file={path}: {error.strerror}") from None
-            self._failed(error.strerror or str(error), 0)
-        except sqlite3.OperationalError as error:
-            if "locked" in str(error):
-                raise StartError(f"--sems.spool-file={path}: another process has it") from None
-            self._failed(str(error), 0)
-        except sqlite3.DatabaseError as error:
-            raise StartError(f"--sems.spool-file={path}: {error}; move it away, or give another path") from None
+        except (OSError, sqlite3.Error) as error:
+            is_trouble = isinstance(error, sqlite3.OperationalError) or getattr(error, "errno", 0) in DISK_TROUBLE
+            if is_trouble:
+                return self._failed(getattr(error, "strerror", "") or str(error), 0)
+            if isinstance(error, StartError):
+                raise
+            raise StartError(f"--sems.spool-file={path}: {error}; give another path") from None
 
     def _open(self) -> None:
         """Raises OSError, StartError, or an error of sqlite3."""
-        if self._path != ":memory:":
+        is_file = self._path != ":memory:"
+        if is_file:
             check_spool_file(self._path)
         db = self._sqlite.connect(self._path, isolation_level=None, timeout=SPOOL_LOCKED, check_same_thread=False)
         try:
-            # A frame of over a quarter of a page takes pages of its own: in memory that counts, in a file each write
-            # does.
-            db.execute(f"PRAGMA page_size = {4096 if self._path != ':memory:' else 16384}")
+            # A frame of over a quarter of a page takes pages of its own: in memory that counts, in a file each write.
+            db.execute(f"PRAGMA page_size = {4096 if is_file else 16384}")
             for pragma in SPOOL_PRAGMAS[:-2]:
                 db.execute(f"PRAGMA {pragma}")
             if not db.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]:
@@ -1977,8 +1982,10 @@ class SpoolTable:
             for serial, *numbers in db.execute("SELECT serial, bytes, last, acked FROM totals"):
                 self.totals[serial] = Total(*numbers)
             self.size = sum(total.bytes for total in self.totals.values())
-        except self._sqlite.Error:
+        except self._sqlite.Error as error:
             db.close()
+            if "locked" in str(error):
+                raise StartError(f"--sems.spool-file={self._path}: another process has it") from None
             raise
         self._db = db
 
@@ -2012,8 +2019,8 @@ class SpoolTable:
         `is_stored`."""
         new, self._new = self._new, []
         self._changed.update(serial for serial, *_ in new)
-        # Deletions alone wait for the next frames or the next look; only when WINDOW of them wait are they written now.
-        is_due = new or len(self._delivered) >= WINDOW
+        # Changes alone wait for the next frames or the next look; only when WINDOW of them wait are they written now.
+        is_due = new or len(self._changes) >= WINDOW
         trouble = self._write(new) if is_due else ""
         self.is_stored = not (trouble and new)
         if trouble:
@@ -2028,14 +2035,13 @@ class SpoolTable:
         db = self._db
         if db is None or new and not self._disk_has_room():
             return "no space is left on its disk" if db else "it cannot be opened"
-        moved = [(*place, *key) for key, place in self._moved.items()]
-        totals = [(serial, total.bytes, total.last, total.acked) for serial, total in self._changed_totals()]
+        delivered = [row for row, place in self._changes.items() if place is None]
+        moved = [(*place, *row) for row, place in self._changes.items() if place]
+        totals = [(one, *self.totals[one].row()) for one in self._changed if one in self.totals]
         try:
             db.execute("BEGIN IMMEDIATE")
-            db.executemany("DELETE FROM spool WHERE serial = ? AND type = ? AND id = ?", list(self._delivered))
-            db.executemany(
-                "UPDATE spool SET id = ?, count = ?, mark = ? WHERE serial = ? AND type = ? AND id = ?", moved
-            )
+            db.executemany(f"DELETE FROM spool WHERE {THIS_ROW}", delivered)
+            db.executemany(f"UPDATE spool SET id = ?, count = ?, mark = ? WHERE {THIS_ROW}", moved)
             db.executemany("INSERT INTO spool VALUES (?, ?, ?, 0, 0, ?)", new)
             db.executemany("REPLACE INTO totals VALUES (?, ?, ?, ?)", totals)
             db.execute("COMMIT")
@@ -2046,13 +2052,9 @@ class SpoolTable:
             if not isinstance(error, self._sqlite.Error):
                 self._store.broke("the spool")
             return str(error) or type(error).__name__
-        self._delivered.clear()
-        self._moved.clear()
+        self._changes.clear()
         self._changed.clear()
         return ""
-
-    def _changed_totals(self) -> list[tuple[str, Total]]:
-        return [(serial, self.totals[serial]) for serial in self._changed if serial in self.totals]
 
     def _disk_has_room(self) -> bool:
         """Whether the disk has more room than the part that is left free: SQLite needs some to delete, too."""
@@ -2068,37 +2070,32 @@ class SpoolTable:
 
     def types(self, serial: str) -> dict[str, int]:
         """The types of a serial number's frames, and the last id of each."""
-        found: dict[str, int] = {}
-        query = "SELECT type FROM spool WHERE serial = ? AND type > ? ORDER BY type LIMIT 1"
-        kind = ""
+        last, kind = {}, "~"  # behind all
+        query = "SELECT type, id FROM spool WHERE serial = ? AND type < ? ORDER BY type DESC, id DESC LIMIT 1"
         while rows := self._select(query, serial, kind):
-            kind = rows[0][0]
-            last = self._select("SELECT max(id) FROM spool WHERE serial = ? AND type = ?", serial, kind)
-            found[kind] = last[0][0] if last else 0
-        return found
+            ((kind, last[kind]),) = rows
+        return last
 
     def next(self, serial: str, kind: str, after: int) -> Row | None:
         """The first frame of a type with an id above `after` that can be sent."""
         query = "SELECT type, id, count, mark, frame FROM spool WHERE serial = ? AND type = ? AND id > ? ORDER BY id LIMIT 1"
         while rows := self._select(query, serial, kind, after):
             row = Row(*rows[0])
-            if (serial, kind, row.id) not in self._delivered and (serial, kind, row.id) not in self._moved:
+            if (serial, kind, row.id) not in self._changes:
                 return row
-            after = row.id  # the disk has not taken that change yet
+            after = row.id  # that change is not written yet
         return None
 
     def frame(self, serial: str, row: Row) -> bytes:
         """The frame of a row."""
-        rows = self._select(
-            "SELECT frame FROM spool WHERE serial = ? AND type = ? AND id = ?", serial, row.type, row.id
-        )
+        rows = self._select(f"SELECT frame FROM spool WHERE {THIS_ROW}", serial, row.type, row.id)
         return rows[0][0] if rows else b""
 
     def newest(self, serial: str, kinds: Iterable[str]) -> list[bytes]:
         """The newest frames of a serial number, NEWEST at most, oldest first."""
         query = "SELECT id, frame FROM spool WHERE serial = ? AND type = ? ORDER BY id DESC LIMIT ?"
-        found = sorted(itertools.chain(*(self._select(query, serial, kind, NEWEST) for kind in kinds)))
-        return [frame for _, frame in found[-NEWEST:]]
+        rows = sorted(itertools.chain(*(self._select(query, serial, kind, NEWEST) for kind in kinds)))
+        return [frame for _, frame in rows[-NEWEST:]]
 
     def _select(self, query: str, *values: object) -> list[tuple]:
         """All rows of a query, none if the database cannot be read."""
@@ -2114,7 +2111,7 @@ class SpoolTable:
 
     def deliver(self, serial: str, row: Row, size: int) -> None:
         """Delete a frame of so many bytes, with the next frames or at the next look."""
-        self._delivered[serial, row.type, row.id] = None
+        self._changes[serial, row.type, row.id] = None
         self.totals[serial].bytes -= size
         self.size -= size
         self._changed.add(serial)
@@ -2124,7 +2121,7 @@ class SpoolTable:
         id."""
         total = self.totals[serial]
         total.last += 1
-        self._moved[serial, row.type, row.id] = (total.last, count, mark)
+        self._changes[serial, row.type, row.id] = (total.last, count, mark)
         self._changed.add(serial)
         return total.last
 
@@ -2433,13 +2430,10 @@ class Connection:
             self.error = error
         self._progress = (self._progress or now) if outbox.size else None
 
-    def watch(self, reading: bool, writing: bool = False) -> None:
-        """Have the selector wait until the peer sends, if it is read, and until it takes what waits (or has
-        connected)."""
-        wants_write = writing or self.outbox.size > 0 and not self.error
-        events = (selectors.EVENT_READ if reading and not self.ended else 0) | (
-            selectors.EVENT_WRITE if wants_write else 0
-        )
+    def watch(self, reading: bool, connecting: bool = False) -> None:
+        """Have the selector wait until the peer sends, if it is read, and until it takes what waits or has connected."""
+        is_writing = connecting or self.outbox.size > 0 and not self.error
+        events = selectors.EVENT_READ * (reading and not self.ended) | selectors.EVENT_WRITE * is_writing
         if events == self._events:
             return
         selector = self.loop.selector
@@ -2462,8 +2456,6 @@ class Connection:
 
     def close(self) -> None:
         """Close the socket, if it is not closed yet, and forget the owner: they refer to each other."""
-        if self.sock.fileno() < 0:
-            return
         if self._events:
             self.loop.selector.unregister(self.sock)
             self._events = 0
@@ -2472,19 +2464,43 @@ class Connection:
         self.owner = None
 
 
-# What a peer has sent, recognized: kind (packet type, malformed, junk, keepalive), bytes, address of a good frame or
-# None, and of the portal's the meaning of `allowed`, or keepalive, if it is let through; else "".
+# What a peer has sent: kind (packet type, malformed, junk, keepalive), bytes, address of a good frame or None, and of what
+# the portal sends the meaning that `allowed` gives it, or keepalive; "" for what is not let through.
 Message = tuple[str, bytes, Union[Address, None], str]
 
 
-class Reader:
-    """Recognizes the pieces of one direction of a connection, and counts them. classes: those that the device has
-    sent."""
+class Peer:
+    """A device or the portal: recognizes, counts and records what it sends. `connection` is its latest."""
 
-    def __init__(self, wire: Wire, loop: Loop, name: str, classes: set[int]) -> None:
-        self.wire, self.loop, self.name, self.classes = wire, loop, name, classes
+    connection: Connection
+
+    def __init__(self, loop: Loop, wire: Wire, name: str, classes: set[int]) -> None:
+        """name: HOST:PORT of the device, or a spool's serial number; classes: those that the device has sent."""
+        self.loop, self.wire, self.name, self.classes = loop, wire, name, classes
         self.framer = Framer(wire)
         self._in_junk = False  # a run of junk, which is one packet, can go on
+
+    def pieces(self, now: float) -> list[Piece]:
+        """Read once: the pieces that are complete. At the end of the stream the rest is one, too."""
+        data = self.connection.receive(now)
+        self.loop.store.add("sems_mitm_bytes_total", len(data), f'direction="{self.wire.name}"')
+        pieces = self.framer.feed(data, now)
+        return pieces + self.framer.close() if self.connection.ended else pieces
+
+    def read(self, now: float) -> list[Message]:
+        """Read once: the messages that are complete."""
+        return self.recognized(self.pieces(now), now)
+
+    def rest(self, now: float) -> list[Message]:
+        """The messages that the kernel still has from a peer to which nothing can be sent any more."""
+        messages: list[Message] = []
+        while self.connection.error and not self.connection.ended:
+            messages += self.read(now)
+        return messages
+
+    def overdue(self, now: float) -> list[Message]:
+        """The messages of an unfinished frame whose end has not come in time."""
+        return self.recognized(self.framer.expire(now), now)
 
     def recognized(self, pieces: list[Piece], now: float) -> list[Message]:
         """The messages of pieces."""
@@ -2538,42 +2554,12 @@ class Reader:
             log.debug("%s %s %s, %d bytes: %s", self.wire.name, kind, serial, len(data), verdict)
 
 
-class Peer:
-    """A connection on which frames come, from a device or from the portal."""
-
-    def __init__(self, connection: Connection, reader: Reader) -> None:
-        self.connection, self.reader = connection, reader
-
-    def pieces(self, now: float) -> list[Piece]:
-        """Read once: the pieces that are complete. At the end of the stream the rest is one, too."""
-        data = self.connection.receive(now)
-        reader = self.reader
-        reader.loop.store.add("sems_mitm_bytes_total", len(data), f'direction="{reader.wire.name}"')
-        pieces = reader.framer.feed(data, now)
-        return pieces + reader.framer.close() if self.connection.ended else pieces
-
-    def read(self, now: float) -> list[Message]:
-        """Read once: the messages that are complete."""
-        return self.reader.recognized(self.pieces(now), now)
-
-    def rest(self, now: float) -> list[Message]:
-        """The messages that the kernel still has from a peer to which nothing can be sent any more."""
-        found: list[Message] = []
-        while self.connection.error and not self.connection.ended:
-            found += self.read(now)
-        return found
-
-    def overdue(self, now: float) -> list[Message]:
-        """The messages of an unfinished frame whose end has not come in time."""
-        return self.reader.recognized(self.reader.framer.expire(now), now) if self.reader.framer.rest else []
-
-
 class DevicePeer(Peer):
-    """A device's connection: it can be a loop, or be a stranger, which does not speak this protocol."""
+    """A device. Its connection can be a loop; or it is a stranger, which does not speak this protocol."""
 
     def __init__(self, loop: Loop, sock: socket.socket, owner: Owner, name: str, now: float) -> None:
-        super().__init__(Connection(loop, sock, owner, Outbox(), now), Reader(OUTBOUND, loop, name, set()))
-        self.host = name.rpartition(":")[0].strip("[]")
+        super().__init__(loop, OUTBOUND, name, set())
+        self.connection = Connection(loop, sock, owner, Outbox(), now)
         self.is_loop = False
         # when it connected; inf once it was named a stranger; None once its first piece is complete
         self._began: float | None = now
@@ -2584,28 +2570,30 @@ class DevicePeer(Peer):
 
     def overdue(self, now: float) -> list[Message]:
         """See to deadlines: an unfinished frame, a silent device, one that takes nothing."""
-        connection, framer, patience = self.connection, self.reader.framer, PATIENCE[OUTBOUND.name]
+        connection, framer, window = self.connection, self.framer, LOOP_WINDOW + PATIENCE[OUTBOUND.name]
         if self._began is not None and now - self._began >= STRANGER and not framer.rest:
             self._began = math.inf
-            self.reader.loop.store.name_stranger(self.host, "nothing", now)
+            self._name_stranger("nothing", now)
         if self._began is not None and len(framer.rest) >= OPENING:  # an unfinished frame can be ours, too
-            self.is_loop = self.reader.loop.portal.has_sent(framer.rest, self.reader.name, LOOP_WINDOW + patience, now)
+            self.is_loop = self.loop.portal.is_sent_back(framer.rest, self.name, window, now)
         pieces = framer.expire(now)
         is_silent = not connection.ended and now - connection.heard >= SILENCE
         if is_silent or connection.is_stalled(now):
             connection.ended, connection.error = True, TimeoutError()
             pieces += framer.close()
-        return self._checked(pieces, LOOP_WINDOW + patience, now)
+        return self._checked(pieces, window, now)
 
     def _checked(self, pieces: list[Piece], window: float, now: float) -> list[Message]:
         """The messages of pieces; none if the first piece of the connection has left for the portal within a window."""
         if pieces and self._began is not None:
-            self._began = None
-            loop, (_, first) = self.reader.loop, pieces[0]
+            self._began, (_, first) = None, pieces[0]
             if first.startswith(b"\x16\x03"):  # a TLS record with a client hello
-                loop.store.name_stranger(self.host, "tls", now)
-            self.is_loop = loop.portal.has_sent(first, self.reader.name, window, now)
-        return [] if self.is_loop else self.reader.recognized(pieces, now)
+                self._name_stranger("tls", now)
+            self.is_loop = self.loop.portal.is_sent_back(first, self.name, window, now)
+        return [] if self.is_loop else self.recognized(pieces, now)
+
+    def _name_stranger(self, said: str, now: float) -> None:
+        self.loop.store.name_stranger(self.name.rpartition(":")[0].strip("[]"), said, now)
 
 
 # --------------------------------------------------------------------------------- network: the way to the portal
@@ -2623,8 +2611,8 @@ class Portal:
     def __init__(self, loop: Loop) -> None:
         self.loop = loop
         self.up: int | None = None  # whether the last attempt of any link succeeded, and its connection was not lost
-        self.links: dict[str, PortalLink] = {}  # that are connected, by our HOST:PORT of the connection
-        self.sent = SentFrames()  # by spools
+        # of each link that is connected: how its last writes began, and when
+        self.writes: dict[PortalLink, collections.deque[tuple[bytes, float]]] = {}
         self._refused: dict[int, float] = {}  # hashes of openings that were refused as a loop, and when
         self._waiting: dict[PortalLink, None] = {}  # for the look-up that is under way
         self._is_looking = False  # in a thread
@@ -2633,9 +2621,9 @@ class Portal:
     def look_up(self, link: PortalLink, now: float) -> None:
         """Have the link's `addressed` called with the portal's addresses, or with what prevents it."""
         host, port = self.loop.settings.upstream
-        found, came = self._late
+        late, came = self._late
         self._late = ([], -math.inf)
-        known = literal_addresses(host, port) or (found if now - came < 2 * BACKOFF[1] else [])
+        known = literal_addresses(host, port) or (late if now - came < 2 * BACKOFF[1] else [])
         if known:
             return link.addressed(known, now)
         self._waiting[link] = None
@@ -2648,29 +2636,30 @@ class Portal:
 
     def _resolve(self, host: str, port: int) -> None:
         """In a thread: a look-up can take long. There is one at a time, so that one that hangs costs one thread."""
-        found: list[Endpoint] | Exception
+        answer: list[Endpoint] | Exception
         try:
-            found = resolve(host, port, self.loop.settings.upstream_dns)
+            answer = resolve(host, port, self.loop.settings.upstream_dns)
         except Exception as error:
-            found = error
-        self.loop.mailbox.put(functools.partial(self._resolved, found))
+            answer = error
+        self.loop.mailbox.put(functools.partial(self._resolved, answer))
 
-    def _resolved(self, found: list[Endpoint] | Exception, now: float) -> None:
+    def _resolved(self, answer: list[Endpoint] | Exception, now: float) -> None:
         """Called when the look-up has ended."""
         self._is_looking = False
         waiting, self._waiting = self._waiting, {}
-        if isinstance(found, list) and not waiting:
-            self._late = (found, now)
+        if isinstance(answer, list) and not waiting:
+            self._late = (answer, now)
         for link in waiting:
-            answer = found if isinstance(found, (list, Unresolved)) else Unresolved("other", "the look-up failed")
+            result = answer if isinstance(answer, (list, Unresolved)) else Unresolved("other", "the look-up failed")
             self.loop.touch(link.owner)
-            self.loop.do("a look-up's result", link.owner, link.addressed, answer, now)
-        if isinstance(found, Exception) and not isinstance(found, Unresolved):
-            raise found
+            self.loop.do("a look-up's result", link.owner, link.addressed, result, now)
+        if isinstance(answer, Exception) and not isinstance(answer, Unresolved):
+            raise answer
 
-    def wait_no_more(self, link: PortalLink) -> None:
-        """Called when a link's attempt has ended."""
+    def disconnected(self, link: PortalLink) -> None:
+        """Called when a link waits for no look-up and has no connection any more."""
         self._waiting.pop(link, None)
+        self.writes.pop(link, None)
 
     def is_own(self, endpoint: Endpoint) -> bool:
         """Whether an address is one where this exporter listens."""
@@ -2678,7 +2667,7 @@ class Portal:
         own = {sock.getsockname()[:2] for listener in self.loop.listeners for sock in listener.sockets}
         return any((name, port) in own for name in ("0.0.0.0", "::", host)) and is_this_machine(host)
 
-    def has_sent(self, piece: bytes, peer: str, window: float, now: float) -> bool:
+    def is_sent_back(self, piece: bytes, peer: str, window: float, now: float) -> bool:
         """Whether a device's connection begins with the bytes of a recent write of ours to the portal: then it is a loop.
 
         If its address is our own end of that connection, it is certainly one. Else it counts once, and only within
@@ -2686,21 +2675,21 @@ class Portal:
         """
         self._refused = {key: at for key, at in self._refused.items() if now - at < RETURN_WINDOW}
         opening, is_frame = piece[:OPENING], piece.startswith(OUTBOUND.prefix)
-        for end, link in self.links.items():
-            for sent, at in link.writes:
+        for link, writes in self.writes.items():
+            for sent, at in writes:
                 size = min(len(sent), len(opening))
                 if sent[:size] != opening[:size] or size < (OPENING if is_frame else 1):
                     continue
-                if end == peer:
+                if link.end == peer:
                     return True
                 if now - at <= window and hash(opening) not in self._refused:
                     self._refused[hash(opening)] = now
                     return True
         return False
 
-    def connected(self, link: PortalLink, end: str, now: float) -> None:
-        """Called when a link is connected; end: our HOST:PORT."""
-        self.links[end] = link
+    def connected(self, link: PortalLink, now: float) -> None:
+        """Called when a link is connected."""
+        self.writes[link] = collections.deque(maxlen=WRITES)
         if not self.up:
             text = f"connected to the portal {self.loop.settings.upstream_text}"
             self.loop.store.troubles.say("portal there", text, now, level=logging.INFO)
@@ -2727,42 +2716,40 @@ class PortalLink:
     def __init__(self, loop: Loop, owner: Owner, name: str, classes: set[int]) -> None:
         self.loop, self.owner = loop, owner
         self.outbox = Outbox()
+        self.peer = Peer(loop, INBOUND, name, classes)
         self.state, self.was_lost, self.has_sent = IDLE, False, False  # has_sent: anything, on any connection
-        self.peer: Peer | None = None
         self.end = ""  # our HOST:PORT of the connection
-        self.writes: collections.deque[tuple[bytes, float]] = collections.deque(maxlen=WRITES)  # first bytes, when
-        self.reader = Reader(INBOUND, loop, name, classes)
-        self._since = 0.0  # when the state began
-        self._addresses: list[Endpoint] = []  # of the attempt, still to be tried
-        self._patience = float(CONNECT_TIMEOUT)  # s for each
-        self._backoff, self._retry = float(BACKOFF[0]), 0.0  # s until the next attempt; when it can begin
+        self._until = 0.0  # when the wait, the look-up or the attempt to connect is over
+        self._addresses: list[tuple[Endpoint, float]] = []  # still to be tried, and for how long
+        self._backoff = float(BACKOFF[0])  # s until the next attempt
 
     def can_begin(self, now: float) -> bool:
         """Whether there is no attempt and no connection, and the wait is over."""
-        return self.state == IDLE and now >= self._retry
+        return self.state == IDLE and now >= self._until
 
     def reach(self, now: float) -> None:
         """Begin an attempt if that is possible."""
         if self.can_begin(now):
-            self.state, self._since = LOOKING, now
+            self.state, self._until = LOOKING, now + CONNECT_TIMEOUT
             self.loop.portal.look_up(self, now)
 
-    def addressed(self, found: list[Endpoint] | Unresolved, now: float) -> None:
+    def addressed(self, answer: list[Endpoint] | Unresolved, now: float) -> None:
         """Called when the portal's addresses are known, or cannot be known."""
         if self.state != LOOKING:
             return
-        if isinstance(found, Unresolved):
-            return self._fail(found.reason, str(found), now)
-        self._addresses = list(found[:ADDRESSES])
-        self._patience = CONNECT_TIMEOUT / (2 if len(self._addresses) > 1 else 1)
+        if isinstance(answer, Unresolved):
+            return self._fail(answer.reason, str(answer), now)
+        patience = CONNECT_TIMEOUT / (2 if len(answer) > 1 else 1)
+        self._addresses = [(endpoint, patience) for endpoint in answer[:ADDRESSES]]
         self._try_next("other", "it has no address", now)
 
     def _try_next(self, reason: str, text: str, now: float) -> None:
         """Connect to the next address; behind the last, the attempt has failed for this reason."""
         self._disconnect()
         while self._addresses:
-            endpoint = self._addresses.pop(0)
+            endpoint, patience = self._addresses.pop(0)
             try:
+                self._until = now + patience
                 return self._connect(endpoint, now)
             except OSError as error:
                 self._disconnect()
@@ -2776,69 +2763,64 @@ class PortalLink:
             change = "check --sems.upstream and --sems.upstream-dns"
             raise Unresolved("loop", f"its address {where} is this exporter's own: {change}")
         sock = with_small_buffers(socket.socket(endpoint.family, socket.SOCK_STREAM))
-        connection = Connection(self.loop, sock, self.owner, self.outbox, now)
-        self.reader.framer = Framer(INBOUND)
-        self.peer = Peer(connection, self.reader)
-        self.state, self._since = CONNECTING, now
+        self.peer.connection = Connection(self.loop, sock, self.owner, self.outbox, now)
+        self.peer.framer, self.state = Framer(INBOUND), CONNECTING
         tuned(sock, 20, 10, STALL)
         code = sock.connect_ex(endpoint.sockaddr)
         if code not in (0, errno.EINPROGRESS):
             raise OSError(code, os.strerror(code))
         self.end = endpoint_text(sock.getsockname())
-        connection.watch(False, writing=True)
+        self.peer.connection.watch(False, connecting=True)
 
     def ready(self, events: int, now: float) -> list[Message]:
         """Called when the socket is ready: what the portal sent."""
-        assert self.peer
-        connection = self.peer.connection
+        connection, messages = self.peer.connection, []
         if self.state == CONNECTING:
             code = connection.sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
             if code:
                 self._try_next(reason_of(OSError(code, "")), os.strerror(code), now)
             else:
-                self.state, self._since = UP, now
-                self.loop.portal.connected(self, self.end, now)
+                self.state = UP
+                self.loop.portal.connected(self, now)
         elif events & selectors.EVENT_READ:
             messages = self.peer.read(now)
             if messages or not connection.ended:
                 self._backoff = BACKOFF[0]  # it answers: the next attempt need not wait long
             self._notice_end(now)
-            return messages
-        return []
+        return messages
 
     def write(self, now: float) -> list[Message]:
         """Send what the portal takes; if it is gone, what it still sent."""
-        if self.state != UP or not self.peer or not self.outbox.size:
+        if self.state != UP or not self.outbox.size:
             return []
         self.has_sent = True
-        self.writes.append((self.outbox.first()[:OPENING], now))
+        self.loop.portal.writes[self].append((self.outbox.first()[:OPENING], now))
         self.peer.connection.send(now)
         messages = self.peer.rest(now)
         self._notice_end(now)
         return messages
 
     def _notice_end(self, now: float) -> None:
-        if self.peer and self.peer.connection.ended:
+        if self.peer.connection.ended:
             self.lose(self.peer.connection.error, now)
 
     def watch(self, reading: bool) -> None:
         """Have the selector wait for the portal: until it has connected, sends, takes what waits."""
-        if self.peer:
-            self.peer.connection.watch(reading and self.state == UP, writing=self.state == CONNECTING)
+        if self.state in (CONNECTING, UP):
+            self.peer.connection.watch(reading and self.state == UP, connecting=self.state == CONNECTING)
 
     def overdue(self, now: float) -> list[Message]:
         """See to deadlines: an unfinished frame, an attempt that takes too long, a portal that takes nothing."""
-        waited = now - self._since
-        if self.state == LOOKING and waited >= CONNECT_TIMEOUT:
-            self._fail("dns", f"the name servers have not answered for {CONNECT_TIMEOUT} s", now)
-        elif self.state == CONNECTING and waited >= self._patience:
-            self._try_next("timeout", f"no answer for {self._patience:.0f} s", now)
-        elif self.state == UP and self.peer:
+        messages: list[Message] = []
+        if self.state == UP:
             messages = self.peer.overdue(now)
             if self.peer.connection.is_stalled(now):
                 self.lose(TimeoutError(errno.ETIMEDOUT, "it takes nothing"), now)
-            return messages
-        return []
+        elif self.state == LOOKING and now >= self._until:
+            self._fail("dns", f"the name servers have not answered for {CONNECT_TIMEOUT} s", now)
+        elif self.state == CONNECTING and now >= self._until:
+            self._try_next("timeout", "it does not answer", now)
+        return messages
 
     def _fail(self, reason: str, text: str, now: float) -> None:
         """The attempt has failed."""
@@ -2854,18 +2836,15 @@ class PortalLink:
     def drop(self, now: float) -> None:
         """Have no connection, and begin no attempt before the wait is over."""
         self._disconnect()
-        self.was_lost = True
-        self._retry = now + self._backoff * random.uniform(0.7, 1)
+        self.state, self.was_lost = IDLE, True
+        self._until = now + self._backoff * random.uniform(0.7, 1)
         self._backoff = min(2 * self._backoff, BACKOFF[1])
-        self.state = IDLE
 
     def _disconnect(self) -> None:
-        self.loop.portal.wait_no_more(self)
-        if self.loop.portal.links.get(self.end) is self:
-            del self.loop.portal.links[self.end]
-        if self.peer:
+        self.loop.portal.disconnected(self)
+        if self.state in (CONNECTING, UP):
             self.peer.connection.close()
-        self.peer, self.end = None, ""
+        self.end = ""
 
 
 # ----------------------------------------------------------------------------------------------------------- modes
@@ -2890,7 +2869,7 @@ class Relay:
     def __init__(self, loop: Loop, sock: socket.socket, name: str, now: float) -> None:
         self.loop = loop
         self.device = DevicePeer(loop, sock, self, name, now)
-        self.link = PortalLink(loop, self, name, self.device.reader.classes)
+        self.link = PortalLink(loop, self, name, self.device.classes)
         self._is_away = False  # the portal: set by settle when the link was lost, cleared when it is connected
         self._deadline: float | None = None  # when all ends, behind the device's end
         self._is_half_closed = False  # towards the portal
@@ -2910,20 +2889,17 @@ class Relay:
 
     def _pass_outward(self, messages: list[Message], now: float) -> None:
         """Queue what the device sent for the portal."""
-        outbox, decide, draws = self.link.outbox, self.device.reader.decide, self.loop.store.batsignal
+        outbox, draws = self.link.outbox, self.loop.store.batsignal
         for message in messages:
             _, piece, where, _ = message
-            if where is None:
-                if not self._is_away:
-                    outbox.put(piece)
-                decide(message, "dropped" if self._is_away else "forwarded")
-                continue
-            drawn = with_bat(piece) if draws and draws_bat(where) else None
-            outbox.put(drawn or piece)
-            decide(message, "rewritten" if drawn else "forwarded")
-            self.link.reach(now)
-        if self._is_away:
-            self._bound_queue()
+            passes = bool(where) or not self._is_away
+            drawn = with_bat(piece) if draws and where and draws_bat(where) else None
+            if passes:
+                outbox.put(drawn or piece)
+            self.device.decide(message, "rewritten" if drawn else "forwarded" if passes else "dropped")
+            if where:
+                self.link.reach(now)
+        self._bound_queue()
 
     def _pass_inward(self, messages: list[Message]) -> None:
         """Queue what the portal is allowed to send for the device."""
@@ -2934,15 +2910,22 @@ class Relay:
                 self.device.connection.outbox.put(piece)
             if passes and meaning == "ack" and where:
                 self.loop.store.answered(where.owner, ACKS)
-            self.link.reader.decide(message, "forwarded" if passes else "dropped")
+            self.link.peer.decide(message, "forwarded" if passes else "dropped")
 
     def _bound_queue(self) -> None:
         """Bound what waits for an absent portal."""
-        self.shed(self.link.outbox.size - QUEUE)
+        if self._is_away and self.link.outbox.size > QUEUE:
+            self.shed(self.link.outbox.size - QUEUE)
 
-    def shed(self, excess: int) -> None:
-        """Drop the oldest frames for the portal, so many bytes of them."""
+    def shed(self, excess: int) -> int:
+        """Free so many bytes, or some: drop the oldest frames for the portal; where none is left, end a device that
+        takes no answers. How many bytes that frees."""
+        before = self.waiting
         self.loop.store.add("sems_mitm_queue_dropped_packets_total", self.link.outbox.shed(excess))
+        if self.waiting < before:
+            return before - self.waiting
+        self.close()
+        return before
 
     def settle(self, now: float) -> None:
         """Send what waits, both ways; wait for what can come next, or end."""
@@ -2973,7 +2956,7 @@ class Relay:
             self._deadline = self._deadline or now + LAST_ATTEMPT
         elif not self.link.has_sent and not self.link.outbox.size:
             return True
-        elif self.link.peer and not self.link.outbox.size and not self._is_half_closed:
+        elif not self.link.outbox.size and not self._is_half_closed:
             self.link.peer.connection.half_close()
             self._is_half_closed, self._deadline = True, now + LINGER
         return False
@@ -2984,7 +2967,7 @@ class Relay:
             return self.close()
         self._pass_outward(self.device.overdue(now), now)
         self._pass_inward(self.link.overdue(now))
-        is_waiting = self.link.outbox.size or self.device.reader.framer.rest and not self._is_away
+        is_waiting = self.link.outbox.size or self.device.framer.rest and not self._is_away
         if is_waiting and not self.device.is_loop:
             self.link.reach(now)
 
@@ -3061,7 +3044,7 @@ class Answerer:
                     verdict = "forwarded"
                 if spools:
                     spools.answered(frame, where, reply)
-            self.device.reader.decide(message, verdict)
+            self.device.decide(message, verdict)
 
     def look(self, now: float) -> None:
         """See to deadlines."""
@@ -3070,14 +3053,20 @@ class Answerer:
     def close(self) -> None:
         """Close the socket, and be forgotten."""
         for message, _ in self._messages:
-            self.device.reader.decide(message, "dropped")
+            self.device.decide(message, "dropped")
         self._messages.clear()
         self.device.connection.close()
         self.loop.forget(self)
 
 
-# A frame of a spool that is under way: its row without the frame, its size and hash; when it was sent, as which one.
-UnderWay = collections.namedtuple("UnderWay", "row size key at number")
+class UnderWay:
+    """A frame of a spool that is under way: its row without the frame, its size and hash, and when it was sent."""
+
+    __slots__ = ("at", "is_passed_over", "key", "row", "size")
+
+    def __init__(self, row: Row, now: float) -> None:
+        self.row, self.size, self.key, self.at = row._replace(frame=b""), len(row.frame), hash(row.frame), now
+        self.is_passed_over = False  # a frame that was sent later is acknowledged
 
 
 class SpoolSender:
@@ -3087,24 +3076,19 @@ class SpoolSender:
     connection ends is sent again on the next.
     """
 
-    def __init__(self, loop: Loop, table: SpoolTable, serial: str, now: float) -> None:
-        self.loop, self.table, self.serial = loop, table, serial
+    def __init__(self, spools: Spools, serial: str, now: float) -> None:
+        self.spools, self.loop, self.serial = spools, spools.loop, serial
         self.heard = now  # when its device's last frame came
-        self._last = table.types(serial)  # of each type, the last id in the table
+        self._last = spools.table.types(serial)  # of each type, the last id in the table
         self._sent: dict[str, int] = {}  # of each type, the last id that was sent on this connection
-        # hashes of the newest frames that wait
-        self._newest = dict.fromkeys(map(hash, table.newest(serial, self._last)))
+        self._newest = dict.fromkeys(map(hash, spools.table.newest(serial, self._last)))  # of the frames that wait
         self._under_way: list[UnderWay] = []  # oldest first
         self._answered = -math.inf  # when the portal last acknowledged a frame on this connection
-        self._reached = 0  # the number of the last frame that it has acknowledged there
         # frames that were put behind: id to type, and until when they are not sent again on this connection
         self._behind: dict[int, tuple[str, float]] = {}
-        self._own_answers: collections.deque[bytes] = collections.deque(
-            maxlen=WINDOW
-        )  # which we gave to frames under way
-        self._numbers = itertools.count(1)  # of frames, in the order in which they are sent
+        self._own_answers: collections.deque[bytes] = collections.deque(maxlen=WINDOW)  # to frames under way
         classes = {int(kind[:2], 16) for kind in self._last if kind != NO_ANSWER}
-        self.link = PortalLink(loop, self, serial, classes)
+        self.link = PortalLink(self.loop, self, serial, classes)
 
     @property
     def waiting(self) -> int:
@@ -3114,7 +3098,7 @@ class SpoolSender:
     @property
     def undelivered(self) -> int:
         """Bytes that the portal has not acknowledged."""
-        total = self.table.totals.get(self.serial)
+        total = self.spools.table.totals.get(self.serial)
         return total.bytes if total else 0
 
     # Frames come
@@ -3125,9 +3109,9 @@ class SpoolSender:
 
     def put(self, frame: bytes, where: Address) -> None:
         """Keep a new frame."""
-        self.link.reader.classes.add(where.cls)
+        self.link.peer.classes.add(where.cls)
         kind = where.type if where.function in DATA else NO_ANSWER
-        self._last[kind] = self.table.put(self.serial, kind, frame)
+        self._last[kind] = self.spools.table.put(self.serial, kind, frame)
         self._newest[hash(frame)] = None
         if len(self._newest) > NEWEST:
             del self._newest[next(iter(self._newest))]
@@ -3156,25 +3140,26 @@ class SpoolSender:
                 self._own_answers.remove(piece)
             elif meaning in ("ack", "nack") and where and where.serial == self.serial:
                 self._note_answer(kind, meaning == "ack", now)
-            self.link.reader.decide(message, "dropped")
+            self.link.peer.decide(message, "dropped")
 
     def _note_answer(self, kind: str, is_ack: bool, now: float) -> None:
         """The portal has acknowledged or refused the oldest unanswered frame of a type."""
-        frame = next((frame for frame in self._under_way if frame.row.type == kind), None)
-        if not frame:
+        at = next((at for at, frame in enumerate(self._under_way) if frame.row.type == kind), None)
+        if at is None:
             return
-        if is_ack:
-            self._answered, self._reached = now, max(self._reached, frame.number)
-            self.table.totals[self.serial].acked += 1
-            self._deliver(frame)
-        else:
-            self._put_behind(frame, now)
+        if not is_ack:
+            return self._put_behind(self._under_way[at], now)
+        self._answered = now
+        self.spools.table.totals[self.serial].acked += 1
+        for frame in self._under_way[:at]:
+            frame.is_passed_over = True
+        self._deliver(self._under_way[at])
 
     def _deliver(self, frame: UnderWay) -> None:
         """A frame is done with."""
         self._under_way.remove(frame)
         self._newest.pop(frame.key, None)
-        self.table.deliver(self.serial, frame.row, frame.size)
+        self.spools.table.deliver(self.serial, frame.row, frame.size)
 
     def _put_behind(self, frame: UnderWay, now: float) -> None:
         """Let a frame that the portal does not like wait behind all others; at the third count against it, give it up.
@@ -3182,32 +3167,31 @@ class SpoolSender:
         It counts only if the portal has acknowledged another frame since the last count: a portal that likes nothing
         costs no frame.
         """
-        row, acked = frame.row, self.table.totals[self.serial].acked
-        is_counted = acked > row.mark
-        if is_counted and row.count + 1 >= GIVEN_UP:
-            data = self.table.frame(self.serial, row)
-            text = f"gave up a packet of {self.serial}, type {row.type}, that the portal does not accept"
-            self.loop.store.troubles.say("given up", f"{text}: {data[:LOG_HEX].hex()}", now, level=logging.ERROR)
+        table, row = self.spools.table, frame.row
+        count, mark, acked = row.count, row.mark, table.totals[self.serial].acked
+        if acked > mark:
+            count, mark = count + 1, acked
+        if count >= GIVEN_UP:
+            data = table.frame(self.serial, row)[:LOG_HEX].hex()
+            text = f"gave up a packet of {self.serial}, type {row.type}, that the portal does not accept: {data}"
+            self.loop.store.troubles.say("given up", text, now, level=logging.ERROR)
             self.loop.store.add("sems_mitm_undeliverable_packets_total")
             return self._deliver(frame)
         self._under_way.remove(frame)
-        count, mark = (row.count + 1, acked) if is_counted else (row.count, row.mark)
-        self._last[row.type] = self.table.move_behind(self.serial, row, count, mark)
+        self._last[row.type] = table.move_behind(self.serial, row, count, mark)
         self._behind[self._last[row.type]] = (row.type, now + ANSWER_TIMEOUT)
 
     # Frames go
 
     def settle(self, now: float) -> None:
         """See to a lost connection; send what waits, as much as can be under way; wait for what can come next."""
-        if self.link.was_lost:
-            self._start_anew(now)
         if self.link.state == UP:
             self._send(now)
             self._take(self.link.write(now), now)
-            if self.link.state == UP and not self.link.outbox.size:  # what gets no answer is done once sent
-                for frame in [frame for frame in self._under_way if frame.row.type == NO_ANSWER]:
-                    self._deliver(frame)
-                    self.loop.touch(self)  # the next can go
+        if self.link.state == UP and not self.link.outbox.size:  # what gets no answer is done once sent
+            for frame in [frame for frame in self._under_way if frame.row.type == NO_ANSWER]:
+                self._deliver(frame)
+                self.loop.touch(self)  # the next can go
         if self.link.was_lost:
             self._start_anew(now)
         if self.undelivered and self.link.can_begin(now) and self._next(now):
@@ -3220,15 +3204,12 @@ class SpoolSender:
         self.link.was_lost = False
         self.link.outbox.restart(lambda piece: False)
         unanswered = [frame for frame in self._under_way if frame.row.type != NO_ANSWER]
-        self._behind.clear()
         if unanswered and self._answered == -math.inf:
             self.loop.portal.up = 0
             self._put_behind(unanswered[0], now)
-            self._behind.clear()
-        self._under_way.clear()
-        self._own_answers.clear()
-        self._sent.clear()
-        self._answered, self._reached = -math.inf, 0
+        for of_connection in (self._behind, self._under_way, self._own_answers, self._sent):
+            of_connection.clear()
+        self._answered = -math.inf
 
     def _send(self, now: float) -> None:
         """Queue the next frames for the portal."""
@@ -3242,23 +3223,22 @@ class SpoolSender:
             self._sent[row.type] = row.id
             drawn = with_bat(row.frame) if draws and draws_bat(address_of(row.frame, OUTBOUND)) else None
             outbox.put(drawn or row.frame)
-            self.loop.portal.sent.note(drawn or row.frame, now)
-            frame = UnderWay(row._replace(frame=b""), len(row.frame), hash(row.frame), now, next(self._numbers))
-            self._under_way.append(frame)
+            self.spools.sent.note(drawn or row.frame, now)
+            self._under_way.append(UnderWay(row, now))
 
     def _next(self, now: float) -> Row | None:
         """The next frame to send: the oldest. If its type has WINDOW_OF_TYPE unanswered, none for HESITATION s; then
         other types go first."""
-        skipped = {*self._behind, *(frame.row.id for frame in self._under_way)}
+        table, skipped = self.spools.table, {*self._behind, *(frame.row.id for frame in self._under_way)}
         rows = []
         for kind, last in self._last.items():
             unanswered = [frame.at for frame in self._under_way if frame.row.type == kind]
             is_full = len(unanswered) >= WINDOW_OF_TYPE
             after = self._sent.get(kind, 0)
             if after < last and not (is_full and now - unanswered[0] >= HESITATION):
-                row = self.table.next(self.serial, kind, after)
+                row = table.next(self.serial, kind, after)
                 while row and row.id in skipped:
-                    row = self.table.next(self.serial, kind, row.id)
+                    row = table.next(self.serial, kind, row.id)
                 rows += [(row.id, is_full, row)] if row else []
         _, is_full, row = min(rows, default=(0, True, None))
         return None if is_full else row
@@ -3267,9 +3247,8 @@ class SpoolSender:
 
     def look(self, now: float) -> None:
         """See to deadlines: a spool without work, answers that do not come."""
-        if not self.undelivered and now - self.heard >= SILENCE and self.loop.spools:
-            self.loop.spools.forget(self)
-            return
+        if not self.undelivered and now - self.heard >= SILENCE:
+            return self.spools.forget(self)
         self._take(self.link.overdue(now), now)
         for at, (kind, until) in list(self._behind.items()):
             if now >= until:
@@ -3277,7 +3256,7 @@ class SpoolSender:
                 self._sent[kind] = min(self._sent.get(kind, 0), at - 1)
         late = [frame for frame in self._under_way if now - frame.at >= ANSWER_TIMEOUT and frame.row.type != NO_ANSWER]
         for frame in late:
-            if frame.number < self._reached:  # frames behind it were answered: it is this one
+            if frame.is_passed_over:  # it is this one
                 self._put_behind(frame, now)
             elif now - self._answered >= ANSWER_TIMEOUT:
                 text = f"no answer to a packet of {self.serial} for {ANSWER_TIMEOUT} s"
@@ -3286,63 +3265,57 @@ class SpoolSender:
                 return self.link.lose(None, now)
 
     def close(self) -> None:
-        """End the connection, and be forgotten; what is spooled stays, and `Spools.wake` makes another sender for
-        it."""
+        """End the connection, and be forgotten; what is spooled stays, and `Spools.wake` makes another sender for it."""
         self.link.drop(time.monotonic())
-        if self.loop.spools:
-            self.loop.spools.senders.pop(self.serial, None)
+        self.spools.senders.pop(self.serial, None)
         self.loop.forget(self)
 
 
 class Spools:
-    """Mode spool: the table of all spools, and a sender for each serial number that has something in it, or a
-    device."""
+    """Mode spool: the table of all spools, and a sender for each serial number that has something in it, or a device."""
 
     def __init__(self, loop: Loop, table: SpoolTable) -> None:
         self.loop, self.table = loop, table
         self.senders: dict[str, SpoolSender] = {}
+        self.sent = SentFrames()
 
     def wake(self, now: float) -> None:
         """Have senders for what the table holds, as many as can be active; called at the start and once a second."""
         for serial, total in self.table.totals.items():
-            if total.bytes and serial not in self.senders and len(self.senders) < self.loop.settings.max_connections:
+            if total.bytes:
                 self._sender(serial, now)
 
+    def _sender(self, serial: str, now: float) -> SpoolSender | None:
+        """The sender of a serial number, made if it is not there; None if as many as can be are active."""
+        if serial not in self.senders and len(self.senders) < self.loop.settings.max_connections:
+            sender = self.senders[serial] = SpoolSender(self, serial, now)
+            self.loop.owners[sender] = None
+            self.loop.touch(sender)
+        return self.senders.get(serial)
+
     def take(self, frame: bytes, where: Address, now: float) -> str:
-        """What becomes of a device's good frame. What is kept can be answered once the table has stored this
-        round's."""
-        sender, departure = self.senders.get(where.serial), self.loop.portal.sent.departure(frame)
+        """What becomes of a device's good frame. What is kept can be answered once the table has stored this round's."""
+        sender = self.senders.get(where.serial)
         waits = sender is not None and sender.has(frame)
-        # Came in within a minute of leaving: a loop. A frame that still waits is sent again and again, which would renew
-        # that minute for ever; so for it the first departure counts, for any other the latest.
-        left = (departure.first if waits else departure.latest) if departure else -math.inf
-        if now - left < RETURN_WINDOW:
+        if self.sent.is_back(frame, waits, now):
             return COMES_BACK
         if not waits:
-            is_active = sender or len(self.senders) < self.loop.settings.max_connections
-            if not is_active or not self.table.has_room(where.serial, len(frame)):
+            sender = self._sender(where.serial, now) if self.table.has_room(where.serial, len(frame)) else None
+            if not sender:
                 text = f"the spool has no room for a packet of {where.serial}, or cannot store it: it is not acknowledged, and stays the device's"
                 self.loop.store.troubles.say("spool full", text, now)
                 return REFUSED
-            sender = sender or self._sender(where.serial, now)
             sender.put(frame, where)
-            self.loop.portal.sent.forget(frame)
+            self.sent.forget(frame)
         if sender:
             sender.heard = now
             self.loop.touch(sender)
         return KEPT
 
-    def _sender(self, serial: str, now: float) -> SpoolSender:
-        sender = self.senders[serial] = SpoolSender(self.loop, self.table, serial, now)
-        self.loop.owners[sender] = None
-        self.loop.touch(sender)
-        return sender
-
     def answered(self, frame: bytes, where: Address, reply: bytes) -> None:
         """Called when a device has got an answer."""
-        sender = self.senders.get(where.serial)
-        if sender:
-            sender.answered(frame, reply)
+        if where.serial in self.senders:
+            self.senders[where.serial].answered(frame, reply)
 
     def forget(self, sender: SpoolSender) -> None:
         """Called when a sender has nothing to deliver, and its device has gone."""
@@ -3468,28 +3441,24 @@ class Loop:
         self.owners: dict[Owner, None] = {}
         self.portal = Portal(self)
         self.spools: Spools | None = None
-        self.listeners: list[Listener] = []
-        with contextlib.ExitStack() as resources:  # closed, the last first, by `close`, or now if one cannot be had
-            self.selector = selectors.DefaultSelector()
-            resources.callback(self.selector.close)
-            self.mailbox = Mailbox(self)
-            resources.callback(self.mailbox.close)
-            self.listeners.append(Listener(self, listeners(*settings.listen_address), self._admit))
-            resources.callback(self.listeners[0].close)
-            if settings.mode == SPOOL:
-                self.spools = Spools(self, SpoolTable(settings.spool_file, store))
-                resources.callback(self.spools.table.close)
-            self.resources = resources.pop_all()
+        self.listeners: list[Listener] = []  # none once it is to stop
         self.every_second: list[Callable[[float], object]] = [store.look]
-        self.is_stopping = False
         self._touched: dict[Owner, None] = {}  # owners that settle at the end of the round
         self._next_look = 0.0
+        self.selector = selectors.DefaultSelector()
+        self.mailbox = Mailbox(self)
+        try:
+            self.listeners.append(Listener(self, listeners(*settings.listen_address), self._admit))
+            if settings.mode == SPOOL:
+                self.spools = Spools(self, SpoolTable(settings.spool_file, store))
+                self.spools.wake(time.monotonic())
+        except BaseException:
+            self.close()
+            raise
         store.gauges["sems_mitm_queue_bytes"] = self._queue_bytes
         store.gauges["sems_mitm_device_connections"] = self.device_connections
-        store.gauges["sems_mitm_upstream_connections"] = lambda: len(self.portal.links)
+        store.gauges["sems_mitm_upstream_connections"] = lambda: len(self.portal.writes)
         store.gauges["sems_mitm_upstream_up"] = lambda: self.portal.up
-        if self.spools:
-            self.spools.wake(time.monotonic())
 
     def device_connections(self) -> int:
         """How many devices are connected."""
@@ -3551,7 +3520,7 @@ class Loop:
 
     def refuse(self, owner: Relay | Answerer, reason: str, now: float) -> None:
         """Count and log a device's connection that is refused, and close it."""
-        self._say_refused(reason, owner.device.reader.name, now)
+        self._say_refused(reason, owner.device.name, now)
         owner.close()
 
     def _say_refused(self, reason: str, name: str, now: float) -> None:
@@ -3565,19 +3534,21 @@ class Loop:
         """Serve until `stop`, then send what is queued."""
         for listener in self.listeners:
             listener.open()
-        while not self.is_stopping:
+        while self.listeners:
             self._round(math.inf)
         self._finish()
 
     def stop(self) -> None:
         """End `run`; for signal handlers and other threads."""
-        self.is_stopping = True
-        self.mailbox.put(bool)  # nothing to do but wake
+        self.mailbox.put(self._stop_listening)
+
+    def _stop_listening(self, now: float) -> None:
+        while self.listeners:
+            self.listeners.pop().close()
 
     def reopen(self) -> None:
         """Open the capture and backfill files anew; for signal handlers and other threads."""
-        self.files.are_rotated = True
-        self.mailbox.put(bool)
+        self.mailbox.put(lambda now: self.files.reopen())
 
     def do(self, where: str, owner: Owner | None, work: Callable[..., object], *arguments: object) -> bool:
         """Do work on behalf of an owner, or of nobody; whether it went well.
@@ -3595,7 +3566,7 @@ class Loop:
 
     def _round(self, until: float) -> None:
         """Wait for what comes next, and see to it."""
-        ready = self.selector.select(self._patience(until))
+        ready = self.selector.select(self._time_to_wait(until))
         now = time.monotonic()
         for at in range(0, len(ready), EVENTS):
             for key, events in ready[at : at + EVENTS]:
@@ -3614,7 +3585,7 @@ class Loop:
             self.touch(owner)
         self.do("an event", owner if is_owner else None, owner.ready, connection, events, now)
 
-    def _patience(self, until: float) -> float | None:
+    def _time_to_wait(self, until: float) -> float | None:
         """How long to wait for events: until the next look at deadlines, if there is anything to look at."""
         if self._touched or self.files.has_lines():
             return 0
@@ -3649,24 +3620,18 @@ class Loop:
             self.store.troubles.say("slow disk", text, now)
 
     def _bound(self) -> None:
-        """Keep all queues together within bounds: the longest of mode forward loses its oldest frames, or is closed
-        where its device takes no answers."""
+        """Keep all queues together within bounds, at the cost of the longest of mode forward."""
         excess = sum(owner.waiting for owner in self.owners if not isinstance(owner, HttpClient)) - QUEUES
         while excess > 0:
-            relays = [owner for owner in self.owners if isinstance(owner, Relay)]
-            longest = max(relays, key=lambda relay: relay.waiting, default=None)
-            before = longest.waiting if longest else 0
-            if not longest or not before:
+            relays = [owner for owner in self.owners if isinstance(owner, Relay) and owner.waiting]
+            if not relays:
                 return
-            longest.shed(excess)
-            if longest.waiting == before:
-                longest.close()
-            excess -= before - (longest.waiting if longest in self.owners else 0)
+            excess -= max(relays, key=lambda relay: relay.waiting).shed(excess)
 
     def _look(self, now: float) -> None:
         """Look at all deadlines."""
         self._next_look = now + TICK
-        for listener in self.listeners if not self.is_stopping else ():
+        for listener in self.listeners:
             self.do("a look", None, listener.open)
         for owner in list(self.owners):
             self.touch(owner)
@@ -3681,8 +3646,6 @@ class Loop:
     def _finish(self) -> None:
         """Accept nobody, send what is queued for two seconds at most, close everything."""
         end = time.monotonic() + SHUTDOWN
-        for listener in self.listeners:
-            listener.close()
         self._end_round(time.monotonic())
         while time.monotonic() < end and any(
             key.events & selectors.EVENT_WRITE for key in self.selector.get_map().values()
@@ -3694,7 +3657,12 @@ class Loop:
 
     def close(self) -> None:
         """Give back what `run` needs; it does so itself at its end."""
-        self.resources.close()
+        self._stop_listening(0.0)
+        self.files.close()
+        if self.spools:
+            self.spools.table.close()
+        self.mailbox.close()
+        self.selector.close()
 
 
 # ------------------------------------------------------------------------------------------------------- household
@@ -4544,7 +4512,7 @@ class Request(http.server.BaseHTTPRequestHandler):
         elif path == "/-/healthy":
             self.answer(200, PLAIN, "healthy\n")
         elif path == "/-/ready":
-            self.answer(*(503, PLAIN, "not ready\n") if web.loop.is_stopping else (200, PLAIN, "ready\n"))
+            self.answer(*(200, PLAIN, "ready\n") if web.loop.listeners else (503, PLAIN, "not ready\n"))
         else:
             self.answer(404, *(JSON, "{}\n") if f"{path}/".startswith("/api/") else (PLAIN, "not found\n"))
 
@@ -4672,7 +4640,6 @@ class Web:
         self.clients: dict[HttpClient, None] = {}
         self.listener = Listener(loop, listeners(*loop.settings.web_address), self._admit)
         loop.listeners.append(self.listener)
-        loop.resources.callback(self.listener.close)
 
     def _admit(self, sock: socket.socket, sockaddr: tuple, now: float) -> None:
         """Serve a connection; if there are too many, the one that has not completed its request for longest is

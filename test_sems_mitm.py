@@ -2103,7 +2103,7 @@ class FilesTest(SocketCase):
     def setUp(self):
         super().setUp()
         self.path, self.store, self.open = os.path.join(self.directory(), "file"), sems.Store(), []
-        self.addCleanup(lambda: [os.close(each._appender.file) for each in self.open if each._appender])
+        self.addCleanup(lambda: [each.close() for each in self.open])
 
     def errors(self, name: str) -> int:
         return self.store.totals["sems_mitm_file_errors_total", f'file="{name}"']
@@ -2130,10 +2130,10 @@ class FilesTest(SocketCase):
             with open(self.path, "w") as file:
                 file.write(before)
             record = self.record()
-            record.put("a\n")
-            record.put("b\n")
+            record.lines.append("a\n")
+            record.lines.append("b\n")
             record.flush()
-            record.put("c\n")
+            record.lines.append("c\n")
             record.flush()
             self.assertEqual((self.content(), self.errors("capture")), (after, 0))
 
@@ -2142,7 +2142,7 @@ class FilesTest(SocketCase):
         record, real = self.record(), os.write
         for write, count in ((OSError(28, "full"), 1), (lambda file, data: real(file, data[:3]), 2), (real, 2)):
             with mock.patch.object(os, "write", side_effect=write):
-                record.put('{"a": 1}\n')
+                record.lines.append('{"a": 1}\n')
                 record.flush()
             self.assertEqual(self.errors("capture"), count)
         self.assertEqual((self.content(), len(self.lines)), ('{"a\n{"a": 1}\n', 1))
@@ -2151,13 +2151,13 @@ class FilesTest(SocketCase):
         """A file that cannot be had is tried again with each round's lines."""
         folder = os.path.join(self.directory(), "later")
         record = self.record(os.path.join(folder, "file"))
-        record.put("a\n")
+        record.lines.append("a\n")
         record.flush()
         self.assertEqual((self.errors("capture"), len(self.lines)), (1, 1))
         os.mkdir(folder)
         with open(record.path, "w") as file:
             file.write("torn")
-        record.put("b\n")
+        record.lines.append("b\n")
         record.flush()
         self.assertEqual((open_lines(record.path), self.errors("capture")), (["torn", "b"], 1))
 
@@ -2169,7 +2169,7 @@ class FilesTest(SocketCase):
             files.record("192.0.2.1:5", wire, kind, "forwarded", b"x")
         files.flush()
         os.rename(self.path, self.path + ".1")
-        files.are_rotated = True
+        files.reopen()
         files.record("192.0.2.1:5", OUT, "0245", "forwarded", b"y")
         files.flush()
         files.record("192.0.2.1:5", OUT, "0345", "forwarded", b"z")
@@ -5715,7 +5715,7 @@ class HttpTest(SocketCase):
         running = self.exporter(None, "--sems.mode=local", "--web.telemetry-path=/solar")
         self.assertEqual([running.get(path)[0] for path in ("/solar", "/metrics", "/-/ready")], [200, 404, 200])
         self.assertIn(b'href="/solar"', running.get("/")[2])
-        running.loop.is_stopping = True
+        running.loop.stop()
         with contextlib.suppress(OSError, http.client.HTTPException):
             self.assertEqual(running.get("/-/ready")[0], 503)
 
