@@ -511,14 +511,13 @@ def metric_rows() -> list[tuple[str, ...]]:
 
 @functools.lru_cache(maxsize=512)
 def _folds(size: int) -> tuple[tuple[int, int, int, int], ...]:
-    """The steps that fold a message of so many bytes to 15 bits: (mask of the part to fold, two shifts, bits to
-    leave out)."""
+    """The steps that fold a message of so many bytes to 15 bits: (mask of the part to fold, its bits, two shifts)."""
     bits, steps = 8 * size + 16, []
     while bits > 15:
         powers = [1 << k for k in range(bits.bit_length()) if 15 << k < bits]
         left, power = min((max(15 * power, bits - 14 * power), power) for power in powers)
-        high = 15 * power
-        steps.append(((1 << bits - high) - 1, high - power, high, bits - left))
+        folded = bits - left
+        steps.append(((1 << folded) - 1, folded, 14 * power - folded, 15 * power - folded))
         bits = left
     return tuple(steps)
 
@@ -526,9 +525,9 @@ def _folds(size: int) -> tuple[tuple[int, int, int, int], ...]:
 def crc16(data: bytes | memoryview) -> int:
     """CRC-16/MODBUS of data; 4B37 for b"123456789". The first bit on the wire is the highest power, and bit 0 here."""
     rest = int.from_bytes(data, "little") ^ 0xFFFF
-    for mask, near, far, done in _folds(len(data)):
+    for mask, folded, near, far in _folds(len(data)):
         high = rest & mask
-        rest = (rest ^ high ^ high << near ^ high << far) >> done
+        rest = rest >> folded ^ high << near ^ high << far
     rest <<= 1
     odd = f"{rest ^ binascii.crc_hqx(data, 0):b}".count("1") & 1
     return rest ^ 0xC001 if odd else rest
@@ -743,14 +742,16 @@ class Framer:
             end = pos + LENGTH.unpack_from(data, pos + len(prefix))[0] + overhead
             if end > size:
                 break
-            is_good = crc16(data[pos : end - 2]) == int.from_bytes(data[end - 2 : end], wire.order)
-            inner = end if is_good or self._is_torn else min(self._start(data, pos + len(prefix)), end)
-            if inner < end and inner + header > size:  # whether another begins there, its length will tell
-                break
-            if end - inner > self._budget:
-                inner = end
+            frame, inner = data[pos:end], end
+            is_good = crc16(frame[:-2]) == int.from_bytes(frame[-2:], wire.order)
+            if not (is_good or self._is_torn):
+                inner = min(self._start(data, pos + len(prefix)), end)
+                if inner < end and inner + header > size:  # whether another begins there, its length will tell
+                    break
+                if end - inner > self._budget:
+                    inner = end
             self._budget = min(self._budget + inner - pos, wire.cap) - (end - inner)
-            pieces.append((FRAME if is_good else MALFORMED, data[pos:inner]))
+            pieces.append((FRAME, frame) if is_good else (MALFORMED, data[pos:inner]))
             self._at_boundary, self._is_torn = is_good, inner < end
             pos = inner
         return pieces, pos
@@ -758,10 +759,11 @@ class Framer:
     def _start(self, data: bytes, pos: int) -> int:
         """Where a frame can begin from pos on: at a prefix whose length is possible, or at the first bytes of a
         prefix at the end."""
-        prefix, cap, start = self.wire.prefix, self.wire.cap, pos
+        wire, start = self.wire, pos
+        prefix = wire.prefix
         while (pos := data.find(prefix, pos)) >= 0:
             at = pos + len(prefix)
-            if at + 4 > len(data) or LENGTH.unpack_from(data, at)[0] <= cap:
+            if at + 4 > len(data) or LENGTH.unpack_from(data, at)[0] <= wire.cap:
                 return pos
             pos += 1
         tails = range(len(prefix) - 1, 0, -1)
