@@ -2193,13 +2193,6 @@ def is_global(host: str) -> bool:
     return address.is_global and not address.is_multicast
 
 
-def is_literal(host: str) -> bool:
-    """Whether a host is an address, or the one name that every system knows."""
-    with contextlib.suppress(ValueError):
-        return bool(ipaddress.ip_address(host.partition("%")[0]))
-    return host.lower() == "localhost"
-
-
 def own_address(host: str) -> str:
     """This machine's address towards another, "" if there is no way: that of a UDP socket, which sends nothing."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
@@ -2246,18 +2239,18 @@ def dns_answer(data: bytes, query: bytes) -> list[str]:
     is_answer = len(data) >= 12 and data[:2] == query[:2] and data[2] & 0x80
     if not is_answer or data[12 : len(query)].lower() != query[12:].lower():
         raise ProtocolError("not the answer to the question", data)
-    found, pos = [], len(query)
+    addresses, pos = [], len(query)
     try:
         for _ in range(struct.unpack_from(">H", data, 6)[0]):
             pos = _dns_name_end(data, pos) + 10
             kind, cls, _, size = struct.unpack_from(">HHIH", data, pos - 10)
             if kind == 1 and cls == 1 and size == 4:
-                found.append(socket.inet_ntoa(data[pos : pos + 4]))
+                addresses.append(socket.inet_ntoa(data[pos : pos + 4]))
             pos += size
     except (struct.error, IndexError, OSError):
-        if not found:
+        if not addresses:
             raise ProtocolError("a record runs past the end", data) from None
-    return found
+    return addresses
 
 
 def ask_dns(server: tuple[str, int], name: str, timeout: float = 2) -> list[str] | None:
@@ -2281,11 +2274,10 @@ def ask_dns(server: tuple[str, int], name: str, timeout: float = 2) -> list[str]
 
 def system_addresses(host: str, port: int) -> list[Endpoint]:
     """The addresses that the system's name service gives, [] if it gives none."""
-    try:
-        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
-    except (OSError, ValueError):  # the system's resolver has its own ideas of what a name is
-        return []
-    return [Endpoint(family, sockaddr) for family, _, _, _, sockaddr in found]
+    with contextlib.suppress(OSError, ValueError):  # the system's resolver has its own ideas of what a name is
+        entries = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+        return [Endpoint(family, sockaddr) for family, _, _, _, sockaddr in entries]
+    return []
 
 
 def literal_addresses(host: str, port: int) -> list[Endpoint]:
@@ -2303,14 +2295,15 @@ def resolve(host: str, port: int, servers: list[tuple[str, int]]) -> list[Endpoi
     The servers are asked first: in this network the name leads to this machine, which must not connect to itself. Then
     the system's answer counts, but for addresses of this machine.
     """
-    known = literal_addresses(host, port)
-    for server in () if known else servers:
+    if literal := literal_addresses(host, port):
+        return literal
+    for server in servers:
         with contextlib.suppress(OSError, UnicodeError):
             routable = [address for address in ask_dns(server, host) or () if is_global(address)]
             if routable:
                 return [Endpoint(socket.AF_INET, (address, port)) for address in routable]
-    system = [] if known else system_addresses(host, port)
-    others = known or [address for address in system if not is_this_machine(address.sockaddr[0])]
+    system = system_addresses(host, port)
+    others = [address for address in system if not is_this_machine(address.sockaddr[0])]
     if others:
         return others
     if not system:
@@ -2357,7 +2350,7 @@ def with_small_buffers(sock: socket.socket) -> socket.socket:
 
 def listeners(host: str, port: int) -> list[socket.socket]:
     """Listening sockets for an address, without a host one for each family there is. Raises OSError."""
-    found: list[socket.socket] = []
+    sockets: list[socket.socket] = []
     wanted = socket.getaddrinfo(host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
     for family, kind, protocol, _, sockaddr in sorted(set(wanted), key=lambda entry: entry[0] != socket.AF_INET):
         try:
@@ -2368,21 +2361,21 @@ def listeners(host: str, port: int) -> list[socket.socket]:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             if family == socket.AF_INET6:
                 sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-            chosen = found[0].getsockname()[1] if found else port  # port 0: the same for both families
+            chosen = sockets[0].getsockname()[1] if sockets else port  # port 0: the same for both families
             sock.bind((sockaddr[0], chosen, *sockaddr[2:]))
             with_small_buffers(sock).listen(128)
             sock.setblocking(False)
         except OSError as error:
             sock.close()
-            if found and (port == 0 or error.errno == errno.EADDRNOTAVAIL):
+            if sockets and (port == 0 or error.errno == errno.EADDRNOTAVAIL):
                 continue
-            for other in found:
+            for other in sockets:
                 other.close()
             raise
-        found.append(sock)
-    if not found:
+        sockets.append(sock)
+    if not sockets:
         raise OSError(errno.EADDRNOTAVAIL, os.strerror(errno.EADDRNOTAVAIL))
-    return found
+    return sockets
 
 
 class Connection:
@@ -4317,7 +4310,7 @@ def html_page(seen: Seen, points: list[Point], settings: argparse.Namespace, add
         yield row and SECTION.format(title, row)
     else:
         now = f" (now {html.escape(address)})" if address else ""
-        name = PORTAL_NAME if is_literal(settings.upstream[0]) else settings.upstream[0]  # an address is no name
+        name = PORTAL_NAME if literal_addresses(*settings.upstream) else settings.upstream[0]  # an address is no name
         steps = SET_UP.format(now=now, host=html.escape(name), port=settings.listen_address[1])
         yield SECTION.format("No device has connected yet", steps)
     for device in sorted(seen.devices, key=lambda device: (device.name[0] != "meter", *device.name[1:])):
@@ -6102,7 +6095,7 @@ def portal_findings(settings: Settings, running: dict | None) -> Iterator[Findin
     if settings.mode == LOCAL:
         yield OK, "mode local: no portal is needed", ""
         return
-    if is_literal(host):
+    if literal_addresses(host, port):
         yield OK, f"the portal is given as {host}: no name service is asked", ""
     else:
         yield from system_findings(host, sorted({plain(found.sockaddr[0]) for found in system_addresses(host, port)}))
