@@ -35,7 +35,7 @@ The file reads as a packet travels:
     decode, backfill, doctor, metrics, command line
 
 One thread, that of Loop, does all of it but look names up. A round: owners (Relay, Answerer, SpoolSender, HttpClient) read
-and queue; the spool commits; answers are queued and files written; owners settle, which is where they send.
+and queue; the spool commits; owners settle, which is where they answer and send; files are written.
 """
 
 from __future__ import annotations
@@ -2040,12 +2040,17 @@ class SpoolTable:
         delivered = [row for row, place in self._changes.items() if place is None]
         moved = [(*place, *row) for row, place in self._changes.items() if place]
         totals = [(one, *self.totals[one].row()) for one in self._changed if one in self.totals]
+        statements = (
+            (f"DELETE FROM spool WHERE {THIS_ROW}", delivered),
+            (f"UPDATE spool SET id = ?, count = ?, mark = ? WHERE {THIS_ROW}", moved),
+            ("INSERT INTO spool VALUES (?, ?, ?, 0, 0, ?)", new),
+            ("REPLACE INTO totals VALUES (?, ?, ?, ?)", totals),
+        )
         try:
             db.execute("BEGIN IMMEDIATE")
-            db.executemany(f"DELETE FROM spool WHERE {THIS_ROW}", delivered)
-            db.executemany(f"UPDATE spool SET id = ?, count = ?, mark = ? WHERE {THIS_ROW}", moved)
-            db.executemany("INSERT INTO spool VALUES (?, ?, ?, 0, 0, ?)", new)
-            db.executemany("REPLACE INTO totals VALUES (?, ?, ?, ?)", totals)
+            for statement, rows in statements:
+                if rows:
+                    db.executemany(statement, rows)
             db.execute("COMMIT")
         except Exception as error:
             # "full" has rolled back by itself already; nothing of the transaction counts, whatever the error was
@@ -2503,18 +2508,16 @@ class Peer:
         return [recognize(kind, data, now) for kind, data in pieces]
 
     def _outward(self, kind: str, data: bytes, now: float) -> Message:
-        """A device's piece; the store meets its good frames."""
+        """A device's piece."""
         if kind != FRAME:
             return kind, data, None, ""
-        store = self.loop.store
         if len(data) > 13 and data[11] not in FUNCTIONS:  # in 13 bytes the CRC stands there
-            store.add("outbound_unknown_packets_total")
+            self.loop.store.add("outbound_unknown_packets_total")
         try:
             where = address_of(data, OUTBOUND)
         except ProtocolError:
             return MALFORMED, data, None, ""
         self.classes.add(where.cls)
-        store.meet(where, data, now)
         return where.type, data, where, ""
 
     def _inward(self, kind: str, data: bytes, now: float) -> Message:
@@ -2537,11 +2540,13 @@ class Peer:
             store.troubles.say("nack", text, now)
         return kind, data, where, meaning
 
-    def decide(self, message: Message, verdict: str) -> None:
-        """Count and record a message whose fate is decided."""
+    def decide(self, message: Message, verdict: str, now: float) -> None:
+        """Count and record a message whose fate is decided; the store meets a device's good frame."""
         kind, data, where, _ = message
         if kind != JUNK or not self._in_junk:
             self.loop.store.count(self.wire, kind, verdict)
+        if where and self.wire is OUTBOUND:
+            self.loop.store.meet(where, data, now)
         self._in_junk = kind == JUNK
         self.loop.files.record(self.name, self.wire, kind, verdict, data)
         if log.isEnabledFor(logging.DEBUG):
@@ -2877,26 +2882,27 @@ class Relay:
     def ready(self, connection: Connection, events: int, now: float) -> None:
         """Called when one of the two sockets is ready."""
         if connection is not self.device.connection:
-            return self._pass_inward(self.link.ready(events, now))
+            return self._pass_inward(self.link.ready(events, now), now)
         if events & selectors.EVENT_READ:
             self._pass_outward(self.device.read(now), now)
-            self._pass_inward(self.link.write(now))  # at once: the rest of the round would delay the packet
 
     def _pass_outward(self, messages: list[Message], now: float) -> None:
-        """Queue what the device sent for the portal."""
-        outbox, draws = self.link.outbox, self.loop.store.batsignal
-        for message in messages:
-            _, piece, where, _ = message
+        """Send what the device sent to the portal, or queue it; count it only then, since that would delay it."""
+        outbox, draws, verdicts = self.link.outbox, self.loop.store.batsignal, []
+        for _, piece, where, _ in messages:
             passes = bool(where) or not self._is_away
             drawn = with_bat(piece) if draws and where and draws_bat(where) else None
             if passes:
                 outbox.put(drawn or piece)
-            self.device.decide(message, "rewritten" if drawn else "forwarded" if passes else "dropped")
             if where:
                 self.link.reach(now)
+            verdicts.append("rewritten" if drawn else "forwarded" if passes else "dropped")
         self._bound_queue()
+        self._pass_inward(self.link.write(now), now)
+        for message, verdict in zip(messages, verdicts):
+            self.device.decide(message, verdict, now)
 
-    def _pass_inward(self, messages: list[Message]) -> None:
+    def _pass_inward(self, messages: list[Message], now: float) -> None:
         """Queue what the portal is allowed to send for the device."""
         for message in messages:
             _, piece, where, meaning = message
@@ -2905,7 +2911,7 @@ class Relay:
                 self.device.connection.outbox.put(piece)
             if passes and meaning == "ack" and where:
                 self.loop.store.answered(where.owner, ACKS)
-            self.link.peer.decide(message, "forwarded" if passes else "dropped")
+            self.link.peer.decide(message, "forwarded" if passes else "dropped", now)
 
     def _bound_queue(self) -> None:
         """Bound what waits for an absent portal."""
@@ -2929,7 +2935,7 @@ class Relay:
             return self.loop.refuse(self, "loop", now)
         device.connection.send(now)
         self._pass_outward(device.rest(now), now)
-        self._pass_inward(link.write(now))
+        self._pass_inward(link.write(now), now)
         if link.was_lost:
             link.was_lost, self._is_away = False, True
             link.outbox.restart(is_good_frame)
@@ -2961,7 +2967,7 @@ class Relay:
         if self._deadline is not None and now >= self._deadline:
             return self.close()
         self._pass_outward(self.device.overdue(now), now)
-        self._pass_inward(self.link.overdue(now))
+        self._pass_inward(self.link.overdue(now), now)
         is_waiting = self.link.outbox.size or self.device.framer.rest and not self._is_away
         if is_waiting and not self.device.is_loop:
             self.link.reach(now)
@@ -2977,8 +2983,8 @@ KEPT, REFUSED, COMES_BACK = "kept", "refused", "comes back"  # what becomes of a
 
 
 class Answerer:
-    """Modes local and spool: a device's connection that the exporter answers. In mode spool a frame is answered at the
-    end of the round, behind the commit."""
+    """Modes local and spool: a device's connection that the exporter answers, at the end of the round: in mode spool
+    behind the commit."""
 
     def __init__(self, loop: Loop, sock: socket.socket, name: str, now: float) -> None:
         self.loop = loop
@@ -3007,9 +3013,10 @@ class Answerer:
             self.device.is_loop = self.device.is_loop or outcome == COMES_BACK
 
     def settle(self, now: float) -> None:
-        """Send; wait for what can come next, or end."""
+        """Answer and send; wait for what can come next, or end."""
         if self.device.is_loop:
             return self.loop.refuse(self, "loop", now)
+        self.answer(now)
         connection = self.device.connection
         connection.send(now)
         self._take(self.device.rest(now), now)
@@ -3021,25 +3028,21 @@ class Answerer:
 
     def answer(self, now: float) -> None:
         """Answer the frames of this round that are kept, and decide the fate of all; called behind the commit."""
-        if self.device.is_loop:
-            return
         messages, self._messages = self._messages, []
         spools, local = self.loop.spools, datetime.fromtimestamp(self.loop.store.clock(now))
         for message, outcome in messages:
             _, frame, where, _ = message
-            verdict = "dropped"
+            verdict, reply = "dropped", b""
             if where and outcome == KEPT and (not spools or spools.table.is_stored):
                 sets_clock = where.function == SETTINGS and self.loop.has_good_clock(now)
                 reply = answer(where, local, sets_clock)
-                if reply:
-                    self.device.connection.outbox.put(reply)
-                    self.loop.store.answered(where.owner, ACKS)
-                    verdict = "answered"
-                elif spools:
-                    verdict = "forwarded"
+                verdict = "answered" if reply else "forwarded" if spools else "dropped"
                 if spools:
                     spools.answered(frame, where, reply)
-            self.device.decide(message, verdict)
+            self.device.decide(message, verdict, now)
+            if where and reply:
+                self.device.connection.outbox.put(reply)
+                self.loop.store.answered(where.owner, ACKS)
 
     def look(self, now: float) -> None:
         """See to deadlines."""
@@ -3047,9 +3050,9 @@ class Answerer:
 
     def close(self) -> None:
         """Close the socket, and be forgotten."""
-        for message, _ in self._messages:
-            self.device.decide(message, "dropped")
-        self._messages.clear()
+        messages, self._messages = self._messages, []
+        for message, _ in messages:
+            self.device.decide(message, "dropped", time.monotonic())
         self.device.connection.close()
         self.loop.forget(self)
 
@@ -3135,7 +3138,7 @@ class SpoolSender:
                 self._own_answers.remove(piece)
             elif meaning in ("ack", "nack") and where and where.serial == self.serial:
                 self._note_answer(kind, meaning == "ack", now)
-            self.link.peer.decide(message, "dropped")
+            self.link.peer.decide(message, "dropped", now)
 
     def _note_answer(self, kind: str, is_ack: bool, now: float) -> None:
         """The portal has acknowledged or refused the oldest unanswered frame of a type."""
@@ -3590,18 +3593,15 @@ class Loop:
         return None
 
     def _end_round(self, now: float) -> None:
-        """Commit the spool, have answers queued, write the files; then all settle, and the answers leave."""
+        """Commit the spool; then all settle, and the answers leave; write the files."""
         touched, self._touched = self._touched, {}
         if self.spools:
             self.spools.table.is_stored = False  # until it says so
             self.do("the end of a round", None, self._timed, "--sems.spool-file", self.spools.commit, now)
-        for owner in touched:
-            if isinstance(owner, Answerer):
-                self.do("the end of a round", owner, owner.answer, now)
-        self.do("the end of a round", None, self._timed, "--sems.capture or --sems.backfill", self.files.flush, now)
-        for owner in touched:
+        for owner in sorted(touched, key=lambda owner: isinstance(owner, SpoolSender)):  # the devices' answers first
             if owner in self.owners:
                 self.do("the end of a round", owner, owner.settle, now)
+        self.do("the end of a round", None, self._timed, "--sems.capture or --sems.backfill", self.files.flush, now)
         if touched:
             self.do("the bounds of the queues", None, self._bound)
 
