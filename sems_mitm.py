@@ -2079,14 +2079,14 @@ class SpoolTable:
         """The types of a serial number's frames, and the last id of each."""
         last, kind = {}, "~"  # behind all
         query = "SELECT type, id FROM spool WHERE serial = ? AND type < ? ORDER BY type DESC, id DESC LIMIT 1"
-        while rows := self._select(query, serial, kind):
+        while rows := self._rows(query, serial, kind):
             ((kind, last[kind]),) = rows
         return last
 
     def next(self, serial: str, kind: str, after: int) -> Row | None:
         """The first frame of a type with an id above `after` that can be sent."""
         query = "SELECT type, id, count, mark, frame FROM spool WHERE serial = ? AND type = ? AND id > ? ORDER BY id LIMIT 1"
-        while rows := self._select(query, serial, kind, after):
+        while rows := self._rows(query, serial, kind, after):
             row = Row(*rows[0])
             if (serial, kind, row.id) not in self._changes:
                 return row
@@ -2095,21 +2095,21 @@ class SpoolTable:
 
     def frame(self, serial: str, row: Row) -> bytes:
         """The frame of a row."""
-        rows = self._select(f"SELECT frame FROM spool WHERE {THIS_ROW}", serial, row.type, row.id)
+        rows = self._rows(f"SELECT frame FROM spool WHERE {THIS_ROW}", serial, row.type, row.id)
         return rows[0][0] if rows else b""
 
     def newest(self, serial: str, kinds: Iterable[str]) -> list[bytes]:
         """The newest frames of a serial number, NEWEST at most, oldest first."""
         query = "SELECT id, frame FROM spool WHERE serial = ? AND type = ? ORDER BY id DESC LIMIT ?"
-        rows = sorted(itertools.chain(*(self._select(query, serial, kind, NEWEST) for kind in kinds)))
+        rows = sorted(itertools.chain(*(self._rows(query, serial, kind, NEWEST) for kind in kinds)))
         return [frame for _, frame in rows[-NEWEST:]]
 
-    def _select(self, query: str, *values: object) -> list[tuple]:
-        """All rows of a query, none if the database cannot be read."""
+    def _rows(self, statement: str, *values: object) -> list[tuple]:
+        """All rows that a statement gives, none if the database cannot be used."""
         if self._db is None:
             return []
         try:
-            return self._db.execute(query, values).fetchall()
+            return self._db.execute(statement, values).fetchall()
         except self._sqlite.Error as error:
             self._failed(str(error), 1)
             return []
@@ -2143,7 +2143,7 @@ class SpoolTable:
         """Drop the total of a serial number without frames."""
         self.apply()
         if self.totals.pop(serial, None):
-            self._select("DELETE FROM totals WHERE serial = ? AND bytes = 0", serial)
+            self._rows("DELETE FROM totals WHERE serial = ? AND bytes = 0", serial)
 
     def tend(self) -> None:
         """Write what waits, and open the file if that was not possible before; called once a second."""
@@ -2575,7 +2575,7 @@ class DevicePeer(Peer):
             self._began = math.inf
             self._name_stranger("nothing", now)
         if self._began is not None and len(framer.rest) >= OPENING:  # an unfinished frame can be ours, too
-            self.is_loop = self.loop.portal.is_sent_back(framer.rest, self.name, window, now)
+            self.is_loop = self.loop.portal.notice_loop(framer.rest, self.name, window, now)
         pieces = framer.expire(now)
         is_silent = not connection.ended and now - connection.heard >= SILENCE
         if is_silent or connection.is_stalled(now):
@@ -2589,7 +2589,7 @@ class DevicePeer(Peer):
             self._began, (_, first) = None, pieces[0]
             if first.startswith(b"\x16\x03"):  # a TLS record with a client hello
                 self._name_stranger("tls", now)
-            self.is_loop = self.loop.portal.is_sent_back(first, self.name, window, now)
+            self.is_loop = self.loop.portal.notice_loop(first, self.name, window, now)
         return [] if self.is_loop else self.recognized(pieces, now)
 
     def _name_stranger(self, said: str, now: float) -> None:
@@ -2667,10 +2667,10 @@ class Portal:
         own = {sock.getsockname()[:2] for listener in self.loop.listeners for sock in listener.sockets}
         return any((name, port) in own for name in ("0.0.0.0", "::", host)) and is_this_machine(host)
 
-    def is_sent_back(self, piece: bytes, peer: str, window: float, now: float) -> bool:
-        """Whether a device's connection begins with the bytes of a recent write of ours to the portal: then it is a loop.
+    def notice_loop(self, piece: bytes, peer: str, window: float, now: float) -> bool:
+        """Whether a device's connection is a loop: it begins with the bytes of a recent write of ours to the portal.
 
-        If its address is our own end of that connection, it is certainly one. Else it counts once, and only within
+        If its address is our own end of that connection, it is certainly one. Else it is noted and counts once, and only within
         `window` s, since a device can repeat what it sent. Frames must agree in OPENING bytes, anything else in all.
         """
         self._refused = {key: at for key, at in self._refused.items() if now - at < RETURN_WINDOW}
@@ -3038,7 +3038,7 @@ class Answerer:
                 reply = answer(where, local, sets_clock)
                 verdict = "answered" if reply else "forwarded" if spools else "dropped"
                 if spools:
-                    spools.answered(frame, where, reply)
+                    spools.note_reply(frame, where, reply)
             self.device.decide(message, verdict, now)
             if where and reply:
                 self.device.connection.outbox.put(reply)
@@ -3081,7 +3081,7 @@ class SpoolSender:
         self._sent: dict[str, int] = {}  # of each type, the last id that was sent on this connection
         self._newest = dict.fromkeys(map(hash, spools.table.newest(serial, self._last)))  # of the frames that wait
         self._under_way: list[UnderWay] = []  # oldest first
-        self._answered = -math.inf  # when the portal last acknowledged a frame on this connection
+        self._acknowledged_at = -math.inf  # when the portal last acknowledged a frame on this connection
         # frames that were put behind: id to type, and until when they are not sent again on this connection
         self._behind: dict[int, tuple[str, float]] = {}
         self._own_answers: collections.deque[bytes] = collections.deque(maxlen=WINDOW)  # to frames under way
@@ -3118,7 +3118,7 @@ class SpoolSender:
         """Called when the table could not store a new frame."""
         self._newest.pop(hash(frame), None)
 
-    def answered(self, frame: bytes, reply: bytes) -> None:
+    def note_reply(self, frame: bytes, reply: bytes) -> None:
         """Called when a device has got an answer to a frame. If that is under way, the device can be a second exporter,
         to which we are the portal's way: the same answer coming back from the portal would be our own."""
         if reply and any(one.key == hash(frame) for one in self._under_way):
@@ -3147,7 +3147,7 @@ class SpoolSender:
             return
         if not is_ack:
             return self._put_behind(self._under_way[at], now)
-        self._answered = now
+        self._acknowledged_at = now
         self.spools.table.totals[self.serial].acked += 1
         for frame in self._under_way[:at]:
             frame.is_passed_over = True
@@ -3202,18 +3202,18 @@ class SpoolSender:
         self.link.was_lost = False
         self.link.outbox.restart(lambda piece: False)
         unanswered = [frame for frame in self._under_way if frame.row.type != NO_ANSWER]
-        if unanswered and self._answered == -math.inf:
+        if unanswered and self._acknowledged_at == -math.inf:
             self.loop.portal.up = 0
             self._put_behind(unanswered[0], now)
         for of_connection in (self._behind, self._under_way, self._own_answers, self._sent):
             of_connection.clear()
-        self._answered = -math.inf
+        self._acknowledged_at = -math.inf
 
     def _send(self, now: float) -> None:
         """Queue the next frames for the portal."""
         outbox, draws = self.link.outbox, self.loop.store.batsignal
         while len(self._under_way) < WINDOW and outbox.size < SEND_SIZE:
-            if len(self._behind) >= WINDOW and self._answered == -math.inf:
+            if len(self._behind) >= WINDOW and self._acknowledged_at == -math.inf:
                 break  # it can be that it refuses everything
             row = self._next(now)
             if row is None:
@@ -3256,10 +3256,12 @@ class SpoolSender:
         for frame in late:
             if frame.is_passed_over:  # it is this one
                 self._put_behind(frame, now)
-            elif now - self._answered >= ANSWER_TIMEOUT:
+            elif now - self._acknowledged_at >= ANSWER_TIMEOUT:
                 text = f"no answer to a packet of {self.serial} for {ANSWER_TIMEOUT} s"
                 self.loop.portal.failed("timeout", text, now)
-                self._answered = -math.inf  # whatever it answered before, the oldest frame can be why it no longer does
+                self._acknowledged_at = (
+                    -math.inf
+                )  # whatever it answered before, the oldest frame can be why it no longer does
                 return self.link.lose(None, now)
 
     def close(self) -> None:
@@ -3310,10 +3312,10 @@ class Spools:
             self.loop.touch(sender)
         return KEPT
 
-    def answered(self, frame: bytes, where: Address, reply: bytes) -> None:
+    def note_reply(self, frame: bytes, where: Address, reply: bytes) -> None:
         """Called when a device has got an answer."""
         if where.serial in self.senders:
-            self.senders[where.serial].answered(frame, reply)
+            self.senders[where.serial].note_reply(frame, reply)
 
     def forget(self, sender: SpoolSender) -> None:
         """Called when a sender has nothing to deliver, and its device has gone."""
