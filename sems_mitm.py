@@ -3396,7 +3396,6 @@ class Mailbox:
     def __init__(self, loop: Loop) -> None:
         self.loop = loop
         self._work: collections.deque[Callable[[float], object]] = collections.deque()
-        self._is_woken = False
         self._in, self._out = socket.socketpair()
         for sock in (self._in, self._out):
             sock.setblocking(False)
@@ -3419,11 +3418,10 @@ class Mailbox:
     def wake_at_signals(self) -> None:
         """Have a signal write a byte at once: Python's own handlers run only when the loop is awake."""
         signal.set_wakeup_fd(self._out.fileno(), warn_on_full_buffer=False)
-        self._is_woken = True
 
     def close(self) -> None:
         """Take no more."""
-        if self._is_woken:
+        with contextlib.suppress(ValueError):  # not in the main thread, which alone sees signals
             signal.set_wakeup_fd(-1)
         self._in.close()
         self._out.close()
@@ -3543,8 +3541,9 @@ class Loop:
         self.mailbox.put(self._stop_listening)
 
     def _stop_listening(self, now: float) -> None:
-        while self.listeners:
-            self.listeners.pop().close()
+        listeners, self.listeners = self.listeners, []
+        for listener in listeners:
+            listener.close()
 
     def reopen(self) -> None:
         """Open the capture and backfill files anew; for signal handlers and other threads."""
