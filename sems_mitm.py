@@ -4493,7 +4493,7 @@ def home_assistant(seen: Seen, address: str) -> str:
 # An HTTP client is a connection of the loop like any other. When its head is there, the standard library's handler
 # parses it and writes the answer, both in memory. One request a connection.
 
-PLAIN, JSON = "text/plain; charset=utf-8", "application/json"
+PLAIN, JSON, PAGE = "text/plain; charset=utf-8", "application/json", "text/html; charset=utf-8"
 EXPOSITION = "text/plain; version=0.0.4; charset=utf-8"
 SAFE_HEADERS = {
     "X-Content-Type-Options": "nosniff",
@@ -4508,50 +4508,43 @@ SAFE_HEADERS = {
 class Request(http.server.BaseHTTPRequestHandler):
     """A request, from its head to its answer, both as bytes."""
 
-    command, requestline, close_connection = "", "", True  # until the head is parsed
+    command = ""  # until the head is parsed
+    wfile: io.BytesIO
 
     def __init__(self, web: Web, head: bytes, local: str) -> None:
         """local: HOST:PORT of this machine by which the client has come."""
-        self.web, self.head, self.local = web, head, local
-        self.rfile = io.BytesIO(head)
-        self.written = self.wfile = io.BytesIO()
-
-    def handle_one_request(self) -> None:
-        """Parse the head, and call the method that answers it."""
-        if len(self.head) > HTTP_HEAD:
-            return self.send_error(431)
-        super().handle_one_request()
+        self.web, self.local = web, local
+        self.rfile, self.wfile = io.BytesIO(head), io.BytesIO()
 
     def do_GET(self) -> None:
         """Answer by the path; what no path names is 404."""
         target = self.requestline.split()[1]  # self.path lost all leading slashes but one
-        target = re.sub("(?i)^https?://[^/?]*", "", target) or "/"  # absolute: GET http://host/metrics
-        path, web, now = target.partition("?")[0], self.web, time.monotonic()
+        target = re.sub("(?i)^https?://[^/?]*", "", target)  # absolute: GET http://host/metrics
+        path, web, now = target.partition("?")[0] or "/", self.web, time.monotonic()
         pages: dict[str, tuple[str, Callable[[], Iterable[str]]]] = {
-            "/": ("text/html; charset=utf-8", lambda: self.page(now)),
+            "/": (PAGE, lambda: self.page(now)),
             "/api/devices": (JSON, lambda: devices_json(web.seen(now))),
             "/api/household": (JSON, lambda: household_json(web.seen(now))),
+            "/-/healthy": (PLAIN, lambda: "healthy\n"),
             web.loop.settings.telemetry_path: (EXPOSITION, lambda: exposition(web.loop.store.collect(now))),
         }
-        if path == "/home-assistant.yaml":
-            try:
-                self.answer(200, PLAIN, home_assistant(web.seen(now), self.host()), self.wants_gzip())
-            except LookupError as error:
-                self.answer(503, PLAIN, f"{error.args[0]}\n")
-        elif path in pages:
+        if path in pages:
             content_type, text = pages[path]
-            self.answer(200, content_type, "".join(text()), self.wants_gzip())
-        elif path == "/-/healthy":
-            self.answer(200, PLAIN, "healthy\n")
+            self.answer(200, content_type, "".join(text()))
         elif path == "/-/ready":
             self.answer(*(503, PLAIN, "not ready\n") if web.loop.is_stopping else (200, PLAIN, "ready\n"))
+        elif path == "/home-assistant.yaml":
+            try:
+                self.answer(200, PLAIN, home_assistant(web.seen(now), self.host()))
+            except LookupError as error:
+                self.answer(503, PLAIN, f"{error.args[0]}\n")
         else:
             self.answer(404, *(JSON, "{}\n") if f"{path}/".startswith("/api/") else (PLAIN, "not found\n"))
 
     do_HEAD = do_GET
 
     def page(self, now: float) -> Iterator[str]:
-        """The page for people."""
+        """The page for people, with this machine's address in the network."""
         host = re.sub(r":[0-9]+$", "", self.host()).strip("[]")
         is_local = host.startswith("127.") or host in ("localhost", "::1")
         address = own_address("192.0.2.1") if is_local else host
@@ -4568,37 +4561,27 @@ class Request(http.server.BaseHTTPRequestHandler):
         code = 405 if code == 501 else code
         self.answer(code, PLAIN, f"{http.HTTPStatus(code).phrase}\n")
 
-    def answer(self, status: int, content_type: str, text: str, packed: bool = False) -> None:
-        """Write an answer."""
-        body = text.encode()
-        if packed:
+    def answer(self, status: int, content_type: str, text: str) -> None:
+        """Write an answer, packed if the client takes that."""
+        body, headers = text.encode(), {"Content-Type": content_type, **SAFE_HEADERS}
+        if self.wants_gzip():
             packer = zlib.compressobj(1, wbits=31)
-            body = packer.compress(body) + packer.flush()
-        headers = {"Content-Type": content_type, "Content-Length": str(len(body)), **SAFE_HEADERS}
-        headers.update({"Content-Encoding": "gzip"} if packed else {})
-        headers.update({"Allow": "GET, HEAD"} if status == 405 else {})
+            body, headers["Content-Encoding"] = packer.compress(body) + packer.flush(), "gzip"
+        if status == 405:
+            headers["Allow"] = "GET, HEAD"
         self.request_version = self.protocol_version  # of what the base class could not parse it is 0.9, without a head
         self.send_response_only(status)
-        for name, value in headers.items():
+        for name, value in {"Content-Length": str(len(body)), **headers}.items():
             self.send_header(name, value)
         self.end_headers()
         self.wfile.write(body if self.command != "HEAD" else b"")
 
     def wants_gzip(self) -> bool:
         """Whether the client takes gzip: by its name, else as *, and not with q=0 (RFC 9110, 12.5.3)."""
-        codings = (part.partition(";") for part in self.headers.get("Accept-Encoding", "").lower().split(","))
+        accepted = getattr(self, "headers", {}).get("Accept-Encoding", "").lower()  # no headers: no head was parsed
+        codings = (part.partition(";") for part in accepted.split(","))
         weights = {name.strip(): weight.strip() for name, _, weight in codings}
-        weight = weights.get("gzip", weights.get("*", "q=0"))
-        return not re.fullmatch(r"q=0(\.0*)?", weight)
-
-    def log_message(self, format: str, *args: object) -> None:
-        log.debug("http %r", format % args)
-
-
-def is_whole(head: bytes) -> bool:
-    """Whether a request's head is: it ends with an empty line; that of HTTP/0.9 is a line of two words."""
-    line, newline, _ = head.partition(b"\n")
-    return bool(newline) and (len(line.split()) < 3 or bool(re.search(rb"\n\r?\n", head)))
+        return not re.fullmatch(r"q=0(\.0*)?", weights.get("gzip", weights.get("*", "q=0")))
 
 
 class HttpClient:
@@ -4622,28 +4605,27 @@ class HttpClient:
             data = connection.receive(now)
             if not self.is_answered:
                 self._head = (self._head + data).lstrip(b"\r\n")  # empty lines before a request (RFC 9112, 2.2)
-                if is_whole(self._head) or len(self._head) > HTTP_HEAD:
+                if len(self._head) > HTTP_HEAD or re.search(rb"\n\r?\n", self._head):
                     self._answer(now)
 
     def _answer(self, now: float) -> None:
         """Queue the answer; after an error of our own it is 500."""
-        self.is_answered, self.began = True, now
-        request = Request(self.web, self._head, endpoint_text(self.connection.sock.getsockname()))
-        self._head = b""
-        if not self.loop.do("an HTTP request", None, request.handle_one_request):
-            request = Request(self.web, b"", request.local)
+        self.is_answered, self.began, head, self._head = True, now, self._head, b""
+        request = Request(self.web, head, endpoint_text(self.connection.sock.getsockname()))
+        if len(head) > HTTP_HEAD:
+            request.send_error(431)
+        elif not self.loop.do("an HTTP request", None, request.handle_one_request):
             request.send_error(500)
-        if request.written.getvalue():
-            self.connection.outbox.put(request.written.getvalue())
+        self.connection.outbox.put(request.wfile.getvalue())
 
     def settle(self, now: float) -> None:
         """Send the answer; the end."""
         connection = self.connection
         connection.send(now)
-        is_over = not connection.outbox.size if self.is_answered else connection.ended
+        is_over = not self.waiting if self.is_answered else connection.ended
         if connection.error or is_over:
             return self.close()
-        if connection.outbox.size:
+        if self.waiting:
             self.web.bound(self)
         connection.watch(not self.is_answered)
 
@@ -4653,8 +4635,7 @@ class HttpClient:
             self.close()
 
     def close(self) -> None:
-        """Close the socket. What the client still said is read, or the end would be a reset that takes the answer
-        along."""
+        """Close the socket; what the client still said is read, or a reset would take the answer along."""
         self.connection.half_close()
         with contextlib.suppress(OSError):
             self.connection.sock.recv(HTTP_HEAD)
@@ -4675,8 +4656,7 @@ class Web:
         loop.resources.callback(self.listener.close)
 
     def _admit(self, sock: socket.socket, sockaddr: tuple, now: float) -> None:
-        """Serve a connection; if there are too many, the one that has not completed its request for longest is
-        closed."""
+        """Serve a connection; if there are too many, end the one that takes longest to complete its request."""
         try:
             tuned(sock, 120, 30)
         except OSError:  # gone already
@@ -4685,8 +4665,7 @@ class Web:
         self.clients[client] = self.loop.owners[client] = None
         self.loop.touch(client)
         if len(self.clients) > HTTP_CONNECTIONS:
-            asking = [one for one in self.clients if not one.is_answered and one is not client]
-            self._make_room((asking or [next(iter(self.clients))])[0])
+            self._make_room(min(self.clients, key=lambda one: (one is client, one.is_answered)))
 
     def bound(self, newest: HttpClient) -> None:
         """Bound what answers take that nobody reads: the oldest others are closed."""
