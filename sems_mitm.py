@@ -4692,8 +4692,7 @@ Settings = argparse.Namespace  # of serve: a value for each row of FLAGS, by its
 
 
 class FlagType:
-    """The type of a flag's value: its name in --help, what is expected in words, and text to value, which raises
-    ValueError."""
+    """The type of a flag's value: its name in --help, what is expected in words, and text to value or ValueError."""
 
     def __init__(self, metavar: str, expected: str, value: Callable) -> None:
         self.metavar, self.expected, self.value = metavar, expected, value
@@ -4717,35 +4716,26 @@ def matching(pattern: str, value: Callable = str) -> Callable:
     return checked
 
 
-def host_and_port(text: str) -> tuple[str, int]:
-    """[HOST]:PORT as a pair, HOST without its brackets. Raises ValueError."""
-    host, _, port = text.rpartition(":")
-    if host.startswith("[") and host.endswith("]"):
-        host = host[1:-1]
+def endpoint(text: str, is_peer: bool = False) -> tuple[str, int]:
+    """[HOST]:PORT as a pair, HOST without its brackets; a peer needs both, and not port 0. Raises ValueError."""
+    found = re.fullmatch(r"(\[[^\[\]]*\]|[^\s/@,:\[\]]*):([0-9]{1,5})", text)
+    host, port = (found[1].strip("[]"), int(found[2])) if found else ("", 65536)
+    if text.startswith("["):
         ipaddress.IPv6Address(host.partition("%")[0])
-    elif re.search(r"[\s/@,:\[\]]", host):
-        raise ValueError(text)
-    return host, matching("[0-9]{1,5}", lambda port: range(65536).index(int(port)))(port)
-
-
-def peer_endpoint(text: str) -> tuple[str, int]:
-    """HOST:PORT as a pair, neither of them empty. Raises ValueError."""
-    host, port = host_and_port(text)
-    if not (host and port):
+    if port > 65535 or is_peer and not (host and port):
         raise ValueError(text)
     return host, port
 
 
-def server_endpoint(text: str) -> tuple[str, int]:
-    """HOST[:PORT] of a name server as a pair; port 53 is the default. Raises ValueError."""
-    with contextlib.suppress(ValueError):
-        return str(ipaddress.ip_address(text)), 53
-    return peer_endpoint(text if ":" in text.rpartition("]")[2] else f"{text}:53")
-
-
 def server_list(text: str) -> list[tuple[str, int]]:
-    """HOST[:PORT] of name servers, comma-separated, as pairs. Raises ValueError."""
-    return [] if text == "none" else [server_endpoint(part.strip()) for part in text.split(",")]
+    """HOST[:PORT] of name servers, comma-separated, as pairs; port 53 is the default. Raises ValueError."""
+    servers = []
+    for part in [] if text == "none" else map(str.strip, text.split(",")):
+        try:
+            servers.append((str(ipaddress.ip_address(part)), 53))
+        except ValueError:
+            servers.append(endpoint(part if ":" in part.rpartition("]")[2] else f"{part}:53", is_peer=True))
+    return servers
 
 
 def seconds_of(text: str) -> int:
@@ -4758,8 +4748,8 @@ def seconds_of(text: str) -> int:
 TRUE, FALSE = ("true", "1", "yes"), ("false", "0", "no")
 TRUTH = ("BOOL", "true, false, 1, 0, yes or no")
 truth = matching(f"(?i){'|'.join(TRUE + FALSE)}", lambda text: text.lower() in TRUE)
-listen_endpoint = FlagType("[HOST]:PORT", "HOST:PORT, [v6]:PORT or :PORT", host_and_port)  # port 0: a free one
-portal_endpoint = FlagType("HOST:PORT", "HOST:PORT or [v6]:PORT", peer_endpoint)
+listen_endpoint = FlagType("[HOST]:PORT", "HOST:PORT, [v6]:PORT or :PORT", endpoint)  # port 0: a free one
+portal_endpoint = FlagType("HOST:PORT", "HOST:PORT or [v6]:PORT", functools.partial(endpoint, is_peer=True))
 name_servers = FlagType("HOST[:PORT],...", "name servers such as 1.1.1.1,192.168.1.1:53, or none", server_list)
 networks = FlagType("CIDR,...", "networks such as 192.168.1.0/24, comma-separated", lambda text: [ipaddress.ip_network(part.strip(), strict=False) for part in text.split(",") if text])
 duration = FlagType("DURATION", "a duration such as 90s, 5m or 1h30m", matching(r"0|(?=\d)(\d{1,6}d)?(\d{1,6}h)?(\d{1,6}m)?(\d{1,6}s)?", seconds_of))
@@ -4849,26 +4839,13 @@ def environment_arguments(environment: Mapping) -> list[str]:
     return [f"--{name}={text}" for name, text in given.items() if text]
 
 
-def warn_of_unknown_variables(environment: Mapping) -> None:
-    """Name SEMS_ variables that no flag has, with the nearest that exists."""
-    known = [variable(name) for name, *_ in FLAGS]
-    unknown = sorted(name for name in environment if name.startswith("SEMS_") and name not in known)
-    nearest = {name: difflib.get_close_matches(name, known, 1) for name in unknown}
-    names = [f"{name!a}{f' (is {near[0]} meant?)' if near else ''}" for name, near in nearest.items()]
-    if names:
-        log.warning("ignored variables that no flag has: %s", ", ".join(names))
-
-
-def joined(arguments: list[str]) -> list[str]:
-    """Arguments with --flag VALUE as --flag=VALUE: VALUE can begin with a -."""
-    valued = {f"--{name}" for name, _, kind, _, _ in FLAGS if kind not in SWITCHES}
-    found: list[str] = []
-    for argument in arguments:
-        if found and found[-1] in valued:
-            found[-1] += f"={argument}"
-        else:
-            found.append(argument)
-    return found
+def unknown_variables(environment: Mapping) -> str:
+    """A warning of SEMS_ variables that no flag has, with the nearest that exists; empty if there are none."""
+    known = {variable(name).removeprefix("SEMS_"): variable(name) for name, *_ in FLAGS}
+    unknown = sorted(name for name in environment if name.startswith("SEMS_") and name not in known.values())
+    near = {name: difflib.get_close_matches(name[5:], known, 1, 0.65) for name in unknown}
+    names = [f"{name!a} (is {known[keys[0]]} meant?)" if keys else f"{name!a}" for name, keys in near.items()]
+    return f"ignored variables that no flag has: {', '.join(names)}" if names else ""
 
 
 def serve_settings(arguments: list[str], environment: Mapping, command: str = "serve", about: str = "") -> Settings:
@@ -4878,7 +4855,10 @@ def serve_settings(arguments: list[str], environment: Mapping, command: str = "s
         settings = parser.parse_args(environment_arguments(environment))
     except UsageError as error:  # of a variable, not of the flag that it stands for
         raise UsageError(re.sub(r"^--([\w.-]+)", lambda flag: variable(flag[1]), str(error))) from None
-    parser.parse_args(joined(arguments), settings)
+    valued = {f"--{name}" for name, _, kind, _, _ in FLAGS if kind not in SWITCHES}
+    rest = iter(arguments)  # --flag VALUE is --flag=VALUE: VALUE can begin with a -
+    line = ["=".join([argument, *itertools.islice(rest, int(argument in valued))]) for argument in rest]
+    parser.parse_args(line, settings)
     settings.mode = settings.mode or (FORWARD if settings.passthrough else LOCAL)
     settings.upstream_text = endpoint_text(settings.upstream)
     if settings.spool_file and settings.mode != SPOOL:
@@ -4896,59 +4876,35 @@ def zone_trouble() -> tuple[str, str]:
     return trouble, "install the system's time zones (tzdata), or let TZ be a rule such as CET-1CEST,M3.5.0,M10.5.0/3"
 
 
-def bound(flag: str, address: tuple[str, int], bind: Callable):
-    """What bind() makes, which has a port. Raises StartError that names the flag, and how to find the port's owner."""
-    try:
-        return bind()
-    except StartError:
-        raise
-    except HOST_ERRORS as error:
-        hint = "; `ss -ltnp` shows what has it" if getattr(error, "errno", None) == errno.EADDRINUSE else ""
-        raise StartError(f"--{flag}={endpoint_text(address)}: {error.args[-1]}{hint}") from None
-
-
 def started(settings: Settings, clock: Clock = wall_clock, rules_clock: Clock = float) -> tuple[Store, Loop, Web]:
     """An exporter whose ports are bound; `loop.run` is left to do. Raises StartError."""
     store = Store(settings.stale_after, settings.max_devices, settings.batsignal, clock, rules_clock)
     files, history = Files(store, settings.capture, settings.backfill), History(store)
-    loop = bound("sems.listen-address", settings.listen_address, lambda: Loop(store, settings, files))
-    try:
-        web = bound("web.listen-address", settings.web_address, lambda: Web(loop, history))
-    except StartError:
-        loop.close()
-        raise
+    flag, address = "sems.listen-address", settings.listen_address
+    with contextlib.ExitStack() as undo:
+        try:
+            loop = Loop(store, settings, files)
+            undo.callback(loop.close)
+            flag, address = "web.listen-address", settings.web_address
+            web = Web(loop, history)
+        except StartError:
+            raise
+        except HOST_ERRORS as error:
+            hint = "; `ss -ltnp` shows what has it" if getattr(error, "errno", None) == errno.EADDRINUSE else ""
+            raise StartError(f"--{flag}={endpoint_text(address)}: {error.args[-1]}{hint}") from None
+        undo.pop_all()
     loop.every_second.append(history.note)
     gc.freeze()  # what is there now stays: the collector need not look at it again
     return store, loop, web
 
 
-class JournalFormatter(logging.Formatter):
-    """A log line for systemd's journal, which has a time of its own: priority and text, on each line of a traceback."""
-
-    PRIORITIES = {logging.ERROR: 3, logging.WARNING: 4, logging.INFO: 6, logging.DEBUG: 7}
-
-    def format(self, record: logging.LogRecord) -> str:
-        """The lines of a record, each with its priority (sd-daemon(3))."""
-        start = f"<{self.PRIORITIES.get(record.levelno, 4)}>"
-        return "\n".join(start + line for line in super().format(record).splitlines())
-
-
-def set_up_log() -> None:
-    """Log to stderr, a line an event."""
-    handler = logging.StreamHandler()
-    is_journal = bool(os.environ.get("JOURNAL_STREAM"))
-    plain_format = logging.Formatter("%(asctime)s %(levelname)s %(message)s")
-    handler.setFormatter(JournalFormatter("%(message)s") if is_journal else plain_format)
-    logging.basicConfig(level=logging.INFO, handlers=[handler])
-
-
-def notify_systemd(state: str) -> None:
-    """Say a state such as READY=1 to systemd, which sets NOTIFY_SOCKET for a unit of Type=notify (sd_notify(3))."""
+def notify_systemd() -> None:
+    """Say that the exporter is ready to systemd, which sets NOTIFY_SOCKET for a unit of Type=notify (sd_notify(3))."""
     name = os.environ.get("NOTIFY_SOCKET", "")
     if name:
         with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
-            sock.connect(f"\0{name[1:]}" if name.startswith("@") else name)
-            sock.send(state.encode())
+            sock.connect(re.sub("^@", "\0", name))
+            sock.send(b"READY=1")
 
 
 def at_signal(stop: Callable[[], None]) -> None:
@@ -4959,12 +4915,15 @@ def at_signal(stop: Callable[[], None]) -> None:
 
 def serve(arguments: list[str]) -> int:
     """The exporter, until SIGTERM or SIGINT; also without a command."""
-    set_up_log()
+    moment = "" if os.environ.get("JOURNAL_STREAM") else "%(asctime)s "  # systemd's journal has a time of its own
+    logging.basicConfig(level=logging.INFO, format=f"{moment}%(levelname)s %(message)s")
     settings = serve_settings(arguments, os.environ, "serve", f"{serve.__doc__}")
     at_signal(sys.exit)
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     logging.getLogger().setLevel(settings.log_level.upper())
-    warn_of_unknown_variables(os.environ)
+    unknown = unknown_variables(os.environ)
+    if unknown:
+        log.warning(unknown)
     _, loop, web = started(settings)
     at_signal(loop.stop)
     loop.mailbox.wake_at_signals()
@@ -4974,7 +4933,7 @@ def serve(arguments: list[str]) -> int:
     trouble, step = zone_trouble()
     if trouble:
         log.warning("%s, so local time is unknown and no device's clock is set: %s", trouble, step)
-    notify_systemd("READY=1")
+    notify_systemd()
     loop.run()
     return 0
 

@@ -5920,14 +5920,17 @@ class SettingsTest(SocketCase):
         self.assertIn("release*", "".join(self.lines))
 
     def test_unknown_variables(self) -> None:
-        """A SEMS_ variable that no flag has is named in one warning, with the nearest that exists."""
-        sems.warn_of_unknown_variables({"SEMS_MODE": "local", "SEMS_MAX_DEVICE": "7", "SEMS_XYZZY": "1", "OTHER": "x"})
-        (line,) = self.lines
-        for text in ("SEMS_MAX_DEVICE", "SEMS_MAX_DEVICES", "SEMS_XYZZY"):
-            self.assertIn(text, line)
-        self.lines.clear()
-        sems.warn_of_unknown_variables({"SEMS_MODE": "local", "PATH": "x"})
-        self.assertEqual(self.lines, [])
+        """A SEMS_ variable that no flag has is named, with the nearest that exists, if one is near; by doctor, too."""
+        for name, near in (
+            ("SEMS_MAX_DEVICE", "SEMS_MAX_DEVICES"), ("SEMS_SPOOL", "SEMS_SPOOL_FILE"), ("SEMS_DEBUG", "DEBUG"),
+            ("SEMS_WEB_LISTEN_ADDRESS", "WEB_LISTEN_ADDRESS"), ("SEMS_XYZZY", ""), ("SEMS_PORT", ""), ("SEMS_TOKEN", ""), ("SEMS_USERNAME", ""),
+        ):  # fmt: skip
+            hint = f" (is {near} meant?)" if near else ""
+            wanted = f"ignored variables that no flag has: 'SEMS_', {name!r}{hint}"
+            self.assertEqual(
+                sems.unknown_variables({"SEMS_MODE": "local", name: "7", "SEMS_": "", "OTHER": "x"}), wanted
+            )
+        self.assertEqual(sems.unknown_variables({"SEMS_MODE": "local", "PATH": "x"}), "")
 
     BAD = (  # arguments, environment, what the line on stderr names
         ("--sems.listen-address=nonsense", {}, "--sems.listen-address", "nonsense"),
