@@ -4946,11 +4946,10 @@ class House:
 
     CAPACITY, RESERVE, STRONGEST = 10_000, 1_000, 3_000  # of the battery, Wh and W
 
-    def __init__(self, seed: int, battery: bool) -> None:
-        self.random, self.has_battery, self.stored = random.Random(seed), battery, 4_000.0 if battery else 0.0
+    def __init__(self, battery: bool) -> None:
+        self.random, self.has_battery, self.stored = random.Random(0), battery, 4_000.0 if battery else 0.0
         self.clock: datetime | None = None
-        self.generation = self.load = self.battery = self.export = 0.0  # battery: positive while it gives
-        self._cloud = 0.0
+        self.generation = self.load = self.battery = self.export = self._cloud = 0.0  # battery: positive while it gives
         self.today, self.uptime = 0.0, 1667.0  # generated, Wh; hours of sun
         self.energy = dict.fromkeys(self.flows(), 0.0)
         self.energy.update({"export": 270_780, "import": 801_550, "generation": 579_410, "load": 1_110_180})
@@ -4966,17 +4965,14 @@ class House:
         """Let time pass until clock, at the powers of before, and find those of now."""
         if clock == self.clock:  # another of its devices has come here before
             return
-        before = self.clock or clock
+        before, self.clock = self.clock or clock, clock
         hours = (clock.timestamp() - before.timestamp()) / 3600
         for name, power in self.flows().items():
             self.energy[name] += max(power, 0) * hours
         self.stored = min(max(self.stored - self.battery * hours, 0), self.CAPACITY)
         self.today = max(self.generation, 0) * hours + (self.today if clock.date() == before.date() else 0)
         self.uptime += hours if self.generation > 0 else 0
-        self.clock = clock
-        self._weather(clock.hour + clock.minute / 60 + clock.second / 3600)
-
-    def _weather(self, hour: float) -> None:
+        hour = clock.hour + clock.minute / 60 + clock.second / 3600
         self._cloud = min(max(self._cloud + self.random.uniform(-0.12, 0.12), 0), 0.85)
         height = math.sin(math.pi * (hour - 6.5) / 12.5) if 6.5 < hour < 19 else 0
         self.generation = round(3000 * height**1.3 * (1 - 0.8 * self._cloud), 0) if height > 0.02 else -7.0
@@ -5082,11 +5078,7 @@ class Simulated:
             words = register_words(family(cls, self.serial), self.model.says(self.house))
             if words and clock:
                 words.update(zip(range(clock, clock + 3), struct.unpack(">3H", stamp)))
-            ranges = []
-            for register, word in sorted(words.items()):
-                if not ranges or register != ranges[-1][0] + len(ranges[-1][1]):
-                    ranges.append((register, []))
-                ranges[-1][1].append(word)
+            ranges = [(register, (word,)) for register, word in sorted(words.items())]
         packet = Packet(OUTBOUND, f"{cls:02x}{function:02x}", self.serial, device_iv(stamp), stamp, payload(ranges))
         return encode(packet) if ranges else b""
 
@@ -5099,8 +5091,9 @@ class Simulated:
                 self.sock.sendall(self.frame(SETTINGS, when))
             if live and self.sock:
                 self.sock.sendall(live)
-                with contextlib.suppress(BlockingIOError):
-                    self.sock.recv(4096, socket.MSG_DONTWAIT)  # the answers; behind the end, the next packet fails
+                self.sock.recv(4096, socket.MSG_DONTWAIT)  # the answers; behind the end, the next packet fails
+        except BlockingIOError:
+            pass
         except OSError as error:
             log.info("%s connects again: %s", self.serial, error)
             live = b""
@@ -5109,10 +5102,10 @@ class Simulated:
             self.sock = None
 
 
-def simulated_house(number: int, hybrid: bool = False) -> list[Simulated]:
-    """The devices of a house, counted from 0. No two devices of any houses end alike."""
-    house, models = House(number, battery=hybrid), (HYBRID_ET,) if hybrid else (HOMEKIT, DNS)
-    return [Simulated(model, house, 2 * number + i) for i, model in enumerate(models, 1)]
+def simulated_house(hybrid: bool = False) -> list[Simulated]:
+    """The devices of a house. No two of their serial numbers end alike."""
+    house, models = House(battery=hybrid), (HYBRID_ET,) if hybrid else (HOMEKIT, DNS)
+    return [Simulated(model, house, number) for number, model in enumerate(models, 1)]
 
 
 def simulation(target: tuple[str, int], devices: list[Simulated], clock: Clock) -> None:
@@ -5145,8 +5138,6 @@ def day_clock() -> Clock:
     begin, today = time.monotonic(), datetime.now().replace(hour=0, minute=0, second=0, microsecond=0)
 
     def clock(now: float) -> float:
-        if now < begin:  # at the pace of real time, also for one that was never
-            return today.timestamp() + now - begin
         days, at = divmod(now - begin, PACE[-1][0])
         (left, low), (right, high) = next(pair for pair in zip(PACE, PACE[1:]) if at < pair[1][0])
         return today.timestamp() + 86400 * days + 3600 * (low + (high - low) * (at - left) / (right - left))
@@ -5187,7 +5178,7 @@ def demo(arguments: list[str]) -> int:
     _, loop, web = started(settings, clock, clock)
     at_signal(loop.stop)
     loop.mailbox.wake_at_signals()
-    what = settings.listen_address, simulated_house(0, given.hybrid), clock
+    what = settings.listen_address, simulated_house(given.hybrid), clock
     threading.Thread(target=simulation, args=what, name="devices", daemon=True).start()
     who = "A hybrid with a battery sends" if given.hybrid else "A HomeKit 1000 and a DNS G3 send"
     print(DEMO_TEXT.format(who=who, web=web.listener.port, devices=devices_at, portal=portal), flush=True)
@@ -5963,13 +5954,8 @@ def running_exporter(settings: Settings) -> dict | None:
     """What an exporter on this machine says on /api/devices, None if none runs: any web server can have its port."""
     with contextlib.suppress(ValueError, TypeError, KeyError, RecursionError):
         said = json.loads(local_get(settings, "/api/devices") or b"null")
-        is_ours = said["upstream"]["mode"] in (FORWARD, LOCAL, SPOOL) and isinstance(said["upstream"]["address"], str)
-        return said if is_ours and all(set(device) >= DEVICE_KEYS for device in said["devices"]) else None
+        return said if said["upstream"]["mode"] in (FORWARD, LOCAL, SPOOL) else None
     return None
-
-
-DEVICE_KEYS = {"device", "model", "full_serial", "up", "age_seconds"}  # of a device on /api/devices
-STRANGERS = {"tls": "begins TLS", "nothing": "sends nothing"}
 
 
 # fmt: off
@@ -5992,8 +5978,11 @@ def port_finding(flag: str, address: tuple, settings: Settings, running: dict | 
 
 
 def machine_findings(settings: Settings, running: dict | None) -> Iterator[Finding]:
-    """Where this runs; whether its ports are free, or the exporter has them; whether its clock and time zone are right."""
+    """Where this runs; whether its variables, ports, clock and time zone are right."""
     addresses = {"sems.listen-address": settings.listen_address, "web.listen-address": settings.web_address}
+    unknown = unknown_variables(os.environ)
+    if unknown:
+        yield WARN, unknown, "correct their names, or unset them"
     if in_container():
         ports = " ".join(f"-p {port}:{port}" for _, port in addresses.values())
         yield OK, "this runs in a container: its ports, names, clock and files are not the host's", f"publish the ports ({ports}), give it TZ, and let the portal's name lead to the host"
@@ -6024,11 +6013,10 @@ def device_findings(settings: Settings, running: dict | None) -> Iterator[Findin
             (device["device"] == "inverter", WARN, text, f"an inverter sleeps at night; otherwise {asleep}"),
             (True, WARN, text, asleep),
         )
-    strangers = running.get("strangers") or []
-    for stranger in strangers:
-        said = STRANGERS.get(stranger["said"], "sends no frame")
+    for stranger in running["strangers"]:
+        said = "begins TLS" if stranger["said"] == "tls" else "sends nothing"
         yield WARN, f"{label_text(stranger['host'])} connects and {said}: its module does not speak this protocol", "newer modules (WiFi/LAN Kit-20, \"WLA...\" on the label) speak TLS with the cloud and cannot be read here: let its names lead to the cloud again"
-    if not running["devices"] and not strangers:
+    if not running["devices"] and not running["strangers"]:
         yield WARN, "no device has connected yet", "let the portal's name lead here, then power-cycle the device's module"
 
 
