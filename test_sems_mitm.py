@@ -5657,10 +5657,15 @@ class HttpTest(SocketCase):
 
     def raw(self, data: bytes, step: int = 0) -> bytes:
         """What comes back for bytes of our own, to the end; step: so many at a time."""
-        client = self.running.client()
-        for at in range(0, len(data), step or len(data)):
-            client.send(data[at : at + (step or len(data))])
-        return client.rest()
+        with contextlib.closing(connected(self.running.web_port)) as client:
+            with contextlib.suppress(ConnectionError):
+                for at in range(0, len(data), step or len(data)):
+                    client.send(data[at : at + (step or len(data))])
+                client.no_more()
+            return client.rest()
+
+    def json(self, path: str) -> dict:
+        return json.loads(self.running.get(path)[2])
 
     def closed(self) -> float:
         return self.running.value("sems_mitm_http_closed_connections_total")
@@ -5672,7 +5677,7 @@ class HttpTest(SocketCase):
             ("/metrics", 200, "text/plain; version=0.0.4; charset=utf-8", "# HELP"),
             ("/", 200, "text/html; charset=utf-8", "<!doctype html>"), ("/?x", 200, "text/html; charset=utf-8", "<!doctype html>"),
             ("/api/devices", 200, data, '{"devices": []'), ("/api/household", 200, data, '{"house": {}, "devices": {}}'),
-            ("/home-assistant.yaml", 503, text, ""), ("/-/healthy", 200, text, ""), ("/-/ready", 200, text, ""),
+            ("/home-assistant.yaml", 503, text, "No device"), ("/-/healthy", 200, text, ""), ("/-/ready", 200, text, ""),
             ("/nothing", 404, text, ""), ("/metrics/", 404, text, ""), ("//", 404, text, ""), ("/../etc/passwd", 404, text, ""),
             ("/api", 404, data, "{}"), ("/api/", 404, data, "{}"), ("/api/x", 404, data, "{}"), ("/apix", 404, text, ""),
         )  # fmt: skip
@@ -5684,8 +5689,6 @@ class HttpTest(SocketCase):
                 self.assertEqual(len(body), int(headers["Content-Length"]))
                 self.assertIn("default-src 'none'", headers["Content-Security-Policy"])
                 self.assertIsNone(headers["Server"])
-                if kind == data:
-                    json.loads(body)
                 head = self.raw(f"HEAD {path} HTTP/1.1\r\n\r\n".encode())
                 self.assertTrue(head.endswith(b"\r\n\r\n") and head.startswith(b"HTTP/1.0 %d " % status), head)
         for method in ("POST", "PUT", "DELETE", "OPTIONS", "TRACE", "BREW", "get"):
@@ -5693,52 +5696,49 @@ class HttpTest(SocketCase):
                 answer = self.raw(f"{method} /metrics HTTP/1.1\r\nContent-Length: 9\r\n\r\nname=data".encode())
                 self.assertTrue(answer.startswith(b"HTTP/1.0 405 "), answer[:60])
                 self.assertIn(b"Allow: GET, HEAD", answer)
+        stopping = mock.Mock(loop=mock.Mock(is_stopping=True, settings=self.running.settings))
+        request = sems.Request(stopping, b"GET /-/ready HTTP/1.1\r\n\r\n", "")
+        request.handle_one_request()
+        self.assertIn(b"HTTP/1.0 503 ", request.wfile.getvalue())
+        moved = self.exporter(None, "--sems.mode=local", "--web.telemetry-path=/solar")
+        self.assertEqual([moved.get(path)[0] for path in ("/solar", "/metrics")], [200, 404])
+        self.assertIn(b'href="/solar"', moved.get("/")[2])
 
     def test_forms_of_a_request(self) -> None:
-        """Whole and byte by byte: absolute targets, empty lines before, bare line feeds, HTTP/0.9, more than one request."""
+        """Whole and byte by byte: absolute targets, empty lines before, bare line feeds, more than one request."""
         for name, request, status in (
             ("plain", b"GET /-/healthy HTTP/1.1\r\nHost: x\r\n\r\n", 200), ("1.0", b"GET /-/healthy HTTP/1.0\r\n\r\n", 200),
             ("absolute", b"GET http://host:1/-/healthy HTTP/1.1\r\n\r\n", 200), ("absolute, in capitals", b"GET HTTP://host/-/healthy HTTP/1.1\r\n\r\n", 200),
             ("absolute, with a query", b"GET http://host/-/healthy?x HTTP/1.1\r\n\r\n", 200), ("absolute, the page", b"GET http://host HTTP/1.1\r\n\r\n", 200),
             ("absolute, elsewhere", b"GET ftp://host/-/healthy HTTP/1.1\r\n\r\n", 404), ("an empty line before", b"\r\nGET /-/healthy HTTP/1.1\r\n\r\n", 200),
-            ("bare line feeds", b"GET /-/healthy HTTP/1.1\nHost: x\n\n", 200), ("0.9", b"GET /-/healthy\r\n\r\n", 200),
-            ("three at once", b"GET /-/healthy HTTP/1.1\r\nConnection: keep-alive\r\n\r\n" * 3, 200), ("2.0", b"GET / HTTP/2.0\r\n\r\n", 505),
+            ("bare line feeds", b"GET /-/healthy HTTP/1.1\nHost: x\n\n", 200), ("2.0", b"GET / HTTP/2.0\r\n\r\n", 505),
+            ("three at once", b"GET /-/healthy HTTP/1.1\r\nConnection: keep-alive\r\n\r\n" * 3, 200),
         ):  # fmt: skip
-            for step in (0, 1):
-                if not (step and name == "three at once"):
-                    with self.subTest(name, step=step):
-                        answer = self.raw(request, step)
-                        self.assertEqual(answer.count(b"HTTP/1.0 %d " % status), 1, answer[:200])
-
-    def test_ready(self) -> None:
-        """Ready until the exporter stops; --web.telemetry-path moves the metrics."""
-        running = self.exporter(None, "--sems.mode=local", "--web.telemetry-path=/solar")
-        self.assertEqual([running.get(path)[0] for path in ("/solar", "/metrics", "/-/ready")], [200, 404, 200])
-        self.assertIn(b'href="/solar"', running.get("/")[2])
-        running.loop.is_stopping = True
-        with contextlib.suppress(OSError, http.client.HTTPException):
-            self.assertEqual(running.get("/-/ready")[0], 503)
+            for step in (0, 1) if name != "three at once" else (0,):
+                with self.subTest(name, step=step):
+                    answer = self.raw(request, step)
+                    self.assertEqual(answer.count(b"HTTP/1.0 %d " % status), 1, answer[:200])
 
     def test_api(self) -> None:
-        """/api/devices and /api/household: names, places and figures."""
+        """/api/devices and /api/household: names, places and figures; of a silent device no flows and no gauges."""
+        self.limits(TICK=0.01)
         self.running.device(frame()).packets(1)
-        answer = json.loads(self.running.get("/api/devices")[2])
+        answer = self.json("/api/devices")
         self.assertLessEqual({"devices", "upstream", "blocked"}, set(answer))
         self.assertEqual(answer["upstream"], {"mode": "local", "address": "", "up": None, "queue_bytes": 0})
         (device,) = answer["devices"]
         name = {"device": "meter", "model": "HomeKit 1000 Smart Meter", "serial": METER[-8:], "full_serial": METER, "up": True}  # fmt: skip
         flows = {"generation_watts": 2600, "export_watts": 1500, "house_watts": 1100, "grid_watts": -1500}
-        self.assertEqual({key: device[key] for key in (*name, *flows)}, {**name, **flows})
-        self.assertEqual([device[key] for key in ("firmware", "module_firmware", "portal")], [""] * 3)
+        wanted = {**name, **flows, "firmware": "", "module_firmware": "", "portal": ""}
+        self.assertEqual({key: device[key] for key in wanted}, wanted)
         self.assertEqual(device["values"]["meter_voltage_volts_channel_1"], 240.0)
         self.assertLess(device["age_seconds"], PATIENCE)
-        small = json.loads(self.running.get("/api/household")[2])
+        small = self.json("/api/household")
         self.assertEqual({key: small["house"][key] for key in flows}, flows)
         figures = {key: number for key, number in device.items() if key in (*sems.KEYS, "today_since")}
         self.assertEqual(small["devices"], {METER: figures})
-        brief = self.exporter(None, "--sems.mode=local", "--metrics.stale-after=1s")
-        brief.device(frame()).packets(1)
-        silent = until(lambda: [one for one in json.loads(brief.get("/api/devices")[2])["devices"] if not one["up"]])[0]
+        self.running.store.stale_after = 0.01
+        silent = until(lambda: [one for one in self.json("/api/devices")["devices"] if not one["up"]])[0]
         self.assertFalse(set(flows) & set(silent))
         self.assertNotIn("meter_power_export_watts", silent["values"])
 
@@ -5746,12 +5746,9 @@ class HttpTest(SocketCase):
         """The package names the address that the client used, if that is a plain one."""
         self.running.device(frame()).packets(1)
         own = f"{LOCAL}:{self.running.web_port}"
-        rows = (
-            ("raspberrypi.local:14028", "raspberrypi.local:14028"), ("192.0.2.7:1", "192.0.2.7:1"), ("[2001:db8::1]:2", "[2001:db8::1]:2"),
-            ("sems_mitm:14028", "sems_mitm:14028"), ("a" * 300, own), ("", own), ('x"y', own), ("{{ states }}", own), ("x\ty", own),
-            ("a:1:2", own), ("u@h:1", own), ("h:123456", own), ("x\r\n y", own), ("h/../", own), ("é", own),
-        )  # fmt: skip
-        for host, wanted in rows:
+        plain = ("raspberrypi.local:14028", "192.0.2.7:1", "[2001:db8::1]:2", "sems_mitm:14028")
+        others = ("a" * 300, "", 'x"y', "{{ states }}", "x\ty", "a:1:2", "u@h:1", "h:123456", "x\r\n y", "h/../", "é")
+        for host, wanted in (*zip(plain, plain), *((host, own) for host in others)):
             with self.subTest(host):
                 answer = self.raw(b"GET /home-assistant.yaml HTTP/1.1\r\nHost: %s\r\n\r\n" % host.encode("latin-1"))
                 self.assertIn(f'resource: "http://{wanted}/api/household"'.encode(), answer)
@@ -5761,6 +5758,7 @@ class HttpTest(SocketCase):
         rows = (
             ("gzip", True), ("deflate, gzip;q=0.5", True), ("*", True), ("GZIP ; q=1", True), ("gzip;q=0", False),
             ("gzip;q=0.000, *", False), ("identity", False), ("", False), ("*;q=0", False), ("gzip; q=0", False),
+            (f"gzip{' ' * 12_000}x", False),
         )  # fmt: skip
         for accepted, packed in rows:
             with self.subTest(accepted):
@@ -5771,12 +5769,9 @@ class HttpTest(SocketCase):
                 self.assertTrue(plain.startswith(b"# HELP") and plain.endswith(b"\n"))
 
     def test_long_head(self) -> None:
-        """A request's head is bounded as a whole, and read in no time."""
+        """A request's head is bounded as a whole."""
         for head in (b"X: %s\r\n" % (b"x" * 1000) * 20, b"X: " + b"x" * 20_000, b"A: b\r\n" * 300 + b"\r\n"):
             self.assertIn(b" 431 ", self.raw(b"GET / HTTP/1.1\r\n" + head))
-        begin = time.thread_time()
-        self.running.get("/metrics", **{"Accept-Encoding": f"gzip{' ' * 12_000}x"})
-        self.assertLess(time.thread_time() - begin, 1)
 
     def test_time_outs(self) -> None:
         """A head that is not complete in time, also one that goes on byte by byte, and an answer that is not taken, end the connection."""
@@ -5826,15 +5821,13 @@ class HttpTest(SocketCase):
         """It ends the request with 500, is counted and logged; the next request is served."""
         self.faults = 1
         with mock.patch.object(sems, "see", side_effect=ZeroDivisionError("made")):
-            self.assertEqual(self.running.get("/api/devices")[0], 500)
-            self.assertEqual(self.running.get("/api/household")[0], 500)
+            self.assertEqual([self.running.get(path)[0] for path in ("/api/devices", "/api/household")], [500, 500])
         self.assertEqual(self.running.get("/api/devices")[0], 200)
         self.assertEqual(self.running.value("sems_mitm_internal_errors_total"), 2)
         self.assertIn("an HTTP request", self.tracebacks()[0])
 
     def test_garbage(self) -> None:
-        """Whatever is sent, the answer is an error or the end, nothing is a traceback, and the process serves on."""
-        process = self.process("--sems.mode=local", *PORTS, "--log.level=debug")
+        """Whatever is sent, the answer is an error or the end, nothing is a traceback, and the exporter serves on."""
         chance = random.Random(11)
         words = (
             b"GET", b"HEAD", b"POST", b" ", b"/", b"/metrics", b"HTTP/1.1", b"HTTP/1.0", b"HTTP/9", b"HTTP/-1.1", b"\r\n", b"\n", b"\0",
@@ -5852,16 +5845,10 @@ class HttpTest(SocketCase):
         ]  # fmt: skip
         rows += [b"".join(chance.choice(words) for _ in range(chance.randint(1, 12))) + b"\r\n\r\n" for _ in range(150)]
         for row in rows:
-            client = connected(process.web_port)
-            with contextlib.suppress(ConnectionError):
-                client.send(row)
-                client.no_more()
-            answer = client.rest()
-            client.close()
+            answer = self.raw(row)
             self.assertTrue(not answer or re.match(rb"HTTP/1\.0 (200|4\d\d|505) ", answer), (row, answer[:80]))
-        self.assertEqual(process.get("/-/healthy")[0], 200)
-        self.assertEqual(process.value("sems_mitm_internal_errors_total"), 0)
-        self.assertNotIn("Traceback", process.stderr())
+        self.assertEqual(self.running.get("/-/healthy")[0], 200)
+        self.assertEqual(self.running.value("sems_mitm_internal_errors_total"), 0)
 
 
 # ---------------------------------------------------------------------------------------------------- command line
@@ -5897,10 +5884,8 @@ class SettingsTest(SocketCase):
         ("--debug", {"LOG_LEVEL": "warning"}, "log_level", "debug"),
         ("--log.level=WARNING", {"DEBUG": "yes"}, "log_level", "warning"),
         ("--metrics.stale-after=1h30m", {"METRICS_STALE_AFTER": "5m"}, "stale_after", 5400),
-        ("--sems.listen-address=[::1]:7", {}, "listen_address", ("::1", 7)),
         ("", {"WEB_LISTEN_ADDRESS": "127.0.0.1:0"}, "web_address", ("127.0.0.1", 0)),
-        ("--sems.upstream-dns=9.9.9.9:54,::1", {}, "upstream_dns", [("9.9.9.9", 54), ("::1", 53)]),
-        ("--sems.upstream-dns=none", {}, "upstream_dns", []),
+        ("--sems.allow-from=10.0.0.1/8", {}, "allow_from", [ipaddress.ip_network("10.0.0.0/8")]),
         ("--sems.capture -x", {}, "capture", "-x"),
         ("--sems.capture=", {"SEMS_CAPTURE": "there"}, "capture", ""),
         ("", {"SEMS_MODE": "spool", "SEMS_SPOOL_FILE": "/s"}, "spool_file", "/s"),
@@ -5911,41 +5896,33 @@ class SettingsTest(SocketCase):
         for line, environment, name, value in self.GOOD:
             with self.subTest(line, **environment):
                 self.assertEqual(getattr(sems.serve_settings(line.split(), environment), name), value)
-        allowed = sems.serve_settings(["--sems.allow-from=10.0.0.1/8,fd00::/8"], {}).allow_from
-        self.assertEqual(list(map(str, allowed)), ["10.0.0.0/8", "fd00::/8"])
-
-    def test_debug_of_nonsense(self) -> None:
-        """Shells set DEBUG to all sorts of things: ignored with a warning."""
+        self.assertEqual(self.lines, [])
+        # shells set DEBUG to all sorts of things
         self.assertEqual(sems.serve_settings([], {"DEBUG": "release*"}).log_level, "info")
-        self.assertIn("release*", "".join(self.lines))
+        self.assertIn("release*", self.lines.pop())
 
     def test_unknown_variables(self) -> None:
-        """A SEMS_ variable that no flag has is named, with the nearest that exists, if one is near; by doctor, too."""
+        """A SEMS_ variable that no flag has is named, with the nearest that exists, if one is near."""
         for name, near in (
             ("SEMS_MAX_DEVICE", "SEMS_MAX_DEVICES"), ("SEMS_SPOOL", "SEMS_SPOOL_FILE"), ("SEMS_DEBUG", "DEBUG"),
-            ("SEMS_WEB_LISTEN_ADDRESS", "WEB_LISTEN_ADDRESS"), ("SEMS_XYZZY", ""), ("SEMS_PORT", ""), ("SEMS_TOKEN", ""), ("SEMS_USERNAME", ""),
+            ("SEMS_WEB_LISTEN_ADDRESS", "WEB_LISTEN_ADDRESS"), ("SEMS_XYZZY", ""), ("SEMS_PORT", ""), ("SEMS_USERNAME", ""),
         ):  # fmt: skip
             hint = f" (is {near} meant?)" if near else ""
             wanted = f"ignored variables that no flag has: 'SEMS_', {name!r}{hint}"
-            self.assertEqual(
-                sems.unknown_variables({"SEMS_MODE": "local", name: "7", "SEMS_": "", "OTHER": "x"}), wanted
-            )
+            with self.subTest(name):
+                self.assertEqual(
+                    sems.unknown_variables({"SEMS_MODE": "local", name: "7", "SEMS_": "", "X": ""}), wanted
+                )
         self.assertEqual(sems.unknown_variables({"SEMS_MODE": "local", "PATH": "x"}), "")
 
     BAD = (  # arguments, environment, what the line on stderr names
         ("--sems.listen-address=nonsense", {}, "--sems.listen-address", "nonsense"),
-        ("--sems.upstream=:20001", {}, "--sems.upstream", ":20001"),
-        ("--sems.upstream=portal", {}, "--sems.upstream", "portal"),
-        ("--sems.upstream-dns=1.1.1.1:x", {}, "--sems.upstream-dns", "1.1.1.1:x"),
         ("--sems.upstream-dns=1.1.1.1,,", {}, "--sems.upstream-dns", "1.1.1.1,,"),
-        ("--sems.mode=both", {}, "--sems.mode", "both"),
-        ("--sems-passthrough=maybe", {}, "--sems-passthrough", "maybe"),
         ("--sems.allow-from=10.0.0.0/99", {}, "--sems.allow-from", "10.0.0.0/99"),
         ("--sems.max-connections -1", {}, "--sems.max-connections", "-1"),
+        ("--metrics.stale-after -1s", {}, "--metrics.stale-after", "-1s"),
         ("--sems.spool-file=/s", {}, "--sems.spool-file", "/s", "spool"),
         ("", {"SEMS_SPOOL_FILE": "/s", "SEMS_MODE": "local"}, "--sems.spool-file", "local"),
-        ("--web.telemetry-path=/api/household", {}, "--web.telemetry-path", "/api/household"),
-        ("--metrics.stale-after -1s", {}, "--metrics.stale-after", "-1s"),
         ("--debug=loud", {}, "--debug", "loud"),
         ("serve --log.level=loud", {}, "--log.level", "loud"),
         ("", {"SEMS_MODE": "both"}, "SEMS_MODE", "both"),
@@ -5965,13 +5942,11 @@ class SettingsTest(SocketCase):
         ("backfill /nonexistent", {}, "/nonexistent"),
         ("backfill x --label=serial=1", {}, "--label", "serial=1"),
         ("backfill x --label=__name__=1", {}, "--label", "__name__=1"),
-        ("doctor --sems.mode=both", {}, "--sems.mode", "both"),
         ("doctor", {"SEMS_MODE": "both"}, "SEMS_MODE", "both"),
         ("metrics more", {}, "more"),
-        ("version more", {}, "more"),
         ("--version more", {}, "more"),
         ("demo --nothing", {}, "--nothing"),
-    )  # fmt: skip
+    )
 
     def test_bad(self) -> None:
         """Exit code 2 and one line on stderr that names flag or variable and value."""
@@ -5989,7 +5964,7 @@ class SettingsTest(SocketCase):
             sems.boolean: {"true": True, "1": True, "yes": True, "No": False, "0": False, "false": False, "": None, "on": None, "2": None},
             sems.listen_endpoint: {"h:1": ("h", 1), ":0": ("", 0), ":65535": ("", 65535), "[::1]:9": ("::1", 9), "[fe80::1%eth0]:9": ("fe80::1%eth0", 9), "h": None, "h:": None, "h:x": None, "[::1]": None, "::1:9": None, "h:65536": None, "[h]:1": None, "a/b:1": None, "u@h:1": None, "h:\uff11": None, "h :1": None},
             sems.portal_endpoint: {"h:1": ("h", 1), "[::1]:9": ("::1", 9), ":1": None, "h:0": None, "h:00": None},
-            sems.name_servers: {"none": [], "1.1.1.1, [::1]:54,::2,h": [("1.1.1.1", 53), ("::1", 54), ("::2", 53), ("h", 53)], "h:x": None, "h:0": None, "h,,": None, ",h": None},
+            sems.name_servers: {"none": [], "1.1.1.1, [::1]:54,::2,h,[::3]": [("1.1.1.1", 53), ("::1", 54), ("::2", 53), ("h", 53), ("::3", 53)], "h:x": None, "h:0": None, "h,,": None, ",h": None},
             sems.whole_number: {"1": 1, "256": 256, "0": None, "-1": None, "1.0": None, "": None, " 1": None},
             sems.url_path: {"/m": "/m", "/": None, "/m?x": None, "/m#x": None, "/-/ready": None, "/api/devices": None, "/api": "/api", "m": None, "/a b": None},
         }.items():  # fmt: skip
@@ -5997,7 +5972,7 @@ class SettingsTest(SocketCase):
                 with self.subTest(reader.expected, text=text):
                     try:
                         found = reader(text)
-                    except sems.argparse.ArgumentTypeError:
+                    except argparse.ArgumentTypeError:
                         found = None
                     self.assertEqual(found, wanted)
 
@@ -6014,50 +5989,40 @@ class SettingsTest(SocketCase):
                 self.assertLess(max(group.count("\n") for group in groups), 25)
                 self.assertLess(text.count("\n"), 80 if name in ("serve", "doctor") else 30)
                 self.assertLess(max(map(len, text.splitlines())), 80)
-        for command in ("serve", "doctor"):
-            text = called(command, "--help")[1]
-            for name, *_ in sems.FLAGS:
-                self.assertIn(f"--{name}", text)
-                self.assertIn(sems.variable(name), text)
+                for flag, *_ in sems.FLAGS if name in ("serve", "doctor") else ():
+                    self.assertRegex(text, rf"--{re.escape(flag)}\b(?s:.*)\b{sems.variable(flag)}\b")
 
     def test_version_and_metrics(self) -> None:
         """version is JSON, by either name; metrics is a table with every metric."""
-        for arguments in ("version",), ("--version",):
-            code, out, err = called(*arguments)
+        for argument in ("version", "--version"):
+            code, out, err = called(argument)
             self.assertEqual((code, err), (0, ""))
-            told = json.loads(out)
-            self.assertEqual((told["version"], told["python"]), (sems.VERSION, sys.version.split()[0]))
-            self.assertIn("platform", told)
+            self.assertLessEqual({"version": sems.VERSION, "python": sys.version.split()[0]}.items(), json.loads(out).items())  # fmt: skip
+            self.assertIn("platform", json.loads(out))
         code, out, err = called("metrics")
         self.assertEqual((code, err), (0, ""))
         self.assertEqual([line.split()[0] for line in out.splitlines()[1:]], [row[0] for row in sems.metric_rows()])
         self.assertEqual(len({line.index(" gauge ") for line in out.splitlines() if " gauge " in line}), 1)
 
     def test_processes(self) -> None:
-        """From outside: exit code and lines of what cannot start, and of a reader that has seen enough."""
-        portal = self.portal()
-        taken = f"127.0.0.1:{portal.port}"
-        holder = self.serving(None, "--sems.mode=spool", TZ="Nowhere/Town")
-        holder.ports()
-        until(lambda: "TZ=Nowhere/Town is no time zone" in holder.stderr())
+        """From outside: warnings, exit code and lines of what cannot start, and of a reader that has seen enough."""
+        taken = f"127.0.0.1:{self.portal().port}"
+        warned = self.serving(None, "--sems.mode=spool", TZ="Nowhere/Town", SEMS_MODUS="x")
+        until(lambda: "TZ=Nowhere/Town is no time zone" in warned.stderr())
+        self.assertIn("ignored variables that no flag has: 'SEMS_MODUS'", warned.stderr())
         rows = (
             (1, ["--sems.listen-address=" + taken, PORTS[1]], {}, ["--sems.listen-address", taken, "ss -ltnp"]),
             (1, ["--web.listen-address=" + taken, PORTS[0]], {}, ["--web.listen-address", taken, "ss -ltnp"]),
             (1, ["--sems.listen-address=no.such.host.invalid:1", PORTS[1]], {}, ["--sems.listen-address", "no.such"]),
             (1, ["--sems.mode=spool", "--sems.spool-file=/dev/null", *PORTS], {}, ["/dev/null"]),
-            (2, ["--log.level=loud"], {}, ["--log.level", "loud"]),
             (2, [], {"SEMS_MODE": "both"}, ["SEMS_MODE", "both"]),
             (1, ["backfill", "/dev/null"], {}, ["/dev/null"]),
         )
-        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-        started = [
-            subprocess.Popen([sys.executable, sems.__file__, *arguments], env={**os.environ, **environment}, **pipes)
-            for _, arguments, environment, _ in rows
-        ]
-        for process, (code, _, _, names) in zip(started, rows):
-            with self.subTest(names), process:
-                out, err = process.communicate(timeout=PATIENCE)
-                self.assertEqual((process.returncode, out, err.count("\n")), (code, "", 1), err)
+        started = [self.process(*arguments, **environment) for _, arguments, environment, _ in rows]
+        for process, (wanted, _, _, names) in zip(started, rows):
+            with self.subTest(names):
+                code, err = process.ended()
+                self.assertEqual((code, process.popen.stdout.read(), err.count("\n")), (wanted, b"", 1), err)
                 for name in names:
                     self.assertIn(name, err)
         capture = written(self.directory(), *[frame()] * 300)
@@ -6067,8 +6032,7 @@ class SettingsTest(SocketCase):
             process.popen.stdout.close()
         for arguments, process in zip(rows, closed):
             with self.subTest(arguments[0]):
-                process.popen.wait(PATIENCE)
-                self.assertNotRegex(process.stderr(), "Traceback|Broken|ignored")
+                self.assertNotRegex(process.ended()[1], "Traceback|Broken|ignored")
 
 
 # ------------------------------------------------------------------------------------------------ decode, backfill
