@@ -5705,7 +5705,7 @@ class HttpTest(SocketCase):
         self.assertIn(b'href="/solar"', moved.get("/")[2])
 
     def test_forms_of_a_request(self) -> None:
-        """Whole and byte by byte: absolute targets, empty lines before, bare line feeds, more than one request."""
+        """Whole and byte by byte: absolute targets, empty lines before, bare line feeds, more than one request; a long head."""
         for name, request, status in (
             ("plain", b"GET /-/healthy HTTP/1.1\r\nHost: x\r\n\r\n", 200), ("1.0", b"GET /-/healthy HTTP/1.0\r\n\r\n", 200),
             ("absolute", b"GET http://host:1/-/healthy HTTP/1.1\r\n\r\n", 200), ("absolute, in capitals", b"GET HTTP://host/-/healthy HTTP/1.1\r\n\r\n", 200),
@@ -5713,8 +5713,10 @@ class HttpTest(SocketCase):
             ("absolute, elsewhere", b"GET ftp://host/-/healthy HTTP/1.1\r\n\r\n", 404), ("an empty line before", b"\r\nGET /-/healthy HTTP/1.1\r\n\r\n", 200),
             ("bare line feeds", b"GET /-/healthy HTTP/1.1\nHost: x\n\n", 200), ("2.0", b"GET / HTTP/2.0\r\n\r\n", 505),
             ("three at once", b"GET /-/healthy HTTP/1.1\r\nConnection: keep-alive\r\n\r\n" * 3, 200),
+            ("a long head", b"GET / HTTP/1.1\r\n" + b"X: %s\r\n" % (b"x" * 1000) * 20, 431),
+            ("many headers", b"GET / HTTP/1.1\r\n" + b"A: b\r\n" * 300 + b"\r\n", 431),
         ):  # fmt: skip
-            for step in (0, 1) if name != "three at once" else (0,):
+            for step in (0, 1) if len(request) < 100 else (0,):
                 with self.subTest(name, step=step):
                     answer = self.raw(request, step)
                     self.assertEqual(answer.count(b"HTTP/1.0 %d " % status), 1, answer[:200])
@@ -5767,11 +5769,6 @@ class HttpTest(SocketCase):
                 self.assertIn("Accept-Encoding", headers["Vary"])
                 plain = gzip.decompress(body) if packed else body
                 self.assertTrue(plain.startswith(b"# HELP") and plain.endswith(b"\n"))
-
-    def test_long_head(self) -> None:
-        """A request's head is bounded as a whole."""
-        for head in (b"X: %s\r\n" % (b"x" * 1000) * 20, b"X: " + b"x" * 20_000, b"A: b\r\n" * 300 + b"\r\n"):
-            self.assertIn(b" 431 ", self.raw(b"GET / HTTP/1.1\r\n" + head))
 
     def test_time_outs(self) -> None:
         """A head that is not complete in time, also one that goes on byte by byte, and an answer that is not taken, end the connection."""
@@ -5867,14 +5864,12 @@ class SettingsTest(SocketCase):
 
     GOOD = (  # arguments, environment, setting, value
         ("", {}, "mode", "forward"),
-        ("", {}, "log_level", "info"),
         ("", {"SEMS_MODE": "spool"}, "mode", "spool"),
         ("", {"SEMS_MODE": ""}, "mode", "forward"),
         ("--sems.mode=local", {"SEMS_MODE": "spool"}, "mode", "local"),
         ("--sems.mode local --sems.mode spool", {}, "mode", "spool"),
         ("", {"SEMS_PASSTHROUGH": "no"}, "mode", "local"),
         ("--sems-passthrough", {"SEMS_PASSTHROUGH": "no"}, "mode", "forward"),
-        ("--sems-passthrough=false", {}, "mode", "local"),
         ("--no-sems-passthrough", {}, "mode", "local"),
         ("--sems.mode=forward --no-sems-passthrough", {}, "mode", "forward"),
         ("", {"BATSIGNAL": "1"}, "batsignal", True),
@@ -5885,7 +5880,6 @@ class SettingsTest(SocketCase):
         ("--log.level=WARNING", {"DEBUG": "yes"}, "log_level", "warning"),
         ("--metrics.stale-after=1h30m", {"METRICS_STALE_AFTER": "5m"}, "stale_after", 5400),
         ("", {"WEB_LISTEN_ADDRESS": "127.0.0.1:0"}, "web_address", ("127.0.0.1", 0)),
-        ("--sems.allow-from=10.0.0.1/8", {}, "allow_from", [ipaddress.ip_network("10.0.0.0/8")]),
         ("--sems.capture -x", {}, "capture", "-x"),
         ("--sems.capture=", {"SEMS_CAPTURE": "there"}, "capture", ""),
         ("", {"SEMS_MODE": "spool", "SEMS_SPOOL_FILE": "/s"}, "spool_file", "/s"),
@@ -5917,16 +5911,9 @@ class SettingsTest(SocketCase):
 
     BAD = (  # arguments, environment, what the line on stderr names
         ("--sems.listen-address=nonsense", {}, "--sems.listen-address", "nonsense"),
-        ("--sems.upstream-dns=1.1.1.1,,", {}, "--sems.upstream-dns", "1.1.1.1,,"),
-        ("--sems.allow-from=10.0.0.0/99", {}, "--sems.allow-from", "10.0.0.0/99"),
-        ("--sems.max-connections -1", {}, "--sems.max-connections", "-1"),
         ("--metrics.stale-after -1s", {}, "--metrics.stale-after", "-1s"),
-        ("--sems.spool-file=/s", {}, "--sems.spool-file", "/s", "spool"),
-        ("", {"SEMS_SPOOL_FILE": "/s", "SEMS_MODE": "local"}, "--sems.spool-file", "local"),
-        ("--debug=loud", {}, "--debug", "loud"),
+        ("", {"SEMS_SPOOL_FILE": "/s", "SEMS_MODE": "local"}, "--sems.spool-file", "/s", "local"),
         ("serve --log.level=loud", {}, "--log.level", "loud"),
-        ("", {"SEMS_MODE": "both"}, "SEMS_MODE", "both"),
-        ("", {"SEMS_PASSTHROUGH": "on"}, "SEMS_PASSTHROUGH", "on"),
         ("", {"METRICS_STALE_AFTER": "soon"}, "METRICS_STALE_AFTER", "soon"),
         ("", {"SEMS_MAX_DEVICES": "\u0663"}, "SEMS_MAX_DEVICES", "u0663"),
         ("", {"WEB_TELEMETRY_PATH": "x\ny"}, "WEB_TELEMETRY_PATH", "x"),
@@ -5937,10 +5924,8 @@ class SettingsTest(SocketCase):
         ("nothing", {}, "nothing", "doctor"),
         ("decode", {}, "FILE"),
         ("decode xyz", {}, "xyz"),
-        ("decode 504", {}, "504"),
         ("backfill", {}, "FILE"),
         ("backfill /nonexistent", {}, "/nonexistent"),
-        ("backfill x --label=serial=1", {}, "--label", "serial=1"),
         ("backfill x --label=__name__=1", {}, "--label", "__name__=1"),
         ("doctor", {"SEMS_MODE": "both"}, "SEMS_MODE", "both"),
         ("metrics more", {}, "more"),
@@ -5965,6 +5950,9 @@ class SettingsTest(SocketCase):
             sems.listen_endpoint: {"h:1": ("h", 1), ":0": ("", 0), ":65535": ("", 65535), "[::1]:9": ("::1", 9), "[fe80::1%eth0]:9": ("fe80::1%eth0", 9), "h": None, "h:": None, "h:x": None, "[::1]": None, "::1:9": None, "h:65536": None, "[h]:1": None, "a/b:1": None, "u@h:1": None, "h:\uff11": None, "h :1": None},
             sems.portal_endpoint: {"h:1": ("h", 1), "[::1]:9": ("::1", 9), ":1": None, "h:0": None, "h:00": None},
             sems.name_servers: {"none": [], "1.1.1.1, [::1]:54,::2,h,[::3]": [("1.1.1.1", 53), ("::1", 54), ("::2", 53), ("h", 53), ("::3", 53)], "h:x": None, "h:0": None, "h,,": None, ",h": None},
+            sems.networks: {"": [], "10.0.0.1/8, fd00::/8": [ipaddress.ip_network("10.0.0.0/8"), ipaddress.ip_network("fd00::/8")], "10.0.0.0/99": None, "h": None},
+            sems.debug_level: {"1": "debug", "no": "info", "loud": None},
+            sems.mode_name: {"spool": "spool", "LOCAL": "local", "both": None},
             sems.whole_number: {"1": 1, "256": 256, "0": None, "-1": None, "1.0": None, "": None, " 1": None},
             sems.url_path: {"/m": "/m", "/": None, "/m?x": None, "/m#x": None, "/-/ready": None, "/api/devices": None, "/api": "/api", "m": None, "/a b": None},
         }.items():  # fmt: skip
