@@ -4692,28 +4692,20 @@ Settings = argparse.Namespace  # of serve: a value for each row of FLAGS, by its
 
 
 class FlagType:
-    """The type of a flag's value: its name in --help, what is expected in words, and text to value or ValueError."""
+    """The type of a flag's value: its name in --help, what is expected in words, and text to value or ValueError.
 
-    def __init__(self, metavar: str, expected: str, value: Callable) -> None:
-        self.metavar, self.expected, self.value = metavar, expected, value
+    Only text that is all of the pattern can be a value.
+    """
+
+    def __init__(self, metavar: str, expected: str, value: Callable = str, pattern: str = ".*") -> None:
+        self.metavar, self.expected, self.value, self.pattern = metavar, expected, value, pattern
 
     def __call__(self, text: str):
         """Raises ArgumentTypeError, for argparse."""
-        try:
-            return self.value(text)
-        except ValueError:
-            raise argparse.ArgumentTypeError(f"expected {self.expected}, not {text!a}") from None
-
-
-def matching(pattern: str, value: Callable = str) -> Callable:
-    """value(text) of a text that is all of a pattern. Raises ValueError for another."""
-
-    def checked(text: str):
-        if not re.fullmatch(pattern, text, re.ASCII):
-            raise ValueError(text)
-        return value(text)
-
-    return checked
+        with contextlib.suppress(ValueError):
+            if re.fullmatch(self.pattern, text, re.ASCII | re.DOTALL):
+                return self.value(text)
+        raise argparse.ArgumentTypeError(f"expected {self.expected}, not {text!a}")
 
 
 def endpoint(text: str, is_peer: bool = False) -> tuple[str, int]:
@@ -4747,19 +4739,18 @@ def seconds_of(text: str) -> int:
 # fmt: off
 TRUE, FALSE = ("true", "1", "yes"), ("false", "0", "no")
 TRUTH = ("BOOL", "true, false, 1, 0, yes or no")
-truth = matching(f"(?i){'|'.join(TRUE + FALSE)}", lambda text: text.lower() in TRUE)
+boolean = FlagType(*TRUTH, lambda text: text.lower() in TRUE, f"(?i){'|'.join(TRUE + FALSE)}")
+debug_level = FlagType(*TRUTH, lambda text: "debug" if boolean(text) else "info")
 listen_endpoint = FlagType("[HOST]:PORT", "HOST:PORT, [v6]:PORT or :PORT", endpoint)  # port 0: a free one
 portal_endpoint = FlagType("HOST:PORT", "HOST:PORT or [v6]:PORT", functools.partial(endpoint, is_peer=True))
 name_servers = FlagType("HOST[:PORT],...", "name servers such as 1.1.1.1,192.168.1.1:53, or none", server_list)
 networks = FlagType("CIDR,...", "networks such as 192.168.1.0/24, comma-separated", lambda text: [ipaddress.ip_network(part.strip(), strict=False) for part in text.split(",") if text])
-duration = FlagType("DURATION", "a duration such as 90s, 5m or 1h30m", matching(r"0|(?=\d)(\d{1,6}d)?(\d{1,6}h)?(\d{1,6}m)?(\d{1,6}s)?", seconds_of))
-whole_number = FlagType("N", "a positive whole number", matching("[1-9][0-9]{0,5}", int))
-file_name = FlagType("FILE", "a file", str)
-url_path = FlagType("/PATH", "a path that begins with / and is not taken", matching(r"(?!.*[?#])(?!/api/|/-/|/home-assistant\.yaml$)/[!-~]+"))
-mode_name = FlagType("MODE", "forward, local or spool", matching("(?i)forward|local|spool", str.lower))
-level_name = FlagType("LEVEL", "debug, info, warning or error", matching("(?i)debug|info|warning|error", str.lower))
-boolean = FlagType(*TRUTH, truth)
-debug_level = FlagType(*TRUTH, lambda text: "debug" if truth(text) else "info")
+duration = FlagType("DURATION", "a duration such as 90s, 5m or 1h30m", seconds_of, r"0|(?=\d)(\d{1,6}d)?(\d{1,6}h)?(\d{1,6}m)?(\d{1,6}s)?")
+whole_number = FlagType("N", "a positive whole number", int, "[1-9][0-9]{0,5}")
+file_name = FlagType("FILE", "a file")
+url_path = FlagType("/PATH", "a path that begins with / and is not taken", str, r"(?!.*[?#])(?!/api/|/-/|/home-assistant\.yaml$)/[!-~]+")
+mode_name = FlagType("MODE", "forward, local or spool", str.lower, "(?i)forward|local|spool")
+level_name = FlagType("LEVEL", "debug, info, warning or error", str.lower, "(?i)debug|info|warning|error")
 SWITCHES = (boolean, debug_level)  # flags that need no value: --flag is true, --no-flag false
 
 # Every flag of serve, as --help groups them: name, default, type, attribute in Settings, help. The environment variable
@@ -4871,9 +4862,14 @@ def zone_trouble() -> tuple[str, str]:
     zone = os.environ.get("TZ")
     if zone_is_known(zone, first_bytes):
         return "", ""
-    unknown = "TZ is not set, and there is no /etc/localtime"
-    trouble = unknown if zone is None else f"TZ={zone} is no time zone that this system knows"
-    return trouble, "install the system's time zones (tzdata), or let TZ be a rule such as CET-1CEST,M3.5.0,M10.5.0/3"
+    is_set, is_unset = (
+        f"TZ={zone} is no time zone that this system knows",
+        "TZ is not set, and there is no /etc/localtime",
+    )
+    return (
+        is_unset if zone is None else is_set,
+        "install the system's time zones (tzdata), or let TZ be a rule such as CET-1CEST,M3.5.0,M10.5.0/3",
+    )
 
 
 def started(settings: Settings, clock: Clock = wall_clock, rules_clock: Clock = float) -> tuple[Store, Loop, Web]:
@@ -5866,9 +5862,7 @@ def openmetrics(found: Samples) -> Iterator[str]:
 
 OWN_LABELS = "|".join([*DEVICE_LABELS.split(", "), *(row.labels.split(" ")[0] for row in QUANTITIES if row.labels)])
 NEW_LABEL = rf"(?s)(?!__|({OWN_LABELS})=)[a-zA-Z_][a-zA-Z0-9_]*=.+"
-extra_label = FlagType(
-    "", "NAME=VALUE with a name that no series has", matching(NEW_LABEL, lambda text: text.split("=", 1))
-)
+extra_label = FlagType("", "NAME=VALUE with a name that no series has", lambda text: text.split("=", 1), NEW_LABEL)
 
 
 HEAD_SPAN = 3 * 3600  # s that Prometheus keeps in its head before they become a block

@@ -5993,11 +5993,16 @@ class SettingsTest(SocketCase):
         self.assertEqual(len({line.index(" gauge ") for line in out.splitlines() if " gauge " in line}), 1)
 
     def test_processes(self) -> None:
-        """From outside: warnings, exit code and lines of what cannot start, and of a reader that has seen enough."""
+        """From outside: warnings, systemd's READY, what is said of what cannot start, and of a reader that has seen enough."""
         taken = f"127.0.0.1:{self.portal().port}"
-        warned = self.serving(None, "--sems.mode=spool", TZ="Nowhere/Town", SEMS_MODUS="x")
-        until(lambda: "TZ=Nowhere/Town is no time zone" in warned.stderr())
-        self.assertIn("ignored variables that no flag has: 'SEMS_MODUS'", warned.stderr())
+        systemd = Peer(socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM))
+        self.addCleanup(systemd.close)
+        systemd.sock.bind(f"\0sems_mitm {os.getpid()}")
+        more = {"TZ": "Nowhere/Town", "SEMS_MODUS": "x", "NOTIFY_SOCKET": f"@sems_mitm {os.getpid()}"}
+        warned = self.serving(None, "--sems.mode=spool", **more)
+        self.assertEqual(systemd.read(7), b"READY=1")
+        for text in ("ignored variables that no flag has: 'SEMS_MODUS'", "TZ=Nowhere/Town is no time zone"):
+            self.assertIn(text, warned.stderr())
         rows = (
             (1, ["--sems.listen-address=" + taken, PORTS[1]], {}, ["--sems.listen-address", taken, "ss -ltnp"]),
             (1, ["--web.listen-address=" + taken, PORTS[0]], {}, ["--web.listen-address", taken, "ss -ltnp"]),
