@@ -4520,22 +4520,23 @@ class Request(http.server.BaseHTTPRequestHandler):
         """Answer by the path; what no path names is 404."""
         target = self.requestline.split()[1]  # self.path lost all leading slashes but one
         target = re.sub("(?i)^https?://[^/?]*", "", target)  # absolute: GET http://host/metrics
-        path, web, now = target.partition("?")[0] or "/", self.web, time.monotonic()
+        path, now, loop = target.partition("?")[0] or "/", time.monotonic(), self.web.loop
+        seen, points = functools.partial(see, loop.store, loop.settings, now), self.web.history.points
         pages: dict[str, tuple[str, Callable[[], Iterable[str]]]] = {
-            "/": (PAGE, lambda: self.page(now)),
-            "/api/devices": (JSON, lambda: devices_json(web.seen(now))),
-            "/api/household": (JSON, lambda: household_json(web.seen(now))),
+            "/": (PAGE, lambda: html_page(seen(), points(now), loop.settings, self.address())),
+            "/api/devices": (JSON, lambda: devices_json(seen())),
+            "/api/household": (JSON, lambda: household_json(seen())),
             "/-/healthy": (PLAIN, lambda: "healthy\n"),
-            web.loop.settings.telemetry_path: (EXPOSITION, lambda: exposition(web.loop.store.collect(now))),
+            loop.settings.telemetry_path: (EXPOSITION, lambda: exposition(loop.store.collect(now))),
         }
         if path in pages:
             content_type, text = pages[path]
             self.answer(200, content_type, "".join(text()))
         elif path == "/-/ready":
-            self.answer(*(503, PLAIN, "not ready\n") if web.loop.is_stopping else (200, PLAIN, "ready\n"))
+            self.answer(*(503, PLAIN, "not ready\n") if loop.is_stopping else (200, PLAIN, "ready\n"))
         elif path == "/home-assistant.yaml":
             try:
-                self.answer(200, PLAIN, home_assistant(web.seen(now), self.host()))
+                self.answer(200, PLAIN, home_assistant(seen(), self.host()))
             except LookupError as error:
                 self.answer(503, PLAIN, f"{error.args[0]}\n")
         else:
@@ -4543,12 +4544,10 @@ class Request(http.server.BaseHTTPRequestHandler):
 
     do_HEAD = do_GET
 
-    def page(self, now: float) -> Iterator[str]:
-        """The page for people, with this machine's address in the network."""
+    def address(self) -> str:
+        """This machine's address in the network, as far as it is known."""
         host = re.sub(r":[0-9]+$", "", self.host()).strip("[]")
-        is_local = host.startswith("127.") or host in ("localhost", "::1")
-        address = own_address("192.0.2.1") if is_local else host
-        return html_page(self.web.seen(now), self.web.history.points(now), self.web.loop.settings, address)
+        return own_address("192.0.2.1") if host.startswith("127.") or host in ("localhost", "::1") else host
 
     def host(self) -> str:
         """HOST:PORT by which the client reached this machine, as far as it says so plainly."""
@@ -4678,10 +4677,6 @@ class Web:
     def _make_room(self, client: HttpClient) -> None:
         self.loop.store.add("sems_mitm_http_closed_connections_total")
         client.close()
-
-    def seen(self, now: float) -> Seen:
-        """What is to be shown."""
-        return see(self.loop.store, self.loop.settings, now)
 
 
 # -------------------------------------------------------------------------------------------------- settings, serve

@@ -5863,27 +5863,23 @@ class SettingsTest(SocketCase):
     """Flags, their variables, and what the command line says of them."""
 
     GOOD = (  # arguments, environment, setting, value
-        ("", {}, "mode", "forward"),
-        ("", {"SEMS_MODE": "spool"}, "mode", "spool"),
-        ("", {"SEMS_MODE": ""}, "mode", "forward"),
-        ("--sems.mode=local", {"SEMS_MODE": "spool"}, "mode", "local"),
+        ("", {}, "mode", "forward"), ("", {"SEMS_MODE": "spool"}, "mode", "spool"),
+        ("", {"SEMS_MODE": ""}, "mode", "forward"), ("--sems.mode=local", {"SEMS_MODE": "spool"}, "mode", "local"),
         ("--sems.mode local --sems.mode spool", {}, "mode", "spool"),
         ("", {"SEMS_PASSTHROUGH": "no"}, "mode", "local"),
         ("--sems-passthrough", {"SEMS_PASSTHROUGH": "no"}, "mode", "forward"),
         ("--no-sems-passthrough", {}, "mode", "local"),
         ("--sems.mode=forward --no-sems-passthrough", {}, "mode", "forward"),
-        ("", {"BATSIGNAL": "1"}, "batsignal", True),
-        ("--no-batsignal", {"BATSIGNAL": "1"}, "batsignal", False),
+        ("", {"BATSIGNAL": "1"}, "batsignal", True), ("--no-batsignal", {"BATSIGNAL": "1"}, "batsignal", False),
         ("", {"DEBUG": "true"}, "log_level", "debug"),
         ("", {"DEBUG": "true", "LOG_LEVEL": "warning"}, "log_level", "warning"),
         ("--debug", {"LOG_LEVEL": "warning"}, "log_level", "debug"),
         ("--log.level=WARNING", {"DEBUG": "yes"}, "log_level", "warning"),
         ("--metrics.stale-after=1h30m", {"METRICS_STALE_AFTER": "5m"}, "stale_after", 5400),
         ("", {"WEB_LISTEN_ADDRESS": "127.0.0.1:0"}, "web_address", ("127.0.0.1", 0)),
-        ("--sems.capture -x", {}, "capture", "-x"),
-        ("--sems.capture=", {"SEMS_CAPTURE": "there"}, "capture", ""),
+        ("--sems.capture -x", {}, "capture", "-x"), ("--sems.capture=", {"SEMS_CAPTURE": "there"}, "capture", ""),
         ("", {"SEMS_MODE": "spool", "SEMS_SPOOL_FILE": "/s"}, "spool_file", "/s"),
-    )
+    )  # fmt: skip
 
     def test_good(self) -> None:
         """The command line beats the environment, which beats the defaults; an empty variable is unset."""
@@ -5916,22 +5912,14 @@ class SettingsTest(SocketCase):
         ("serve --log.level=loud", {}, "--log.level", "loud"),
         ("", {"METRICS_STALE_AFTER": "soon"}, "METRICS_STALE_AFTER", "soon"),
         ("", {"SEMS_MAX_DEVICES": "\u0663"}, "SEMS_MAX_DEVICES", "u0663"),
-        ("", {"WEB_TELEMETRY_PATH": "x\ny"}, "WEB_TELEMETRY_PATH", "x"),
-        ("--nothing", {}, "--nothing"),
-        ("--sems.mod=local", {}, "--sems.mod"),
-        ("--sems.mode", {}, "--sems.mode"),
-        ("serve more", {}, "more"),
-        ("nothing", {}, "nothing", "doctor"),
-        ("decode", {}, "FILE"),
-        ("decode xyz", {}, "xyz"),
-        ("backfill", {}, "FILE"),
-        ("backfill /nonexistent", {}, "/nonexistent"),
+        ("", {"WEB_TELEMETRY_PATH": "x\ny"}, "WEB_TELEMETRY_PATH", "x"), ("--nothing", {}, "--nothing"),
+        ("--sems.mod=local", {}, "--sems.mod"), ("--sems.mode", {}, "--sems.mode"), ("serve more", {}, "more"),
+        ("nothing", {}, "nothing", "doctor"), ("decode", {}, "FILE"), ("decode xyz", {}, "xyz"),
+        ("backfill", {}, "FILE"), ("backfill /nonexistent", {}, "/nonexistent"),
         ("backfill x --label=__name__=1", {}, "--label", "__name__=1"),
-        ("doctor", {"SEMS_MODE": "both"}, "SEMS_MODE", "both"),
-        ("metrics more", {}, "more"),
-        ("--version more", {}, "more"),
-        ("demo --nothing", {}, "--nothing"),
-    )
+        ("doctor", {"SEMS_MODE": "both"}, "SEMS_MODE", "both"), ("metrics more", {}, "more"),
+        ("--version more", {}, "more"), ("demo --nothing", {}, "--nothing"),
+    )  # fmt: skip
 
     def test_bad(self) -> None:
         """Exit code 2 and one line on stderr that names flag or variable and value."""
