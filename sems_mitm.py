@@ -4635,7 +4635,6 @@ class HttpClient:
 
     def close(self) -> None:
         """Close the socket; what the client still said is read, or a reset would take the answer along."""
-        self.connection.half_close()
         with contextlib.suppress(OSError):
             self.connection.sock.recv(HTTP_HEAD)
         self.connection.close()
@@ -4708,7 +4707,7 @@ def endpoint(text: str, is_peer: bool = False) -> tuple[str, int]:
     found = re.fullmatch(r"(\[[^\[\]]*\]|[^\s/@,:\[\]]*):([0-9]{1,5})", text)
     host, port = (found[1].strip("[]"), int(found[2])) if found else ("", 65536)
     if text.startswith("["):
-        ipaddress.IPv6Address(host.partition("%")[0])
+        ipaddress.IPv6Address(host)
     if port > 65535 or is_peer and not (host and port):
         raise ValueError(text)
     return host, port
@@ -5027,13 +5026,13 @@ def text_words(text: str, size: int) -> tuple[int, ...]:
     return struct.unpack(f">{size}H", text.encode("ascii").ljust(2 * size, b"\0"))
 
 
-# A model that can be simulated: its class, the first half of its serial numbers, the register ranges of its settings packet,
-# the first register of its time in a live one (0: none), and what that says.
-Simulable = collections.namedtuple("Simulable", "cls start settings clock says")
+# A model that can be simulated: its class, the first half of its serial numbers, the register ranges of its settings
+# packet, and what a live one says.
+Simulable = collections.namedtuple("Simulable", "cls start settings says")
 # fmt: off
-HOMEKIT = Simulable(METER, "91000HKU", [(4608, (12, *text_words(f"20001,{PORTAL_NAME}", 15))), (4864, (*text_words("02053-05-000Me05", 8), 0, 4))], 0, meter_says)
-DNS = Simulable(GRID_TIED, "53000DSC", [(30221, text_words("410-02065-04", 6)), (40075, text_words(PORTAL_NAME, 26))], 30100, inverter_says)
-HYBRID_ET = Simulable(HYBRID_CLASS, "9010KETU", [(35011, text_words("GW10K-ET", 5)), (35021, text_words("04029-08-S11", 6)), (40075, text_words(PORTAL_NAME, 26))], 35100, hybrid_says)
+HOMEKIT = Simulable(METER, "91000HKU", [(4608, (12, *text_words(f"20001,{PORTAL_NAME}", 15))), (4864, (*text_words("02053-05-000Me05", 8), 0, 4))], meter_says)
+DNS = Simulable(GRID_TIED, "53000DSC", [(30221, text_words("410-02065-04", 6)), (40075, text_words(PORTAL_NAME, 26))], inverter_says)
+HYBRID_ET = Simulable(HYBRID_CLASS, "9010KETU", [(35011, text_words("GW10K-ET", 5)), (35021, text_words("04029-08-S11", 6)), (40075, text_words(PORTAL_NAME, 26))], hybrid_says)
 # fmt: on
 
 
@@ -5064,11 +5063,9 @@ class Simulated:
 
     def frame(self, function: int, when: datetime) -> bytes:
         """Its frame as its house is now, with the time `when`; nothing while it is off."""
-        cls, clock, stamp, ranges = self.model.cls, self.model.clock, time_stamp(when), self.model.settings
+        cls, stamp, ranges = self.model.cls, time_stamp(when), self.model.settings
         if function == LIVE:
             words = register_words(family(cls, self.serial), self.model.says(self.house))
-            if words and clock:
-                words.update(zip(range(clock, clock + 3), struct.unpack(">3H", stamp)))
             ranges = [(register, (word,)) for register, word in sorted(words.items())]
         packet = Packet(OUTBOUND, f"{cls:02x}{function:02x}", self.serial, device_iv(stamp), stamp, payload(ranges))
         return encode(packet) if ranges else b""
@@ -5168,7 +5165,6 @@ def demo(arguments: list[str]) -> int:
     settings.refresh = DEMO_REFRESH
     _, loop, web = started(settings, clock, clock)
     at_signal(loop.stop)
-    loop.mailbox.wake_at_signals()
     what = settings.listen_address, simulated_house(given.hybrid), clock
     threading.Thread(target=simulation, args=what, name="devices", daemon=True).start()
     who = "A hybrid with a battery sends" if given.hybrid else "A HomeKit 1000 and a DNS G3 send"
