@@ -4538,6 +4538,8 @@ class Request(http.server.BaseHTTPRequestHandler):
             try:
                 self.answer(200, PLAIN, home_assistant(seen(), self.host()))
             except LookupError as error:
+                if type(error) is not LookupError:  # one of our own
+                    raise
                 self.answer(503, PLAIN, f"{error.args[0]}\n")
         else:
             self.answer(404, *(JSON, "{}\n") if f"{path}/".startswith("/api/") else (PLAIN, "not found\n"))
@@ -4940,7 +4942,7 @@ class House:
         self.random, self.has_battery, self.stored = random.Random(0), battery, 4_000.0 if battery else 0.0
         self.clock: datetime | None = None
         self.generation = self.load = self.battery = self.export = self._cloud = 0.0  # battery: positive while it gives
-        self.today, self.uptime = 0.0, 1667.0  # generated, Wh; hours of sun
+        self.today = 0.0  # generated, Wh
         self.energy = dict.fromkeys(self.flows(), 0.0)
         self.energy.update({"export": 270_780, "import": 801_550, "generation": 579_410, "load": 1_110_180})
 
@@ -4953,15 +4955,12 @@ class House:
 
     def move(self, clock: datetime) -> None:
         """Let time pass until clock, at the powers of before, and find those of now."""
-        if clock == self.clock:  # another of its devices has come here before
-            return
         before, self.clock = self.clock or clock, clock
         hours = (clock.timestamp() - before.timestamp()) / 3600
         for name, power in self.flows().items():
             self.energy[name] += max(power, 0) * hours
         self.stored = min(max(self.stored - self.battery * hours, 0), self.CAPACITY)
         self.today = max(self.generation, 0) * hours + (self.today if clock.date() == before.date() else 0)
-        self.uptime += hours if self.generation > 0 else 0
         hour = clock.hour + clock.minute / 60 + clock.second / 3600
         self._cloud = min(max(self._cloud + self.random.uniform(-0.12, 0.12), 0), 0.85)
         height = math.sin(math.pi * (hour - 6.5) / 12.5) if 6.5 < hour < 19 else 0
@@ -4996,7 +4995,7 @@ def inverter_says(house: House) -> dict:
         "inverter_power_output_watts": power, "inverter_apparent_power_voltamperes": power * 1.01, "inverter_reactive_power_vars": -power / 20, "inverter_power_factor_ratio": 0.99,
         "inverter_string_voltage_volts": (string, 0), "inverter_string_current_amperes": (power * 1.03 / string, 0), "inverter_bus_voltage_volts": 380,
         "inverter_phase_voltage_volts": volts, "inverter_phase_current_amperes": power / volts, "inverter_phase_frequency_hertz": 50.01,
-        "inverter_energy_output_hectowatt_hours_day": house.today / 100, "inverter_energy_output_hectowatt_hours_total": house.energy["generation"] / 100, "inverter_uptime_hours_total": house.uptime,
+        "inverter_energy_output_hectowatt_hours_day": house.today / 100, "inverter_energy_output_hectowatt_hours_total": house.energy["generation"] / 100, "inverter_uptime_hours_total": house.energy["generation"] / 348,
         "inverter_work_mode": 1, "inverter_error_bitmap": 0, "inverter_warning_bitmap": 0, "inverter_grid_code": 85,
         "inverter_internal_temperature_decidegrees_celsius": 250 + power / 12, "inverter_rssi_percent": 59,
     }  # fmt: skip
@@ -5010,7 +5009,7 @@ def hybrid_says(house: House) -> dict:
         "inverter_power_output_watts": power, "inverter_active_power_watts": out, "inverter_load_watts": house.load, "inverter_hybrid_work_mode": 1,
         "inverter_string_voltage_volts": (600 if solar else 0,) * 2, "inverter_string_current_amperes": (solar * 0.001, solar * 0.0007), "inverter_string_power_watts": (solar * 0.6, solar * 0.4),
         "inverter_phase_voltage_volts": (231, 232, 230), "inverter_phase_current_amperes": (abs(power) / 693,) * 3, "inverter_phase_frequency_hertz": (50.01,) * 3, "inverter_phase_power_watts": (power / 3,) * 3,
-        "inverter_energy_output_hectowatt_hours_day": house.today / 100, "inverter_energy_output_hectowatt_hours_total": energy["generation"] / 100, "inverter_uptime_hours_total": house.uptime,
+        "inverter_energy_output_hectowatt_hours_day": house.today / 100, "inverter_energy_output_hectowatt_hours_total": energy["generation"] / 100, "inverter_uptime_hours_total": house.energy["generation"] / 348,
         "inverter_energy_export_watthours_total": energy["export"], "inverter_energy_import_watthours_total": energy["import"], "inverter_energy_load_watthours_total": energy["load"],
         "inverter_internal_temperature_decidegrees_celsius": 250 + abs(power) / 12, "inverter_rssi_percent": 59,
         "battery_power_watts": battery, "battery_voltage_volts": 380, "battery_current_amperes": battery / 380, "battery_mode": mode, "battery_temperature_celsius": 24,
@@ -5100,8 +5099,8 @@ def simulation(target: tuple[str, int], devices: list[Simulated], clock: Clock) 
     """Have devices report once a second, for ever; clock gives their time of day."""
     while True:
         when = datetime.fromtimestamp(clock(time.monotonic()))
+        devices[0].house.move(when)
         for device in devices:
-            device.house.move(when)
             device.report(target, when)
         time.sleep(1)
 

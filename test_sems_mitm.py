@@ -5825,10 +5825,11 @@ class HttpTest(SocketCase):
     def test_error_of_our_own(self) -> None:
         """It ends the request with 500, is counted and logged; the next request is served."""
         self.faults = 1
-        with mock.patch.object(sems, "see", side_effect=ZeroDivisionError("made")):
-            self.assertEqual([self.running.get(path)[0] for path in ("/api/devices", "/api/household")], [500, 500])
+        paths = ("/api/devices", "/api/household", "/home-assistant.yaml", "/")
+        with mock.patch.object(sems, "see", side_effect=KeyError("made")):
+            self.assertEqual([self.running.get(path)[0] for path in paths], [500] * 4)
         self.assertEqual(self.running.get("/api/devices")[0], 200)
-        self.assertEqual(self.running.value("sems_mitm_internal_errors_total"), 2)
+        self.assertEqual(self.running.value("sems_mitm_internal_errors_total"), 4)
         self.assertIn("an HTTP request", self.tracebacks()[0])
 
     def test_garbage(self) -> None:
