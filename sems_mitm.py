@@ -5910,16 +5910,12 @@ def backfill(arguments: list[str]) -> int:
 
 OK, WARN, FAIL = "ok", "warn", "fail"
 Finding = tuple[str, ...]  # state, what is so, what to do
+IN_CONTAINER = any(map(os.path.exists, ("/.dockerenv", "/run/.containerenv")))  # of Docker or Podman
 
 
 def first_true(*rows: tuple) -> Finding:
     """Of rows of a condition and a finding that whose condition is true."""
     return next(row[1:] for row in rows if row[0])
-
-
-def in_container() -> bool:
-    """Whether this runs in a container of Docker or Podman."""
-    return os.path.exists("/.dockerenv") or os.path.exists("/run/.containerenv")
 
 
 def local_get(settings: Settings, path: str) -> bytes | None:
@@ -5943,35 +5939,30 @@ def running_exporter(settings: Settings) -> dict | None:
 
 
 # fmt: off
-def port_finding(flag: str, address: tuple, settings: Settings, running: dict | None) -> Finding:
-    """Whether a port is free, or the exporter has it."""
-    port, error = f"port {endpoint_text(address)}", None
-    try:
-        for sock in listeners(*address):
-            sock.close()
-    except HOST_ERRORS as caught:
-        error = caught
-    return first_true(
-        (not error and not running, OK, f"{port} is free", ""),
-        (not error, WARN, f"{port} is free, though an exporter runs", f"start doctor with the exporter's --{flag}"),
-        (getattr(error, "errno", None) != errno.EADDRINUSE, FAIL, f"{port} cannot be had: {error and error.args[-1]}", f"choose another with --{flag}"),
-        (running, OK, f"{port} is in use, and an exporter runs", ""),
-        (address == settings.web_address and local_get(settings, "/") is not None, FAIL, f"{port} is in use: another program answers there, and no exporter", f"end that program (`ss -ltnp` shows which), or choose another port with --{flag}"),
-        (True, FAIL, f"{port} is in use", f"`ss -ltnp` shows what has it: end that, or choose another with --{flag}"),
-    )
-
-
 def machine_findings(settings: Settings, running: dict | None) -> Iterator[Finding]:
     """Where this runs; whether its variables, ports, clock and time zone are right."""
     addresses = {"sems.listen-address": settings.listen_address, "web.listen-address": settings.web_address}
     unknown = unknown_variables(os.environ)
     if unknown:
         yield WARN, unknown, "correct their names, or unset them"
-    if in_container():
+    if IN_CONTAINER:
         ports = " ".join(f"-p {port}:{port}" for _, port in addresses.values())
         yield OK, "this runs in a container: its ports, names, clock and files are not the host's", f"publish the ports ({ports}), give it TZ, and let the portal's name lead to the host"
     for flag, address in addresses.items():
-        yield port_finding(flag, address, settings, running)
+        port, error = f"port {endpoint_text(address)}", None
+        try:
+            for sock in listeners(*address):
+                sock.close()
+        except HOST_ERRORS as caught:
+            error = caught
+        yield first_true(
+            (not error and not running, OK, f"{port} is free", ""),
+            (not error, WARN, f"{port} is free, though an exporter runs", f"start doctor with the exporter's --{flag}"),
+            (getattr(error, "errno", None) != errno.EADDRINUSE, FAIL, f"{port} cannot be had: {error and error.args[-1]}", f"choose another with --{flag}"),
+            (running, OK, f"{port} is in use, and an exporter runs", ""),
+            (address == settings.web_address and local_get(settings, "/") is not None, FAIL, f"{port} is in use: another program answers there, and no exporter", f"end that program (`ss -ltnp` shows which), or choose another port with --{flag}"),
+            (True, FAIL, f"{port} is in use", f"`ss -ltnp` shows what has it: end that, or choose another with --{flag}"),
+        )
     local, trouble = time.strftime("%Y-%m-%d %H:%M:%S %Z"), zone_trouble()
     yield first_true(
         (time.time() < RELEASED, FAIL, f"this machine's clock is wrong: {local}", "let it get the time from the network, and start again"),
@@ -5997,10 +5988,11 @@ def device_findings(settings: Settings, running: dict | None) -> Iterator[Findin
             (device["device"] == "inverter", WARN, text, f"an inverter sleeps at night; otherwise {asleep}"),
             (True, WARN, text, asleep),
         )
-    for stranger in running["strangers"]:
+    strangers = running.get("strangers", [])  # not of version 2
+    for stranger in strangers:
         said = "begins TLS" if stranger["said"] == "tls" else "sends nothing"
         yield WARN, f"{label_text(stranger['host'])} connects and {said}: its module does not speak this protocol", "newer modules (WiFi/LAN Kit-20, \"WLA...\" on the label) speak TLS with the cloud and cannot be read here: let its names lead to the cloud again"
-    if not running["devices"] and not running["strangers"]:
+    if not running["devices"] and not strangers:
         yield WARN, "no device has connected yet", "let the portal's name lead here, then power-cycle the device's module"
 
 
@@ -6014,7 +6006,7 @@ def system_findings(host: str, system: list[str]) -> Iterator[Finding]:
         (nowhere, WARN, f"{says}: that leads a device nowhere", "let the name service that the devices ask answer with this machine's address in your network"),
         (here, OK, f"{says}: an override that leads here", ""),
         (any(map(is_global, system)), WARN, f"{says}: no override", "fine if the devices ask another one, or come by a DNAT rule or their own settings; else add the override"),
-        (in_container(), OK, f"{says}: right if that is the host", ""),
+        (IN_CONTAINER, OK, f"{says}: right if that is the host", ""),
         (True, WARN, f"{says}: not this machine", "if that is the override, it leads to the wrong address"),
     )
     if here and any(":" in address and is_global(address) for address in system):

@@ -6985,7 +6985,7 @@ class DoctorTest(SocketCase):
         ):
             with self.subTest(system=system, container=container), contextlib.ExitStack() as stack:
                 stack.enter_context(mock.patch.object(sems, "is_this_machine", [home].__contains__))
-                stack.enter_context(mock.patch.object(sems, "in_container", return_value=container))
+                stack.enter_context(mock.patch.object(sems, "IN_CONTAINER", container))
                 self.check(sems.system_findings("portal.test", system), wanted)
         with mock.patch.object(sems, "ask_dns", return_value=[]):
             says = (
@@ -7013,7 +7013,7 @@ class DoctorTest(SocketCase):
                 with mock.patch.object(sems, "local_get", return_value=page):
                     found = sems.device_findings(settings, {"devices": devices, "strangers": strangers})
                     self.check(found, wanted)
-        with mock.patch.object(sems, "in_container", return_value=True):
+        with mock.patch.object(sems, "IN_CONTAINER", True):
             self.assertIn("-p 20001:20001 -p 14028:14028", next(sems.machine_findings(settings, None))[2])
 
     def test_another_program(self) -> None:
