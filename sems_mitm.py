@@ -4493,7 +4493,7 @@ def home_assistant(seen: Seen, address: str) -> str:
 # An HTTP client is a connection of the loop like any other. When its head is there, the standard library's handler
 # parses it and writes the answer, both in memory. One request a connection.
 
-PLAIN, JSON, PAGE = "text/plain; charset=utf-8", "application/json", "text/html; charset=utf-8"
+PLAIN, JSON, HTML = "text/plain; charset=utf-8", "application/json", "text/html; charset=utf-8"
 EXPOSITION = "text/plain; version=0.0.4; charset=utf-8"
 SAFE_HEADERS = {
     "X-Content-Type-Options": "nosniff",
@@ -4522,15 +4522,15 @@ class Request(http.server.BaseHTTPRequestHandler):
         target = re.sub("(?i)^https?://[^/?]*", "", target)  # absolute: GET http://host/metrics
         path, now, loop = target.partition("?")[0] or "/", time.monotonic(), self.web.loop
         seen, points = functools.partial(see, loop.store, loop.settings, now), self.web.history.points
-        pages: dict[str, tuple[str, Callable[[], Iterable[str]]]] = {
-            "/": (PAGE, lambda: html_page(seen(), points(now), loop.settings, self.address())),
+        answers: dict[str, tuple[str, Callable[[], Iterable[str]]]] = {
+            "/": (HTML, lambda: html_page(seen(), points(now), loop.settings, self.address())),
             "/api/devices": (JSON, lambda: devices_json(seen())),
             "/api/household": (JSON, lambda: household_json(seen())),
             "/-/healthy": (PLAIN, lambda: "healthy\n"),
             loop.settings.telemetry_path: (EXPOSITION, lambda: exposition(loop.store.collect(now))),
         }
-        if path in pages:
-            content_type, text = pages[path]
+        if path in answers:
+            content_type, text = answers[path]
             self.answer(200, content_type, "".join(text()))
         elif path == "/-/ready":
             self.answer(*(503, PLAIN, "not ready\n") if loop.is_stopping else (200, PLAIN, "ready\n"))
@@ -4706,8 +4706,8 @@ class FlagType:
 
 def endpoint(text: str, is_peer: bool = False) -> tuple[str, int]:
     """[HOST]:PORT as a pair, HOST without its brackets; a peer needs both, and not port 0. Raises ValueError."""
-    found = re.fullmatch(r"(\[[^\[\]]*\]|[^\s/@,:\[\]]*):([0-9]{1,5})", text)
-    host, port = (found[1].strip("[]"), int(found[2])) if found else ("", 65536)
+    matched = re.fullmatch(r"(\[[^\[\]]*\]|[^\s/@,:\[\]]*):([0-9]{1,5})", text)
+    host, port = (matched[1].strip("[]"), int(matched[2])) if matched else ("", 65536)
     if text.startswith("["):
         ipaddress.IPv6Address(host)
     if port > 65535 or is_peer and not (host and port):
@@ -5035,12 +5035,12 @@ HYBRID_ET = Simulable(HYBRID_CLASS, "9010KETU", [(35011, text_words("GW10K-ET", 
 # fmt: on
 
 
-def register_words(name: str, told: dict) -> dict[int, int]:
+def register_words(name: str, says: dict) -> dict[int, int]:
     """Register to word of what a device of the family `name` says, the inverse of `reading`."""
-    found: dict[int, int] = {}
+    words: dict[int, int] = {}
     for value in VALUES[name]:
         metric, labels = value.series
-        numbers = told.get(metric, ())
+        numbers = says.get(metric, ())
         numbers = numbers if isinstance(numbers, tuple) else (numbers,)
         at = int(re.sub(r"\D", "", labels) or 1) - 1
         if at < len(numbers) and not value.instead:
@@ -5048,9 +5048,9 @@ def register_words(name: str, told: dict) -> dict[int, int]:
             is_float = value.number is KINDS["f32"].number
             bits = int.from_bytes(struct.pack(">f", raw), "big") if is_float else round(raw)
             for place in reversed((value.register, *value.later)):
-                found[place], bits = bits & 0xFFFF, bits >> 16
-            found.update([value.when] if value.when and value.when[1] is not None else [])
-    return found
+                words[place], bits = bits & 0xFFFF, bits >> 16
+            words.update([value.when] if value.when and value.when[1] is not None else [])
+    return words
 
 
 class Simulated:
@@ -5978,8 +5978,8 @@ def device_findings(settings: Settings, running: dict | None) -> Iterator[Findin
     if running is None:
         yield WARN, "no exporter runs on this machine", "start it: python3 sems_mitm.py"
         return
-    page = (local_get(settings, settings.telemetry_path) or b"").decode()
-    if re.search(r'^sems_mitm_\w+_total\{reason="loop"\} [^0]', page, re.M):
+    shown = (local_get(settings, settings.telemetry_path) or b"").decode()
+    if re.search(r'^sems_mitm_\w+_total\{reason="loop"\} [^0]', shown, re.M):
         yield FAIL, "the exporter has met itself instead of the portal", "redirect only what the devices send, not this machine: a DNAT rule needs the devices' addresses (-s)"
     for device in running["devices"]:
         text, asleep = "{model} {full_serial}: last packet {0} ago".format(span(device["age_seconds"]), **device), "look at its Wi-Fi, and power-cycle its module"
@@ -6017,14 +6017,14 @@ def server_finding(server: tuple[str, int], host: str) -> Finding:
     """What one server of --sems.upstream-dns says of the portal."""
     where = endpoint_text(server)
     try:
-        found = ask_dns(server, host)
+        addresses = ask_dns(server, host)
     except HOST_ERRORS as error:
         return WARN, f"{where} cannot be asked for {host}: {error}", "let --sems.upstream-dns name a server that this machine reaches"
-    says = f"{where} says {host} is {', '.join(found or ())}"
+    says = f"{where} says {host} is {', '.join(addresses or ())}"
     return first_true(
-        (found is None, WARN, f"{where} does not answer for {host}", "a firewall may keep UDP port 53 closed; name another in --sems.upstream-dns"),
-        (not found, WARN, f"{where} says that {host} does not exist", "most likely a firewall redirects port 53 and answers in its place: exempt this machine, or give --sems.upstream as an address; else look at --sems.upstream"),
-        (any(map(is_global, found or ())), OK, says, ""),
+        (addresses is None, WARN, f"{where} does not answer for {host}", "a firewall may keep UDP port 53 closed; name another in --sems.upstream-dns"),
+        (not addresses, WARN, f"{where} says that {host} does not exist", "most likely a firewall redirects port 53 and answers in its place: exempt this machine, or give --sems.upstream as an address; else look at --sems.upstream"),
+        (any(map(is_global, addresses or ())), OK, says, ""),
         (True, FAIL, f"{says}: overridden too", "the router redirects all DNS; exempt this machine, or give --sems.upstream as an address"),
     )
 
@@ -6062,7 +6062,7 @@ def doctor(arguments: list[str]) -> int:
     """Check the set-up and say what to do next; takes the flags of serve."""
     settings = serve_settings(arguments, os.environ, "doctor", f"{doctor.__doc__} Exit code 1 if something fails.")
     running = running_exporter(settings)
-    if running:  # it may have other flags
+    if running:  # it can have other flags
         settings.mode = running["upstream"]["mode"]
         settings.upstream = portal_endpoint(running["upstream"]["address"] or settings.upstream_text)
     counts: collections.Counter[str] = collections.Counter()
