@@ -4684,7 +4684,7 @@ class Web:
 #
 # The environment is read like a command line that stands before the real one; argparse does the rest.
 
-Settings = argparse.Namespace  # of serve: a value for each row of FLAGS, by its fourth column
+Settings = argparse.Namespace  # of serve: a value for each row of FLAGS, by its fifth column
 
 
 class FlagType:
@@ -4749,39 +4749,28 @@ mode_name = FlagType("MODE", "forward, local or spool", str.lower, "(?i)forward|
 level_name = FlagType("LEVEL", "debug, info, warning or error", str.lower, "(?i)debug|info|warning|error")
 SWITCHES = (boolean, debug_level)  # flags that need no value: --flag is true, --no-flag false
 
-# Every flag of serve, as --help groups them: name, default, type, attribute in Settings, help. The environment variable
+# Every flag of serve: its group in --help, name, default, type, attribute in Settings, help. The environment variable
 # follows from the name. --debug sets what --log.level sets: the last one counts.
-FLAG_GROUPS = (
-    ("devices", (
-        ("sems.listen-address", ":20001", listen_endpoint, "listen_address", "where devices connect; HOST:PORT, [v6]:PORT or :PORT"),
-        ("sems.allow-from", "", networks, "allow_from", "networks whose devices may connect, comma-separated CIDR"),
-        ("sems.max-connections", "256", whole_number, "max_connections", "device connections at once"),
-        ("sems.max-devices", "256", whole_number, "max_devices", "devices with series of their own"),
-        ("metrics.stale-after", "5m", duration, "stale_after", "when the gauges of a silent device go; 0 is never"),
-    )),
-    ("portal", (
-        ("sems.upstream", f"{PORTAL_NAME}:20001", portal_endpoint, "upstream", "the portal"),
-        ("sems.upstream-dns", "1.1.1.1,8.8.8.8", name_servers, "upstream_dns", "name servers that are asked for the portal's address, before the system is; none turns it off"),
-        ("sems.mode", FORWARD, mode_name, "mode", "forward: the portal answers the devices. local: no portal, the exporter answers. spool: the exporter answers and delivers everything to the portal, however late"),
-        ("sems-passthrough", "true", boolean, "passthrough", "the original's switch: false is --sems.mode local, unless that flag or its variable says otherwise"),
-        ("batsignal", "false", boolean, "batsignal", "Batman on the portal's graph"),
-    )),
-    ("files", (
-        ("sems.capture", "", file_name, "capture", "append every frame to this file"),
-        ("sems.backfill", "", file_name, "backfill", "append buffered readings to this file, for the command backfill"),
-        ("sems.spool-file", "", file_name, "spool_file", "mode spool only: an SQLite file with what is not delivered yet, so that it outlives process and machine"),
-    )),
-    ("HTTP", (
-        ("web.listen-address", ":14028", listen_endpoint, "web_address", "where HTTP is served"),
-        ("web.telemetry-path", "/metrics", url_path, "telemetry_path", "where the metrics are"),
-    )),
-    ("log", (
-        ("debug", "false", debug_level, "log_level", "the same as --log.level debug"),
-        ("log.level", "info", level_name, "log_level", "debug, info, warning or error; one line an event, to stderr; debug adds a line a packet"),
-    )),
+FLAGS = (
+    ("devices", "sems.listen-address", ":20001", listen_endpoint, "listen_address", "where devices connect; HOST:PORT, [v6]:PORT or :PORT"),
+    ("devices", "sems.allow-from", "", networks, "allow_from", "networks whose devices may connect, comma-separated CIDR"),
+    ("devices", "sems.max-connections", "256", whole_number, "max_connections", "device connections at once"),
+    ("devices", "sems.max-devices", "256", whole_number, "max_devices", "devices with series of their own"),
+    ("devices", "metrics.stale-after", "5m", duration, "stale_after", "when the gauges of a silent device go; 0 is never"),
+    ("portal", "sems.upstream", f"{PORTAL_NAME}:20001", portal_endpoint, "upstream", "the portal"),
+    ("portal", "sems.upstream-dns", "1.1.1.1,8.8.8.8", name_servers, "upstream_dns", "name servers that are asked for the portal's address, before the system is; none turns it off"),
+    ("portal", "sems.mode", FORWARD, mode_name, "mode", "forward: the portal answers the devices. local: no portal, the exporter answers. spool: the exporter answers and delivers everything to the portal, however late"),
+    ("portal", "sems-passthrough", "true", boolean, "passthrough", "the original's switch: false is --sems.mode local, unless that flag or its variable says otherwise"),
+    ("portal", "batsignal", "false", boolean, "batsignal", "Batman on the portal's graph"),
+    ("files", "sems.capture", "", file_name, "capture", "append every frame to this file"),
+    ("files", "sems.backfill", "", file_name, "backfill", "append buffered readings to this file, for the command backfill"),
+    ("files", "sems.spool-file", "", file_name, "spool_file", "mode spool only: an SQLite file with what is not delivered yet, so that it outlives process and machine"),
+    ("HTTP", "web.listen-address", ":14028", listen_endpoint, "web_address", "where HTTP is served"),
+    ("HTTP", "web.telemetry-path", "/metrics", url_path, "telemetry_path", "where the metrics are"),
+    ("log", "debug", "false", debug_level, "log_level", "the same as --log.level debug"),
+    ("log", "log.level", "info", level_name, "log_level", "debug, info, warning or error; one line an event, to stderr; debug adds a line a packet"),
 )
 # fmt: on
-FLAGS = tuple(row for _, rows in FLAG_GROUPS for row in rows)
 
 
 def variable(flag: str) -> str:
@@ -4804,23 +4793,23 @@ def serve_parser(command: str, about: str) -> Parser:
     """The flags of serve."""
     rule = "A flag is followed by its default and its variable; a BOOL can be --flag, --flag=false or --no-flag."
     parser = Parser(command, f"{about} {rule}", f"python3 sems_mitm.py {command} [flags]")
-    for title, rows in FLAG_GROUPS:
-        group = parser.add_argument_group(title)
-        for name, default, kind, key, text in rows:
-            shown = f"{text} [{default or ('all' if kind is networks else 'off')}] {variable(name)}"
-            how: dict = {"dest": key, "default": default, "type": kind, "metavar": kind.metavar, "help": shown}
-            if kind in SWITCHES:
-                how.update(nargs="?", const="true")
-                hidden: dict = {"default": argparse.SUPPRESS, "help": argparse.SUPPRESS}
-                group.add_argument(f"--no-{name}", dest=key, action="store_const", const=kind("false"), **hidden)
-            group.add_argument(f"--{name}", **how)
+    groups: dict = {}
+    for title, name, default, kind, key, text in FLAGS:
+        group = groups[title] = groups.get(title) or parser.add_argument_group(title)
+        shown = f"{text} [{default or ('all' if kind is networks else 'off')}] {variable(name)}"
+        how: dict = {"dest": key, "default": default, "type": kind, "metavar": kind.metavar, "help": shown}
+        if kind in SWITCHES:
+            how.update(nargs="?", const="true")
+            hidden: dict = {"default": argparse.SUPPRESS, "help": argparse.SUPPRESS}
+            group.add_argument(f"--no-{name}", dest=key, action="store_const", const=kind("false"), **hidden)
+        group.add_argument(f"--{name}", **how)
     parser.set_defaults(mode=None)  # --sems-passthrough decides where nobody names the mode
     return parser
 
 
 def environment_arguments(environment: Mapping) -> list[str]:
     """The variables of flags as arguments. An empty one is unset."""
-    given = {name: environment.get(variable(name), "") for name, *_ in FLAGS}
+    given = {name: environment.get(variable(name), "") for _, name, *_ in FLAGS}
     if given["debug"].lower() not in ("", *TRUE, *FALSE):  # shells set it to all sorts of things
         log.warning("ignored DEBUG=%a, which is neither true nor false", given.pop("debug"))
     return [f"--{name}={text}" for name, text in given.items() if text]
@@ -4828,7 +4817,7 @@ def environment_arguments(environment: Mapping) -> list[str]:
 
 def unknown_variables(environment: Mapping) -> str:
     """A warning of SEMS_ variables that no flag has, with the nearest that exists; empty if there are none."""
-    known = {variable(name).removeprefix("SEMS_"): variable(name) for name, *_ in FLAGS}
+    known = {variable(name).removeprefix("SEMS_"): variable(name) for _, name, *_ in FLAGS}
     unknown = sorted(name for name in environment if name.startswith("SEMS_") and name not in known.values())
     near = {name: difflib.get_close_matches(name[5:], known, 1, 0.65) for name in unknown}
     names = [f"{name!a} (is {known[keys[0]]} meant?)" if keys else f"{name!a}" for name, keys in near.items()]
@@ -4842,7 +4831,7 @@ def serve_settings(arguments: list[str], environment: Mapping, command: str = "s
         settings = parser.parse_args(environment_arguments(environment))
     except UsageError as error:  # of a variable, not of the flag that it stands for
         raise UsageError(re.sub(r"^--([\w.-]+)", lambda flag: variable(flag[1]), str(error))) from None
-    valued = {f"--{name}" for name, _, kind, _, _ in FLAGS if kind not in SWITCHES}
+    valued = {f"--{name}" for _, name, _, kind, *_ in FLAGS if kind not in SWITCHES}
     rest = iter(arguments)  # --flag VALUE is --flag=VALUE: VALUE can begin with a -
     line = ["=".join([argument, *itertools.islice(rest, int(argument in valued))]) for argument in rest]
     parser.parse_args(line, settings)
@@ -5054,11 +5043,10 @@ def register_words(name: str, says: dict) -> dict[int, int]:
 
 
 class Simulated:
-    """A simulated device in a house, and its connection."""
+    """A simulated device in a house."""
 
     def __init__(self, model: Simulable, house: House, number: int) -> None:
         self.model, self.house, self.serial = model, house, f"{model.start}{number:08d}"
-        self.sock: socket.socket | None = None
 
     def frame(self, function: int, when: datetime) -> bytes:
         """Its frame as its house is now, with the time `when`; nothing while it is off."""
@@ -5069,25 +5057,6 @@ class Simulated:
         packet = Packet(OUTBOUND, f"{cls:02x}{function:02x}", self.serial, device_iv(stamp), stamp, payload(ranges))
         return encode(packet) if ranges else b""
 
-    def report(self, target: tuple[str, int], when: datetime) -> None:
-        """Send live data, on a new connection behind settings; nothing while it is off. Called once a second."""
-        live = self.frame(LIVE, when)
-        try:
-            if live and not self.sock:
-                self.sock = socket.create_connection(target)
-                self.sock.sendall(self.frame(SETTINGS, when))
-            if live and self.sock:
-                self.sock.sendall(live)
-                self.sock.recv(4096, socket.MSG_DONTWAIT)  # the answers; behind the end, the next packet fails
-        except BlockingIOError:
-            pass
-        except OSError as error:
-            log.info("%s connects again: %s", self.serial, error)
-            live = b""
-        if self.sock and not live:
-            self.sock.close()
-            self.sock = None
-
 
 def simulated_house(hybrid: bool = False) -> list[Simulated]:
     """The devices of a house. No two of their serial numbers end alike."""
@@ -5096,19 +5065,33 @@ def simulated_house(hybrid: bool = False) -> list[Simulated]:
 
 
 def simulation(target: tuple[str, int], devices: list[Simulated], clock: Clock) -> None:
-    """Have devices report once a second, for ever; clock gives their time of day."""
+    """Have devices report once a second, for ever; clock gives their time of day. What is off has no connection."""
+    sockets: dict[Simulated, socket.socket] = {}
     while True:
         when = datetime.fromtimestamp(clock(time.monotonic()))
         devices[0].house.move(when)
         for device in devices:
-            device.report(target, when)
+            data = device.frame(LIVE, when)
+            try:
+                if data and device not in sockets:
+                    sockets[device] = socket.create_connection(target)
+                    data = device.frame(SETTINGS, when) + data
+                if data:
+                    sockets[device].sendall(data)
+                    sockets[device].recv(4096, socket.MSG_DONTWAIT)  # answers; after the end the next packet fails
+            except BlockingIOError:
+                pass
+            except OSError:
+                data = b""
+            if not data and device in sockets:
+                sockets.pop(device).close()
         time.sleep(1)
 
 
 # ------------------------------------------------------------------------------------------------------------ demo
 
-# The demo's day, which hurries through the dark hours: s of real time, and the hour of the day then. It begins slowly, so
-# that its first packets come at midnight, and ends slowly, so that who looks after four minutes sees the whole day.
+# The demo's day, which hurries through the dark hours: s of real time, and the hour of the day then. It begins slowly,
+# so that its first packets come at midnight, and ends slowly, so that who looks after four minutes sees a whole day.
 PACE = ((0, 0), (3, 0.001), (17, 6.5), (210, 20), (225, 23.9), (260, 24))
 DEMO_REFRESH = 5  # s between reloads of its page
 DEMO_TEXT = """{who} a solar day: it is midnight, the sun is up in 20 seconds, and after four minutes the day is over.
@@ -5144,23 +5127,18 @@ def free_endpoint(host: str, port: int) -> str:
     raise StartError(f"no free port from {port} to {port + 99}")
 
 
-def local_portal() -> str:
-    """Start a stand-in for the portal on this machine, which is an exporter that answers; its HOST:PORT."""
-    settings, store = serve_settings(["--sems.mode=local", "--sems.listen-address=127.0.0.1:0"], {}), Store()
-    loop = Loop(store, settings, Files(store))
-    threading.Thread(target=loop.run, name="portal", daemon=True).start()
-    return f"127.0.0.1:{loop.listeners[0].port}"
-
-
 def demo(arguments: list[str]) -> int:
     """No hardware, no cloud: simulated devices sending a solar day, a local portal, the exporter between them."""
     parser = Parser("demo", demo.__doc__)
     parser.add_argument("--hybrid", action="store_true", help="a hybrid with a battery in place of the two devices")
     given = parser.parse_args(arguments)
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
-    portal, devices_at, web_at = local_portal(), free_endpoint("127.0.0.1", 20001), free_endpoint("", 14028)
-    flags = [f"--sems.listen-address={devices_at}", f"--web.listen-address={web_at}", "--metrics.stale-after=10s"]
-    settings, clock = serve_settings([f"--sems.upstream={portal}", *flags], {}), day_clock()
+    store = Store()
+    stand_in = Loop(store, serve_settings(["--sems.mode=local", "--sems.listen-address=127.0.0.1:0"], {}), Files(store))
+    threading.Thread(target=stand_in.run, name="portal", daemon=True).start()
+    portal, devices_at = f"127.0.0.1:{stand_in.listeners[0].port}", free_endpoint("127.0.0.1", 20001)
+    flags = [f"--sems.upstream={portal}", f"--sems.listen-address={devices_at}", "--metrics.stale-after=10s"]
+    settings, clock = serve_settings([*flags, f"--web.listen-address={free_endpoint('', 14028)}"], {}), day_clock()
     settings.refresh = DEMO_REFRESH
     _, loop, web = started(settings, clock, clock)
     at_signal(loop.stop)

@@ -5974,7 +5974,7 @@ class SettingsTest(SocketCase):
                 self.assertLess(max(group.count("\n") for group in groups), 25)
                 self.assertLess(text.count("\n"), 80 if name in ("serve", "doctor") else 30)
                 self.assertLess(max(map(len, text.splitlines())), 80)
-                for flag, *_ in sems.FLAGS if name in ("serve", "doctor") else ():
+                for _, flag, *_ in sems.FLAGS if name in ("serve", "doctor") else ():
                     self.assertRegex(text, rf"--{re.escape(flag)}\b(?s:.*)\b{sems.variable(flag)}\b")
 
     def test_version_and_metrics(self) -> None:
@@ -7061,7 +7061,7 @@ inbound_unknown_packets_total
 def with_tables(text: str) -> str:
     """The README with its tables as the code has them."""
     flags, row_of = [("flag", "variable", "default", "meaning")], {row[0]: row for row in sems.metric_rows()}
-    for name, default, reader, _, meaning in sems.FLAGS:
+    for _, name, default, reader, _, meaning in sems.FLAGS:
         spelled = f"`--{name}` / `--no-{name}`" if reader in sems.SWITCHES else f"`--{name}`"
         shown = f"`{default}`" if default else "(all)" if reader is sems.networks else "(off)"
         flags.append((spelled, f"`{sems.variable(name)}`", shown, meaning))
@@ -7082,7 +7082,7 @@ class Readme(unittest.TestCase):
         text = content_of(README).decode()
         self.assertEqual(with_tables(text), text, "make tables writes them")
         self.assertLessEqual(text.count("\n"), 500)
-        for word in (*(f"--{row[0]}" for row in sems.FLAGS), *sems.COMMANDS):
+        for word in (*(f"--{row[1]}" for row in sems.FLAGS), *sems.COMMANDS):
             self.assertIn(word, text)
         self.assertIn(f"There are {len(sems.METRICS) - len(ORIGINAL)} more", text)
 
