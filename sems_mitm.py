@@ -6028,11 +6028,11 @@ def portal_findings(settings: Settings, running: dict | None) -> Iterator[Findin
         try:
             socket.create_connection(candidate.sockaddr[:2], timeout=5).close()
         except OSError as error:
-            text = f"the portal at {where} cannot be reached: {error.strerror or error}"
+            why = f"the portal at {where} cannot be reached: {error.strerror or error}"
         else:
             yield OK, f"the portal answers at {where}", ""
             return
-    yield FAIL, text, "look at this machine's network and firewall; --sems.mode spool keeps what devices send until then"
+    yield FAIL, why, "look at this machine's network and firewall; --sems.mode spool keeps what devices send until then"
 # fmt: on
 
 
