@@ -4807,14 +4807,6 @@ def serve_parser(command: str, about: str) -> Parser:
     return parser
 
 
-def environment_arguments(environment: Mapping) -> list[str]:
-    """The variables of flags as arguments. An empty one is unset."""
-    given = {name: environment.get(variable(name), "") for _, name, *_ in FLAGS}
-    if given["debug"].lower() not in ("", *TRUE, *FALSE):  # shells set it to all sorts of things
-        log.warning("ignored DEBUG=%a, which is neither true nor false", given.pop("debug"))
-    return [f"--{name}={text}" for name, text in given.items() if text]
-
-
 def unknown_variables(environment: Mapping) -> str:
     """A warning of SEMS_ variables that no flag has, with the nearest that exists; empty if there are none."""
     known = {variable(name).removeprefix("SEMS_"): variable(name) for _, name, *_ in FLAGS}
@@ -4825,10 +4817,15 @@ def unknown_variables(environment: Mapping) -> str:
 
 
 def serve_settings(arguments: list[str], environment: Mapping, command: str = "serve", about: str = "") -> Settings:
-    """The settings of serve: the command line beats the environment, which beats the defaults. Raises UsageError."""
-    parser = serve_parser(command, about)
+    """The settings of serve: the command line beats the environment, which beats the defaults. Raises UsageError.
+
+    An empty variable is unset.
+    """
+    parser, given = serve_parser(command, about), {name: environment.get(variable(name)) for _, name, *_ in FLAGS}
+    if (given["debug"] or "no").lower() not in (*TRUE, *FALSE):  # shells set it to all sorts of things
+        log.warning("ignored DEBUG=%a, which is neither true nor false", given.pop("debug"))
     try:
-        settings = parser.parse_args(environment_arguments(environment))
+        settings = parser.parse_args([f"--{name}={text}" for name, text in given.items() if text])
     except UsageError as error:  # of a variable, not of the flag that it stands for
         raise UsageError(re.sub(r"^--([\w.-]+)", lambda flag: variable(flag[1]), str(error))) from None
     valued = {f"--{name}" for _, name, _, kind, *_ in FLAGS if kind not in SWITCHES}
