@@ -4457,7 +4457,7 @@ def home_assistant(seen: Seen, address: str) -> str:
 # An HTTP client is a connection of the loop like any other. When its head is there, the standard library's handler
 # parses it and writes the answer, both in memory. One request a connection.
 
-PLAIN, JSON = "text/plain; charset=utf-8", "application/json"
+PLAIN, JSON, HTML = "text/plain; charset=utf-8", "application/json", "text/html; charset=utf-8"
 EXPOSITION = "text/plain; version=0.0.4; charset=utf-8"
 SAFE_HEADERS = {
     "X-Content-Type-Options": "nosniff",
@@ -4472,54 +4472,48 @@ SAFE_HEADERS = {
 class Request(http.server.BaseHTTPRequestHandler):
     """A request, from its head to its answer, both as bytes."""
 
-    command, requestline, close_connection = "", "", True  # until the head is parsed
+    command = ""  # until the head is parsed
+    wfile: io.BytesIO
 
     def __init__(self, web: Web, head: bytes, local: str) -> None:
         """local: HOST:PORT of this machine by which the client has come."""
-        self.web, self.head, self.local = web, head, local
-        self.rfile = io.BytesIO(head)
-        self.written = self.wfile = io.BytesIO()
-
-    def handle_one_request(self) -> None:
-        """Parse the head, and call the method that answers it."""
-        if len(self.head) > HTTP_HEAD:
-            return self.send_error(431)
-        super().handle_one_request()
+        self.web, self.local = web, local
+        self.rfile, self.wfile = io.BytesIO(head), io.BytesIO()
 
     def do_GET(self) -> None:
         """Answer by the path; what no path names is 404."""
         target = self.requestline.split()[1]  # self.path lost all leading slashes but one
-        target = re.sub("(?i)^https?://[^/?]*", "", target) or "/"  # absolute: GET http://host/metrics
-        path, web, now = target.partition("?")[0], self.web, time.monotonic()
-        pages: dict[str, tuple[str, Callable[[], Iterable[str]]]] = {
-            "/": ("text/html; charset=utf-8", lambda: self.page(now)),
-            "/api/devices": (JSON, lambda: devices_json(web.seen(now))),
-            "/api/household": (JSON, lambda: household_json(web.seen(now))),
-            web.loop.settings.telemetry_path: (EXPOSITION, lambda: exposition(web.loop.store.collect(now))),
+        target = re.sub("(?i)^https?://[^/?]*", "", target)  # absolute: GET http://host/metrics
+        path, now, loop = target.partition("?")[0] or "/", time.monotonic(), self.web.loop
+        seen, points = functools.partial(see, loop.store, loop.settings, now), self.web.history.points
+        answers: dict[str, tuple[str, Callable[[], Iterable[str]]]] = {
+            "/": (HTML, lambda: html_page(seen(), points(now), loop.settings, self.address())),
+            "/api/devices": (JSON, lambda: devices_json(seen())),
+            "/api/household": (JSON, lambda: household_json(seen())),
+            "/-/healthy": (PLAIN, lambda: "healthy\n"),
+            loop.settings.telemetry_path: (EXPOSITION, lambda: exposition(loop.store.collect(now))),
         }
-        if path == "/home-assistant.yaml":
-            try:
-                self.answer(200, PLAIN, home_assistant(web.seen(now), self.host()), self.wants_gzip())
-            except LookupError as error:
-                self.answer(503, PLAIN, f"{error.args[0]}\n")
-        elif path in pages:
-            content_type, text = pages[path]
-            self.answer(200, content_type, "".join(text()), self.wants_gzip())
-        elif path == "/-/healthy":
-            self.answer(200, PLAIN, "healthy\n")
+        if path in answers:
+            content_type, text = answers[path]
+            self.answer(200, content_type, "".join(text()))
         elif path == "/-/ready":
-            self.answer(*(200, PLAIN, "ready\n") if web.loop.listeners else (503, PLAIN, "not ready\n"))
+            self.answer(*(200, PLAIN, "ready\n") if loop.listeners else (503, PLAIN, "not ready\n"))
+        elif path == "/home-assistant.yaml":
+            try:
+                self.answer(200, PLAIN, home_assistant(seen(), self.host()))
+            except LookupError as error:
+                if type(error) is not LookupError:  # one of our own
+                    raise
+                self.answer(503, PLAIN, f"{error.args[0]}\n")
         else:
             self.answer(404, *(JSON, "{}\n") if f"{path}/".startswith("/api/") else (PLAIN, "not found\n"))
 
     do_HEAD = do_GET
 
-    def page(self, now: float) -> Iterator[str]:
-        """The page for people."""
+    def address(self) -> str:
+        """This machine's address in the network, as far as it is known."""
         host = re.sub(r":[0-9]+$", "", self.host()).strip("[]")
-        is_local = host.startswith("127.") or host in ("localhost", "::1")
-        address = own_address("192.0.2.1") if is_local else host
-        return html_page(self.web.seen(now), self.web.history.points(now), self.web.loop.settings, address)
+        return own_address("192.0.2.1") if host.startswith("127.") or host in ("localhost", "::1") else host
 
     def host(self) -> str:
         """HOST:PORT by which the client reached this machine, as far as it says so plainly."""
@@ -4532,31 +4526,27 @@ class Request(http.server.BaseHTTPRequestHandler):
         code = 405 if code == 501 else code
         self.answer(code, PLAIN, f"{http.HTTPStatus(code).phrase}\n")
 
-    def answer(self, status: int, content_type: str, text: str, packed: bool = False) -> None:
-        """Write an answer."""
-        body = text.encode()
-        if packed:
+    def answer(self, status: int, content_type: str, text: str) -> None:
+        """Write an answer, packed if the client takes that."""
+        body, headers = text.encode(), {"Content-Type": content_type, **SAFE_HEADERS}
+        if self.wants_gzip():
             packer = zlib.compressobj(1, wbits=31)
-            body = packer.compress(body) + packer.flush()
-        headers = {"Content-Type": content_type, "Content-Length": str(len(body)), **SAFE_HEADERS}
-        headers.update({"Content-Encoding": "gzip"} if packed else {})
-        headers.update({"Allow": "GET, HEAD"} if status == 405 else {})
+            body, headers["Content-Encoding"] = packer.compress(body) + packer.flush(), "gzip"
+        if status == 405:
+            headers["Allow"] = "GET, HEAD"
         self.request_version = self.protocol_version  # of what the base class could not parse it is 0.9, without a head
         self.send_response_only(status)
-        for name, value in headers.items():
+        for name, value in {"Content-Length": str(len(body)), **headers}.items():
             self.send_header(name, value)
         self.end_headers()
         self.wfile.write(body if self.command != "HEAD" else b"")
 
     def wants_gzip(self) -> bool:
         """Whether the client takes gzip: by its name, else as *, and not with q=0 (RFC 9110, 12.5.3)."""
-        codings = (part.partition(";") for part in self.headers.get("Accept-Encoding", "").lower().split(","))
+        accepted = getattr(self, "headers", {}).get("Accept-Encoding", "").lower()  # no headers: no head was parsed
+        codings = (part.partition(";") for part in accepted.split(","))
         weights = {name.strip(): weight.strip() for name, _, weight in codings}
-        weight = weights.get("gzip", weights.get("*", "q=0"))
-        return not re.fullmatch(r"q=0(\.0*)?", weight)
-
-    def log_message(self, format: str, *args: object) -> None:
-        log.debug("http %r", format % args)
+        return not re.fullmatch(r"q=0(\.0*)?", weights.get("gzip", weights.get("*", "q=0")))
 
 
 def is_whole(head: bytes) -> bool:
@@ -4586,28 +4576,27 @@ class HttpClient:
             data = connection.receive(now)
             if not self.is_answered:
                 self._head = (self._head + data).lstrip(b"\r\n")  # empty lines before a request (RFC 9112, 2.2)
-                if is_whole(self._head) or len(self._head) > HTTP_HEAD:
+                if len(self._head) > HTTP_HEAD or is_whole(self._head):
                     self._answer(now)
 
     def _answer(self, now: float) -> None:
         """Queue the answer; after an error of our own it is 500."""
-        self.is_answered, self.began = True, now
-        request = Request(self.web, self._head, endpoint_text(self.connection.sock.getsockname()))
-        self._head = b""
-        if not self.loop.do("an HTTP request", None, request.handle_one_request):
-            request = Request(self.web, b"", request.local)
+        self.is_answered, self.began, head, self._head = True, now, self._head, b""
+        request = Request(self.web, head, endpoint_text(self.connection.sock.getsockname()))
+        if len(head) > HTTP_HEAD:
+            request.send_error(431)
+        elif not self.loop.do("an HTTP request", None, request.handle_one_request):
             request.send_error(500)
-        if request.written.getvalue():
-            self.connection.outbox.put(request.written.getvalue())
+        self.connection.outbox.put(request.wfile.getvalue())
 
     def settle(self, now: float) -> None:
         """Send the answer; the end."""
         connection = self.connection
         connection.send(now)
-        is_over = not connection.outbox.size if self.is_answered else connection.ended
+        is_over = not self.waiting if self.is_answered else connection.ended
         if connection.error or is_over:
             return self.close()
-        if connection.outbox.size:
+        if self.waiting:
             self.web.bound(self)
         connection.watch(not self.is_answered)
 
@@ -4617,9 +4606,7 @@ class HttpClient:
             self.close()
 
     def close(self) -> None:
-        """Close the socket. What the client still said is read, or the end would be a reset that takes the answer
-        along."""
-        self.connection.half_close()
+        """Close the socket; what the client still said is read, or a reset would take the answer along."""
         with contextlib.suppress(OSError):
             self.connection.sock.recv(HTTP_HEAD)
         self.connection.close()
@@ -4638,8 +4625,7 @@ class Web:
         loop.listeners.append(self.listener)
 
     def _admit(self, sock: socket.socket, sockaddr: tuple, now: float) -> None:
-        """Serve a connection; if there are too many, the one that has not completed its request for longest is
-        closed."""
+        """Serve a connection; if there are too many, end the one that takes longest to complete its request."""
         try:
             tuned(sock, 120, 30)
         except OSError:  # gone already
@@ -4648,8 +4634,7 @@ class Web:
         self.clients[client] = self.loop.owners[client] = None
         self.loop.touch(client)
         if len(self.clients) > HTTP_CONNECTIONS:
-            asking = [one for one in self.clients if not one.is_answered and one is not client]
-            self._make_room((asking or [next(iter(self.clients))])[0])
+            self._make_room(min(self.clients, key=lambda one: (one is client, one.is_answered)))
 
     def bound(self, newest: HttpClient) -> None:
         """Bound what answers take that nobody reads: the oldest others are closed."""
@@ -4663,73 +4648,51 @@ class Web:
         self.loop.store.add("sems_mitm_http_closed_connections_total")
         client.close()
 
-    def seen(self, now: float) -> Seen:
-        """What is to be shown."""
-        return see(self.loop.store, self.loop.settings, now)
-
 
 # -------------------------------------------------------------------------------------------------- settings, serve
 #
 # The environment is read like a command line that stands before the real one; argparse does the rest.
 
-Settings = argparse.Namespace  # of serve: a value for each row of FLAGS, by its fourth column
+Settings = argparse.Namespace  # of serve: a value for each row of FLAGS, by its fifth column
 
 
 class FlagType:
-    """The type of a flag's value: its name in --help, what is expected in words, and text to value, which raises
-    ValueError."""
+    """The type of a flag's value: its name in --help, what is expected in words, and text to value or ValueError.
 
-    def __init__(self, metavar: str, expected: str, value: Callable) -> None:
-        self.metavar, self.expected, self.value = metavar, expected, value
+    Only text that is all of the pattern can be a value.
+    """
+
+    def __init__(self, metavar: str, expected: str, value: Callable = str, pattern: str = ".*") -> None:
+        self.metavar, self.expected, self.value, self.pattern = metavar, expected, value, pattern
 
     def __call__(self, text: str):
         """Raises ArgumentTypeError, for argparse."""
-        try:
-            return self.value(text)
-        except ValueError:
-            raise argparse.ArgumentTypeError(f"expected {self.expected}, not {text!a}") from None
+        with contextlib.suppress(ValueError):
+            if re.fullmatch(self.pattern, text, re.ASCII | re.DOTALL):
+                return self.value(text)
+        raise argparse.ArgumentTypeError(f"expected {self.expected}, not {text!a}")
 
 
-def matching(pattern: str, value: Callable = str) -> Callable:
-    """value(text) of a text that is all of a pattern. Raises ValueError for another."""
-
-    def checked(text: str):
-        if not re.fullmatch(pattern, text, re.ASCII):
-            raise ValueError(text)
-        return value(text)
-
-    return checked
-
-
-def host_and_port(text: str) -> tuple[str, int]:
-    """[HOST]:PORT as a pair, HOST without its brackets. Raises ValueError."""
-    host, _, port = text.rpartition(":")
-    if host.startswith("[") and host.endswith("]"):
-        host = host[1:-1]
-        ipaddress.IPv6Address(host.partition("%")[0])
-    elif re.search(r"[\s/@,:\[\]]", host):
-        raise ValueError(text)
-    return host, matching("[0-9]{1,5}", lambda port: range(65536).index(int(port)))(port)
-
-
-def peer_endpoint(text: str) -> tuple[str, int]:
-    """HOST:PORT as a pair, neither of them empty. Raises ValueError."""
-    host, port = host_and_port(text)
-    if not (host and port):
+def endpoint(text: str, is_peer: bool = False) -> tuple[str, int]:
+    """[HOST]:PORT as a pair, HOST without its brackets; a peer needs both, and not port 0. Raises ValueError."""
+    matched = re.fullmatch(r"(\[[^\[\]]*\]|[^\s/@,:\[\]]*):([0-9]{1,5})", text)
+    host, port = (matched[1].strip("[]"), int(matched[2])) if matched else ("", 65536)
+    if text.startswith("["):
+        ipaddress.IPv6Address(host)
+    if port > 65535 or is_peer and not (host and port):
         raise ValueError(text)
     return host, port
 
 
-def server_endpoint(text: str) -> tuple[str, int]:
-    """HOST[:PORT] of a name server as a pair; port 53 is the default. Raises ValueError."""
-    with contextlib.suppress(ValueError):
-        return str(ipaddress.ip_address(text)), 53
-    return peer_endpoint(text if ":" in text.rpartition("]")[2] else f"{text}:53")
-
-
 def server_list(text: str) -> list[tuple[str, int]]:
-    """HOST[:PORT] of name servers, comma-separated, as pairs. Raises ValueError."""
-    return [] if text == "none" else [server_endpoint(part.strip()) for part in text.split(",")]
+    """HOST[:PORT] of name servers, comma-separated, as pairs; port 53 is the default. Raises ValueError."""
+    servers = []
+    for part in [] if text == "none" else map(str.strip, text.split(",")):
+        try:
+            servers.append((str(ipaddress.ip_address(part)), 53))
+        except ValueError:
+            servers.append(endpoint(part if ":" in part.rpartition("]")[2] else f"{part}:53", is_peer=True))
+    return servers
 
 
 def seconds_of(text: str) -> int:
@@ -4741,54 +4704,42 @@ def seconds_of(text: str) -> int:
 # fmt: off
 TRUE, FALSE = ("true", "1", "yes"), ("false", "0", "no")
 TRUTH = ("BOOL", "true, false, 1, 0, yes or no")
-truth = matching(f"(?i){'|'.join(TRUE + FALSE)}", lambda text: text.lower() in TRUE)
-listen_endpoint = FlagType("[HOST]:PORT", "HOST:PORT, [v6]:PORT or :PORT", host_and_port)  # port 0: a free one
-portal_endpoint = FlagType("HOST:PORT", "HOST:PORT or [v6]:PORT", peer_endpoint)
+boolean = FlagType(*TRUTH, lambda text: text.lower() in TRUE, f"(?i){'|'.join(TRUE + FALSE)}")
+debug_level = FlagType(*TRUTH, lambda text: "debug" if boolean(text) else "info")
+listen_endpoint = FlagType("[HOST]:PORT", "HOST:PORT, [v6]:PORT or :PORT", endpoint)  # port 0: a free one
+portal_endpoint = FlagType("HOST:PORT", "HOST:PORT or [v6]:PORT", functools.partial(endpoint, is_peer=True))
 name_servers = FlagType("HOST[:PORT],...", "name servers such as 1.1.1.1,192.168.1.1:53, or none", server_list)
 networks = FlagType("CIDR,...", "networks such as 192.168.1.0/24, comma-separated", lambda text: [ipaddress.ip_network(part.strip(), strict=False) for part in text.split(",") if text])
-duration = FlagType("DURATION", "a duration such as 90s, 5m or 1h30m", matching(r"0|(?=\d)(\d{1,6}d)?(\d{1,6}h)?(\d{1,6}m)?(\d{1,6}s)?", seconds_of))
-whole_number = FlagType("N", "a positive whole number", matching("[1-9][0-9]{0,5}", int))
-file_name = FlagType("FILE", "a file", str)
-url_path = FlagType("/PATH", "a path that begins with / and is not taken", matching(r"(?!.*[?#])(?!/api/|/-/|/home-assistant\.yaml$)/[!-~]+"))
-mode_name = FlagType("MODE", "forward, local or spool", matching("(?i)forward|local|spool", str.lower))
-level_name = FlagType("LEVEL", "debug, info, warning or error", matching("(?i)debug|info|warning|error", str.lower))
-boolean = FlagType(*TRUTH, truth)
-debug_level = FlagType(*TRUTH, lambda text: "debug" if truth(text) else "info")
+duration = FlagType("DURATION", "a duration such as 90s, 5m or 1h30m", seconds_of, r"0|(?=\d)(\d{1,6}d)?(\d{1,6}h)?(\d{1,6}m)?(\d{1,6}s)?")
+whole_number = FlagType("N", "a positive whole number", int, "[1-9][0-9]{0,5}")
+file_name = FlagType("FILE", "a file")
+url_path = FlagType("/PATH", "a path that begins with / and is not taken", str, r"(?!.*[?#])(?!/api/|/-/|/home-assistant\.yaml$)/[!-~]+")
+mode_name = FlagType("MODE", "forward, local or spool", str.lower, "(?i)forward|local|spool")
+level_name = FlagType("LEVEL", "debug, info, warning or error", str.lower, "(?i)debug|info|warning|error")
 SWITCHES = (boolean, debug_level)  # flags that need no value: --flag is true, --no-flag false
 
-# Every flag of serve, as --help groups them: name, default, type, attribute in Settings, help. The environment variable
+# Every flag of serve: its group in --help, name, default, type, attribute in Settings, help. The environment variable
 # follows from the name. --debug sets what --log.level sets: the last one counts.
-FLAG_GROUPS = (
-    ("devices", (
-        ("sems.listen-address", ":20001", listen_endpoint, "listen_address", "where devices connect; HOST:PORT, [v6]:PORT or :PORT"),
-        ("sems.allow-from", "", networks, "allow_from", "networks whose devices may connect, comma-separated CIDR"),
-        ("sems.max-connections", "256", whole_number, "max_connections", "device connections at once"),
-        ("sems.max-devices", "256", whole_number, "max_devices", "devices with series of their own"),
-        ("metrics.stale-after", "5m", duration, "stale_after", "when the gauges of a silent device go; 0 is never"),
-    )),
-    ("portal", (
-        ("sems.upstream", f"{PORTAL_NAME}:20001", portal_endpoint, "upstream", "the portal"),
-        ("sems.upstream-dns", "1.1.1.1,8.8.8.8", name_servers, "upstream_dns", "name servers that are asked for the portal's address, before the system is; none turns it off"),
-        ("sems.mode", FORWARD, mode_name, "mode", "forward: the portal answers the devices. local: no portal, the exporter answers. spool: the exporter answers and delivers everything to the portal, however late"),
-        ("sems-passthrough", "true", boolean, "passthrough", "the original's switch: false is --sems.mode local, unless that flag or its variable says otherwise"),
-        ("batsignal", "false", boolean, "batsignal", "Batman on the portal's graph"),
-    )),
-    ("files", (
-        ("sems.capture", "", file_name, "capture", "append every frame to this file"),
-        ("sems.backfill", "", file_name, "backfill", "append buffered readings to this file, for the command backfill"),
-        ("sems.spool-file", "", file_name, "spool_file", "mode spool only: an SQLite file with what is not delivered yet, so that it outlives process and machine"),
-    )),
-    ("HTTP", (
-        ("web.listen-address", ":14028", listen_endpoint, "web_address", "where HTTP is served"),
-        ("web.telemetry-path", "/metrics", url_path, "telemetry_path", "where the metrics are"),
-    )),
-    ("log", (
-        ("debug", "false", debug_level, "log_level", "the same as --log.level debug"),
-        ("log.level", "info", level_name, "log_level", "debug, info, warning or error; one line an event, to stderr; debug adds a line a packet"),
-    )),
+FLAGS = (
+    ("devices", "sems.listen-address", ":20001", listen_endpoint, "listen_address", "where devices connect; HOST:PORT, [v6]:PORT or :PORT"),
+    ("devices", "sems.allow-from", "", networks, "allow_from", "networks whose devices may connect, comma-separated CIDR"),
+    ("devices", "sems.max-connections", "256", whole_number, "max_connections", "device connections at once"),
+    ("devices", "sems.max-devices", "256", whole_number, "max_devices", "devices with series of their own"),
+    ("devices", "metrics.stale-after", "5m", duration, "stale_after", "when the gauges of a silent device go; 0 is never"),
+    ("portal", "sems.upstream", f"{PORTAL_NAME}:20001", portal_endpoint, "upstream", "the portal"),
+    ("portal", "sems.upstream-dns", "1.1.1.1,8.8.8.8", name_servers, "upstream_dns", "name servers that are asked for the portal's address, before the system is; none turns it off"),
+    ("portal", "sems.mode", FORWARD, mode_name, "mode", "forward: the portal answers the devices. local: no portal, the exporter answers. spool: the exporter answers and delivers everything to the portal, however late"),
+    ("portal", "sems-passthrough", "true", boolean, "passthrough", "the original's switch: false is --sems.mode local, unless that flag or its variable says otherwise"),
+    ("portal", "batsignal", "false", boolean, "batsignal", "Batman on the portal's graph"),
+    ("files", "sems.capture", "", file_name, "capture", "append every frame to this file"),
+    ("files", "sems.backfill", "", file_name, "backfill", "append buffered readings to this file, for the command backfill"),
+    ("files", "sems.spool-file", "", file_name, "spool_file", "mode spool only: an SQLite file with what is not delivered yet, so that it outlives process and machine"),
+    ("HTTP", "web.listen-address", ":14028", listen_endpoint, "web_address", "where HTTP is served"),
+    ("HTTP", "web.telemetry-path", "/metrics", url_path, "telemetry_path", "where the metrics are"),
+    ("log", "debug", "false", debug_level, "log_level", "the same as --log.level debug"),
+    ("log", "log.level", "info", level_name, "log_level", "debug, info, warning or error; one line an event, to stderr; debug adds a line a packet"),
 )
 # fmt: on
-FLAGS = tuple(row for _, rows in FLAG_GROUPS for row in rows)
 
 
 def variable(flag: str) -> str:
@@ -4811,58 +4762,45 @@ def serve_parser(command: str, about: str) -> Parser:
     """The flags of serve."""
     rule = "A flag is followed by its default and its variable; a BOOL can be --flag, --flag=false or --no-flag."
     parser = Parser(command, f"{about} {rule}", f"python3 sems_mitm.py {command} [flags]")
-    for title, rows in FLAG_GROUPS:
-        group = parser.add_argument_group(title)
-        for name, default, kind, key, text in rows:
-            shown = f"{text} [{default or ('all' if kind is networks else 'off')}] {variable(name)}"
-            how: dict = {"dest": key, "default": default, "type": kind, "metavar": kind.metavar, "help": shown}
-            if kind in SWITCHES:
-                how.update(nargs="?", const="true")
-                hidden: dict = {"default": argparse.SUPPRESS, "help": argparse.SUPPRESS}
-                group.add_argument(f"--no-{name}", dest=key, action="store_const", const=kind("false"), **hidden)
-            group.add_argument(f"--{name}", **how)
+    groups: dict = {}
+    for title, name, default, kind, key, text in FLAGS:
+        group = groups[title] = groups.get(title) or parser.add_argument_group(title)
+        shown = f"{text} [{default or ('all' if kind is networks else 'off')}] {variable(name)}"
+        how: dict = {"dest": key, "default": default, "type": kind, "metavar": kind.metavar, "help": shown}
+        if kind in SWITCHES:
+            how.update(nargs="?", const="true")
+            hidden: dict = {"default": argparse.SUPPRESS, "help": argparse.SUPPRESS}
+            group.add_argument(f"--no-{name}", dest=key, action="store_const", const=kind("false"), **hidden)
+        group.add_argument(f"--{name}", **how)
     parser.set_defaults(mode=None)  # --sems-passthrough decides where nobody names the mode
     return parser
 
 
-def environment_arguments(environment: Mapping) -> list[str]:
-    """The variables of flags as arguments. An empty one is unset."""
-    given = {name: environment.get(variable(name), "") for name, *_ in FLAGS}
-    if given["debug"].lower() not in ("", *TRUE, *FALSE):  # shells set it to all sorts of things
-        log.warning("ignored DEBUG=%a, which is neither true nor false", given.pop("debug"))
-    return [f"--{name}={text}" for name, text in given.items() if text]
-
-
-def warn_of_unknown_variables(environment: Mapping) -> None:
-    """Name SEMS_ variables that no flag has, with the nearest that exists."""
-    known = [variable(name) for name, *_ in FLAGS]
-    unknown = sorted(name for name in environment if name.startswith("SEMS_") and name not in known)
-    nearest = {name: difflib.get_close_matches(name, known, 1) for name in unknown}
-    names = [f"{name!a}{f' (is {near[0]} meant?)' if near else ''}" for name, near in nearest.items()]
-    if names:
-        log.warning("ignored variables that no flag has: %s", ", ".join(names))
-
-
-def joined(arguments: list[str]) -> list[str]:
-    """Arguments with --flag VALUE as --flag=VALUE: VALUE can begin with a -."""
-    valued = {f"--{name}" for name, _, kind, _, _ in FLAGS if kind not in SWITCHES}
-    found: list[str] = []
-    for argument in arguments:
-        if found and found[-1] in valued:
-            found[-1] += f"={argument}"
-        else:
-            found.append(argument)
-    return found
+def unknown_variables(environment: Mapping) -> str:
+    """A warning of SEMS_ variables that no flag has, with the nearest that exists; empty if there are none."""
+    known = {variable(name).removeprefix("SEMS_"): variable(name) for _, name, *_ in FLAGS}
+    unknown = sorted(name for name in environment if name.startswith("SEMS_") and name not in known.values())
+    near = {name: difflib.get_close_matches(name[5:], known, 1, 0.65) for name in unknown}
+    names = [f"{name!a} (is {known[keys[0]]} meant?)" if keys else f"{name!a}" for name, keys in near.items()]
+    return f"ignored variables that no flag has: {', '.join(names)}" if names else ""
 
 
 def serve_settings(arguments: list[str], environment: Mapping, command: str = "serve", about: str = "") -> Settings:
-    """The settings of serve: the command line beats the environment, which beats the defaults. Raises UsageError."""
-    parser = serve_parser(command, about)
+    """The settings of serve: the command line beats the environment, which beats the defaults. Raises UsageError.
+
+    An empty variable is unset.
+    """
+    parser, given = serve_parser(command, about), {name: environment.get(variable(name)) for _, name, *_ in FLAGS}
+    if (given["debug"] or "no").lower() not in (*TRUE, *FALSE):  # shells set it to all sorts of things
+        log.warning("ignored DEBUG=%a, which is neither true nor false", given.pop("debug"))
     try:
-        settings = parser.parse_args(environment_arguments(environment))
+        settings = parser.parse_args([f"--{name}={text}" for name, text in given.items() if text])
     except UsageError as error:  # of a variable, not of the flag that it stands for
         raise UsageError(re.sub(r"^--([\w.-]+)", lambda flag: variable(flag[1]), str(error))) from None
-    parser.parse_args(joined(arguments), settings)
+    valued = {f"--{name}" for _, name, _, kind, *_ in FLAGS if kind not in SWITCHES}
+    rest = iter(arguments)  # --flag VALUE is --flag=VALUE: VALUE can begin with a -
+    line = ["=".join([argument, *itertools.islice(rest, int(argument in valued))]) for argument in rest]
+    parser.parse_args(line, settings)
     settings.mode = settings.mode or (FORWARD if settings.passthrough else LOCAL)
     settings.upstream_text = endpoint_text(settings.upstream)
     if settings.spool_file and settings.mode != SPOOL:
@@ -4875,35 +4813,45 @@ def zone_trouble() -> tuple[str, str]:
     zone = os.environ.get("TZ")
     if zone_is_known(zone, first_bytes):
         return "", ""
-    unknown = "TZ is not set, and there is no /etc/localtime"
-    trouble = unknown if zone is None else f"TZ={zone} is no time zone that this system knows"
-    return trouble, "install the system's time zones (tzdata), or let TZ be a rule such as CET-1CEST,M3.5.0,M10.5.0/3"
-
-
-def bound(flag: str, address: tuple[str, int], bind: Callable):
-    """What bind() makes, which has a port. Raises StartError that names the flag, and how to find the port's owner."""
-    try:
-        return bind()
-    except StartError:
-        raise
-    except HOST_ERRORS as error:
-        hint = "; `ss -ltnp` shows what has it" if getattr(error, "errno", None) == errno.EADDRINUSE else ""
-        raise StartError(f"--{flag}={endpoint_text(address)}: {error.args[-1]}{hint}") from None
+    is_set, is_unset = (
+        f"TZ={zone} is no time zone that this system knows",
+        "TZ is not set, and there is no /etc/localtime",
+    )
+    return (
+        is_unset if zone is None else is_set,
+        "install the system's time zones (tzdata), or let TZ be a rule such as CET-1CEST,M3.5.0,M10.5.0/3",
+    )
 
 
 def started(settings: Settings, clock: Clock = wall_clock, rules_clock: Clock = float) -> tuple[Store, Loop, Web]:
     """An exporter whose ports are bound; `loop.run` is left to do. Raises StartError."""
     store = Store(settings.stale_after, settings.max_devices, settings.batsignal, clock, rules_clock)
     files, history = Files(store, settings.capture, settings.backfill), History(store)
-    loop = bound("sems.listen-address", settings.listen_address, lambda: Loop(store, settings, files))
-    try:
-        web = bound("web.listen-address", settings.web_address, lambda: Web(loop, history))
-    except StartError:
-        loop.close()
-        raise
+    flag, address = "sems.listen-address", settings.listen_address
+    with contextlib.ExitStack() as undo:
+        try:
+            loop = Loop(store, settings, files)
+            undo.callback(loop.close)
+            flag, address = "web.listen-address", settings.web_address
+            web = Web(loop, history)
+        except StartError:
+            raise
+        except HOST_ERRORS as error:
+            hint = "; `ss -ltnp` shows what has it" if getattr(error, "errno", None) == errno.EADDRINUSE else ""
+            raise StartError(f"--{flag}={endpoint_text(address)}: {error.args[-1]}{hint}") from None
+        undo.pop_all()
     loop.every_second.append(history.note)
     gc.freeze()  # what is there now stays: the collector need not look at it again
     return store, loop, web
+
+
+def notify_systemd() -> None:
+    """Say that the exporter is ready to systemd, which sets NOTIFY_SOCKET for a unit of Type=notify (sd_notify(3))."""
+    name = os.environ.get("NOTIFY_SOCKET", "")
+    if name:
+        with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
+            sock.connect(re.sub("^@", "\0", name))
+            sock.send(b"READY=1")
 
 
 class JournalFormatter(logging.Formatter):
@@ -4917,24 +4865,6 @@ class JournalFormatter(logging.Formatter):
         return "\n".join(start + line for line in super().format(record).splitlines())
 
 
-def set_up_log() -> None:
-    """Log to stderr, a line an event."""
-    handler = logging.StreamHandler()
-    is_journal = bool(os.environ.get("JOURNAL_STREAM"))
-    plain_format = logging.Formatter("%(asctime)s %(levelname)s %(message)s")
-    handler.setFormatter(JournalFormatter("%(message)s") if is_journal else plain_format)
-    logging.basicConfig(level=logging.INFO, handlers=[handler])
-
-
-def notify_systemd(state: str) -> None:
-    """Say a state such as READY=1 to systemd, which sets NOTIFY_SOCKET for a unit of Type=notify (sd_notify(3))."""
-    name = os.environ.get("NOTIFY_SOCKET", "")
-    if name:
-        with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
-            sock.connect(f"\0{name[1:]}" if name.startswith("@") else name)
-            sock.send(state.encode())
-
-
 def at_signal(stop: Callable[[], None]) -> None:
     """Have SIGTERM and SIGINT call stop."""
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -4943,12 +4873,16 @@ def at_signal(stop: Callable[[], None]) -> None:
 
 def serve(arguments: list[str]) -> int:
     """The exporter, until SIGTERM or SIGINT; also without a command."""
-    set_up_log()
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+    if os.environ.get("JOURNAL_STREAM"):
+        logging.getLogger().handlers[0].setFormatter(JournalFormatter())
     settings = serve_settings(arguments, os.environ, "serve", f"{serve.__doc__}")
     at_signal(sys.exit)
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     logging.getLogger().setLevel(settings.log_level.upper())
-    warn_of_unknown_variables(os.environ)
+    unknown = unknown_variables(os.environ)
+    if unknown:
+        log.warning(unknown)
     _, loop, web = started(settings)
     at_signal(loop.stop)
     loop.mailbox.wake_at_signals()
@@ -4958,7 +4892,7 @@ def serve(arguments: list[str]) -> int:
     trouble, step = zone_trouble()
     if trouble:
         log.warning("%s, so local time is unknown and no device's clock is set: %s", trouble, step)
-    notify_systemd("READY=1")
+    notify_systemd()
     loop.run()
     return 0
 
@@ -4971,12 +4905,11 @@ class House:
 
     CAPACITY, RESERVE, STRONGEST = 10_000, 1_000, 3_000  # of the battery, Wh and W
 
-    def __init__(self, seed: int, battery: bool) -> None:
-        self.random, self.has_battery, self.stored = random.Random(seed), battery, 4_000.0 if battery else 0.0
+    def __init__(self, battery: bool) -> None:
+        self.random, self.has_battery, self.stored = random.Random(0), battery, 4_000.0 if battery else 0.0
         self.clock: datetime | None = None
-        self.generation = self.load = self.battery = self.export = 0.0  # battery: positive while it gives
-        self._cloud = 0.0
-        self.today, self.uptime = 0.0, 1667.0  # generated, Wh; hours of sun
+        self.generation = self.load = self.battery = self.export = self._cloud = 0.0  # battery: positive while it gives
+        self.today = 0.0  # generated, Wh
         self.energy = dict.fromkeys(self.flows(), 0.0)
         self.energy.update({"export": 270_780, "import": 801_550, "generation": 579_410, "load": 1_110_180})
 
@@ -4989,19 +4922,13 @@ class House:
 
     def move(self, clock: datetime) -> None:
         """Let time pass until clock, at the powers of before, and find those of now."""
-        if clock == self.clock:  # another of its devices has come here before
-            return
-        before = self.clock or clock
+        before, self.clock = self.clock or clock, clock
         hours = (clock.timestamp() - before.timestamp()) / 3600
         for name, power in self.flows().items():
             self.energy[name] += max(power, 0) * hours
         self.stored = min(max(self.stored - self.battery * hours, 0), self.CAPACITY)
         self.today = max(self.generation, 0) * hours + (self.today if clock.date() == before.date() else 0)
-        self.uptime += hours if self.generation > 0 else 0
-        self.clock = clock
-        self._weather(clock.hour + clock.minute / 60 + clock.second / 3600)
-
-    def _weather(self, hour: float) -> None:
+        hour = clock.hour + clock.minute / 60 + clock.second / 3600
         self._cloud = min(max(self._cloud + self.random.uniform(-0.12, 0.12), 0), 0.85)
         height = math.sin(math.pi * (hour - 6.5) / 12.5) if 6.5 < hour < 19 else 0
         self.generation = round(3000 * height**1.3 * (1 - 0.8 * self._cloud), 0) if height > 0.02 else -7.0
@@ -5035,7 +4962,7 @@ def inverter_says(house: House) -> dict:
         "inverter_power_output_watts": power, "inverter_apparent_power_voltamperes": power * 1.01, "inverter_reactive_power_vars": -power / 20, "inverter_power_factor_ratio": 0.99,
         "inverter_string_voltage_volts": (string, 0), "inverter_string_current_amperes": (power * 1.03 / string, 0), "inverter_bus_voltage_volts": 380,
         "inverter_phase_voltage_volts": volts, "inverter_phase_current_amperes": power / volts, "inverter_phase_frequency_hertz": 50.01,
-        "inverter_energy_output_hectowatt_hours_day": house.today / 100, "inverter_energy_output_hectowatt_hours_total": house.energy["generation"] / 100, "inverter_uptime_hours_total": house.uptime,
+        "inverter_energy_output_hectowatt_hours_day": house.today / 100, "inverter_energy_output_hectowatt_hours_total": house.energy["generation"] / 100, "inverter_uptime_hours_total": house.energy["generation"] / 348,
         "inverter_work_mode": 1, "inverter_error_bitmap": 0, "inverter_warning_bitmap": 0, "inverter_grid_code": 85,
         "inverter_internal_temperature_decidegrees_celsius": 250 + power / 12, "inverter_rssi_percent": 59,
     }  # fmt: skip
@@ -5049,7 +4976,7 @@ def hybrid_says(house: House) -> dict:
         "inverter_power_output_watts": power, "inverter_active_power_watts": out, "inverter_load_watts": house.load, "inverter_hybrid_work_mode": 1,
         "inverter_string_voltage_volts": (600 if solar else 0,) * 2, "inverter_string_current_amperes": (solar * 0.001, solar * 0.0007), "inverter_string_power_watts": (solar * 0.6, solar * 0.4),
         "inverter_phase_voltage_volts": (231, 232, 230), "inverter_phase_current_amperes": (abs(power) / 693,) * 3, "inverter_phase_frequency_hertz": (50.01,) * 3, "inverter_phase_power_watts": (power / 3,) * 3,
-        "inverter_energy_output_hectowatt_hours_day": house.today / 100, "inverter_energy_output_hectowatt_hours_total": energy["generation"] / 100, "inverter_uptime_hours_total": house.uptime,
+        "inverter_energy_output_hectowatt_hours_day": house.today / 100, "inverter_energy_output_hectowatt_hours_total": energy["generation"] / 100, "inverter_uptime_hours_total": house.energy["generation"] / 348,
         "inverter_energy_export_watthours_total": energy["export"], "inverter_energy_import_watthours_total": energy["import"], "inverter_energy_load_watthours_total": energy["load"],
         "inverter_internal_temperature_decidegrees_celsius": 250 + abs(power) / 12, "inverter_rssi_percent": 59,
         "battery_power_watts": battery, "battery_voltage_volts": 380, "battery_current_amperes": battery / 380, "battery_mode": mode, "battery_temperature_celsius": 24,
@@ -5065,22 +4992,22 @@ def text_words(text: str, size: int) -> tuple[int, ...]:
     return struct.unpack(f">{size}H", text.encode("ascii").ljust(2 * size, b"\0"))
 
 
-# A model that can be simulated: its class, the first half of its serial numbers, the register ranges of its settings packet,
-# the first register of its time in a live one (0: none), and what that says.
-Simulable = collections.namedtuple("Simulable", "cls start settings clock says")
+# A model that can be simulated: its class, the first half of its serial numbers, the register ranges of its settings
+# packet, and what a live one says.
+Simulable = collections.namedtuple("Simulable", "cls start settings says")
 # fmt: off
-HOMEKIT = Simulable(METER, "91000HKU", [(4608, (12, *text_words(f"20001,{PORTAL_NAME}", 15))), (4864, (*text_words("02053-05-000Me05", 8), 0, 4))], 0, meter_says)
-DNS = Simulable(GRID_TIED, "53000DSC", [(30221, text_words("410-02065-04", 6)), (40075, text_words(PORTAL_NAME, 26))], 30100, inverter_says)
-HYBRID_ET = Simulable(HYBRID_CLASS, "9010KETU", [(35011, text_words("GW10K-ET", 5)), (35021, text_words("04029-08-S11", 6)), (40075, text_words(PORTAL_NAME, 26))], 35100, hybrid_says)
+HOMEKIT = Simulable(METER, "91000HKU", [(4608, (12, *text_words(f"20001,{PORTAL_NAME}", 15))), (4864, (*text_words("02053-05-000Me05", 8), 0, 4))], meter_says)
+DNS = Simulable(GRID_TIED, "53000DSC", [(30221, text_words("410-02065-04", 6)), (40075, text_words(PORTAL_NAME, 26))], inverter_says)
+HYBRID_ET = Simulable(HYBRID_CLASS, "9010KETU", [(35011, text_words("GW10K-ET", 5)), (35021, text_words("04029-08-S11", 6)), (40075, text_words(PORTAL_NAME, 26))], hybrid_says)
 # fmt: on
 
 
-def register_words(name: str, told: dict) -> dict[int, int]:
+def register_words(name: str, says: dict) -> dict[int, int]:
     """Register to word of what a device of the family `name` says, the inverse of `reading`."""
-    found: dict[int, int] = {}
+    words: dict[int, int] = {}
     for value in VALUES[name]:
         metric, labels = value.series
-        numbers = told.get(metric, ())
+        numbers = says.get(metric, ())
         numbers = numbers if isinstance(numbers, tuple) else (numbers,)
         at = int(re.sub(r"\D", "", labels) or 1) - 1
         if at < len(numbers) and not value.instead:
@@ -5088,72 +5015,61 @@ def register_words(name: str, told: dict) -> dict[int, int]:
             is_float = value.number is KINDS["f32"].number
             bits = int.from_bytes(struct.pack(">f", raw), "big") if is_float else round(raw)
             for place in reversed((value.register, *value.later)):
-                found[place], bits = bits & 0xFFFF, bits >> 16
-            found.update([value.when] if value.when and value.when[1] is not None else [])
-    return found
+                words[place], bits = bits & 0xFFFF, bits >> 16
+            words.update([value.when] if value.when and value.when[1] is not None else [])
+    return words
 
 
 class Simulated:
-    """A simulated device in a house, and its connection."""
+    """A simulated device in a house."""
 
     def __init__(self, model: Simulable, house: House, number: int) -> None:
         self.model, self.house, self.serial = model, house, f"{model.start}{number:08d}"
-        self.sock: socket.socket | None = None
 
     def frame(self, function: int, when: datetime) -> bytes:
         """Its frame as its house is now, with the time `when`; nothing while it is off."""
-        cls, clock, stamp, ranges = self.model.cls, self.model.clock, time_stamp(when), self.model.settings
+        cls, stamp, ranges = self.model.cls, time_stamp(when), self.model.settings
         if function == LIVE:
             words = register_words(family(cls, self.serial), self.model.says(self.house))
-            if words and clock:
-                words.update(zip(range(clock, clock + 3), struct.unpack(">3H", stamp)))
-            ranges = []
-            for register, word in sorted(words.items()):
-                if not ranges or register != ranges[-1][0] + len(ranges[-1][1]):
-                    ranges.append((register, []))
-                ranges[-1][1].append(word)
+            ranges = [(register, (word,)) for register, word in sorted(words.items())]
         packet = Packet(OUTBOUND, f"{cls:02x}{function:02x}", self.serial, device_iv(stamp), stamp, payload(ranges))
         return encode(packet) if ranges else b""
 
-    def report(self, target: tuple[str, int], when: datetime) -> None:
-        """Send live data, on a new connection behind settings; nothing while it is off. Called once a second."""
-        live = self.frame(LIVE, when)
-        try:
-            if live and not self.sock:
-                self.sock = socket.create_connection(target)
-                self.sock.sendall(self.frame(SETTINGS, when))
-            if live and self.sock:
-                self.sock.sendall(live)
-                with contextlib.suppress(BlockingIOError):
-                    self.sock.recv(4096, socket.MSG_DONTWAIT)  # the answers; behind the end, the next packet fails
-        except OSError as error:
-            log.info("%s connects again: %s", self.serial, error)
-            live = b""
-        if self.sock and not live:
-            self.sock.close()
-            self.sock = None
 
-
-def simulated_house(number: int, hybrid: bool = False) -> list[Simulated]:
-    """The devices of a house, counted from 0. No two devices of any houses end alike."""
-    house, models = House(number, battery=hybrid), (HYBRID_ET,) if hybrid else (HOMEKIT, DNS)
-    return [Simulated(model, house, 2 * number + i) for i, model in enumerate(models, 1)]
+def simulated_house(hybrid: bool = False) -> list[Simulated]:
+    """The devices of a house. No two of their serial numbers end alike."""
+    house, models = House(battery=hybrid), (HYBRID_ET,) if hybrid else (HOMEKIT, DNS)
+    return [Simulated(model, house, number) for number, model in enumerate(models, 1)]
 
 
 def simulation(target: tuple[str, int], devices: list[Simulated], clock: Clock) -> None:
-    """Have devices report once a second, for ever; clock gives their time of day."""
+    """Have devices report once a second, for ever; clock gives their time of day. What is off has no connection."""
+    sockets: dict[Simulated, socket.socket] = {}
     while True:
         when = datetime.fromtimestamp(clock(time.monotonic()))
+        devices[0].house.move(when)
         for device in devices:
-            device.house.move(when)
-            device.report(target, when)
+            data = device.frame(LIVE, when)
+            try:
+                if data and device not in sockets:
+                    sockets[device] = socket.create_connection(target)
+                    data = device.frame(SETTINGS, when) + data
+                if data:
+                    sockets[device].sendall(data)
+                    sockets[device].recv(4096, socket.MSG_DONTWAIT)  # answers; after the end the next packet fails
+            except BlockingIOError:
+                pass
+            except OSError:
+                data = b""
+            if not data and device in sockets:
+                sockets.pop(device).close()
         time.sleep(1)
 
 
 # ------------------------------------------------------------------------------------------------------------ demo
 
-# The demo's day, which hurries through the dark hours: s of real time, and the hour of the day then. It begins slowly, so
-# that its first packets come at midnight, and ends slowly, so that who looks after four minutes sees the whole day.
+# The demo's day, which hurries through the dark hours: s of real time, and the hour of the day then. It begins slowly,
+# so that its first packets come at midnight, and ends slowly, so that who looks after four minutes sees a whole day.
 PACE = ((0, 0), (3, 0.001), (17, 6.5), (210, 20), (225, 23.9), (260, 24))
 DEMO_REFRESH = 5  # s between reloads of its page
 DEMO_TEXT = """{who} a solar day: it is midnight, the sun is up in 20 seconds, and after four minutes the day is over.
@@ -5170,8 +5086,6 @@ def day_clock() -> Clock:
     begin, today = time.monotonic(), datetime.now().replace(hour=0, minute=0, second=0, microsecond=0)
 
     def clock(now: float) -> float:
-        if now < begin:  # at the pace of real time, also for one that was never
-            return today.timestamp() + now - begin
         days, at = divmod(now - begin, PACE[-1][0])
         (left, low), (right, high) = next(pair for pair in zip(PACE, PACE[1:]) if at < pair[1][0])
         return today.timestamp() + 86400 * days + 3600 * (low + (high - low) * (at - left) / (right - left))
@@ -5191,28 +5105,22 @@ def free_endpoint(host: str, port: int) -> str:
     raise StartError(f"no free port from {port} to {port + 99}")
 
 
-def local_portal() -> str:
-    """Start a stand-in for the portal on this machine, which is an exporter that answers; its HOST:PORT."""
-    settings, store = serve_settings(["--sems.mode=local", "--sems.listen-address=127.0.0.1:0"], {}), Store()
-    loop = Loop(store, settings, Files(store))
-    threading.Thread(target=loop.run, name="portal", daemon=True).start()
-    return f"127.0.0.1:{loop.listeners[0].port}"
-
-
 def demo(arguments: list[str]) -> int:
     """No hardware, no cloud: simulated devices sending a solar day, a local portal, the exporter between them."""
     parser = Parser("demo", demo.__doc__)
     parser.add_argument("--hybrid", action="store_true", help="a hybrid with a battery in place of the two devices")
     given = parser.parse_args(arguments)
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
-    portal, devices_at, web_at = local_portal(), free_endpoint("127.0.0.1", 20001), free_endpoint("", 14028)
-    flags = [f"--sems.listen-address={devices_at}", f"--web.listen-address={web_at}", "--metrics.stale-after=10s"]
-    settings, clock = serve_settings([f"--sems.upstream={portal}", *flags], {}), day_clock()
+    store = Store()
+    stand_in = Loop(store, serve_settings(["--sems.mode=local", "--sems.listen-address=127.0.0.1:0"], {}), Files(store))
+    threading.Thread(target=stand_in.run, name="portal", daemon=True).start()
+    portal, devices_at = f"127.0.0.1:{stand_in.listeners[0].port}", free_endpoint("127.0.0.1", 20001)
+    flags = [f"--sems.upstream={portal}", f"--sems.listen-address={devices_at}", "--metrics.stale-after=10s"]
+    settings, clock = serve_settings([*flags, f"--web.listen-address={free_endpoint('', 14028)}"], {}), day_clock()
     settings.refresh = DEMO_REFRESH
     _, loop, web = started(settings, clock, clock)
     at_signal(loop.stop)
-    loop.mailbox.wake_at_signals()
-    what = settings.listen_address, simulated_house(0, given.hybrid), clock
+    what = settings.listen_address, simulated_house(given.hybrid), clock
     threading.Thread(target=simulation, args=what, name="devices", daemon=True).start()
     who = "A hybrid with a battery sends" if given.hybrid else "A HomeKit 1000 and a DNS G3 send"
     print(DEMO_TEXT.format(who=who, web=web.listener.port, devices=devices_at, portal=portal), flush=True)
@@ -5900,9 +5808,7 @@ def openmetrics(found: Samples) -> Iterator[str]:
 
 OWN_LABELS = "|".join([*DEVICE_LABELS.split(", "), *(row.labels.split(" ")[0] for row in QUANTITIES if row.labels)])
 NEW_LABEL = rf"(?s)(?!__|({OWN_LABELS})=)[a-zA-Z_][a-zA-Z0-9_]*=.+"
-extra_label = FlagType(
-    "", "NAME=VALUE with a name that no series has", matching(NEW_LABEL, lambda text: text.split("=", 1))
-)
+extra_label = FlagType("", "NAME=VALUE with a name that no series has", lambda text: text.split("=", 1), NEW_LABEL)
 
 
 HEAD_SPAN = 3 * 3600  # s that Prometheus keeps in its head before they become a block
@@ -5960,16 +5866,12 @@ def backfill(arguments: list[str]) -> int:
 
 OK, WARN, FAIL = "ok", "warn", "fail"
 Finding = tuple[str, ...]  # state, what is so, what to do
+IN_CONTAINER = any(map(os.path.exists, ("/.dockerenv", "/run/.containerenv")))  # of Docker or Podman
 
 
 def first_true(*rows: tuple) -> Finding:
     """Of rows of a condition and a finding that whose condition is true."""
     return next(row[1:] for row in rows if row[0])
-
-
-def in_container() -> bool:
-    """Whether this runs in a container of Docker or Podman."""
-    return os.path.exists("/.dockerenv") or os.path.exists("/run/.containerenv")
 
 
 def local_get(settings: Settings, path: str) -> bytes | None:
@@ -5988,42 +5890,35 @@ def running_exporter(settings: Settings) -> dict | None:
     """What an exporter on this machine says on /api/devices, None if none runs: any web server can have its port."""
     with contextlib.suppress(ValueError, TypeError, KeyError, RecursionError):
         said = json.loads(local_get(settings, "/api/devices") or b"null")
-        is_ours = said["upstream"]["mode"] in (FORWARD, LOCAL, SPOOL) and isinstance(said["upstream"]["address"], str)
-        return said if is_ours and all(set(device) >= DEVICE_KEYS for device in said["devices"]) else None
+        return said if said["upstream"]["mode"] in (FORWARD, LOCAL, SPOOL) else None
     return None
 
 
-DEVICE_KEYS = {"device", "model", "full_serial", "up", "age_seconds"}  # of a device on /api/devices
-STRANGERS = {"tls": "begins TLS", "nothing": "sends nothing"}
-
-
 # fmt: off
-def port_finding(flag: str, address: tuple, settings: Settings, running: dict | None) -> Finding:
-    """Whether a port is free, or the exporter has it."""
-    port, error = f"port {endpoint_text(address)}", None
-    try:
-        for sock in listeners(*address):
-            sock.close()
-    except HOST_ERRORS as caught:
-        error = caught
-    return first_true(
-        (not error and not running, OK, f"{port} is free", ""),
-        (not error, WARN, f"{port} is free, though an exporter runs", f"start doctor with the exporter's --{flag}"),
-        (getattr(error, "errno", None) != errno.EADDRINUSE, FAIL, f"{port} cannot be had: {error and error.args[-1]}", f"choose another with --{flag}"),
-        (running, OK, f"{port} is in use, and an exporter runs", ""),
-        (address == settings.web_address and local_get(settings, "/") is not None, FAIL, f"{port} is in use: another program answers there, and no exporter", f"end that program (`ss -ltnp` shows which), or choose another port with --{flag}"),
-        (True, FAIL, f"{port} is in use", f"`ss -ltnp` shows what has it: end that, or choose another with --{flag}"),
-    )
-
-
 def machine_findings(settings: Settings, running: dict | None) -> Iterator[Finding]:
-    """Where this runs; whether its ports are free, or the exporter has them; whether its clock and time zone are right."""
+    """Where this runs; whether its variables, ports, clock and time zone are right."""
     addresses = {"sems.listen-address": settings.listen_address, "web.listen-address": settings.web_address}
-    if in_container():
+    unknown = unknown_variables(os.environ)
+    if unknown:
+        yield WARN, unknown, "correct their names, or unset them"
+    if IN_CONTAINER:
         ports = " ".join(f"-p {port}:{port}" for _, port in addresses.values())
         yield OK, "this runs in a container: its ports, names, clock and files are not the host's", f"publish the ports ({ports}), give it TZ, and let the portal's name lead to the host"
     for flag, address in addresses.items():
-        yield port_finding(flag, address, settings, running)
+        port, error = f"port {endpoint_text(address)}", None
+        try:
+            for sock in listeners(*address):
+                sock.close()
+        except HOST_ERRORS as caught:
+            error = caught
+        yield first_true(
+            (not error and not running, OK, f"{port} is free", ""),
+            (not error, WARN, f"{port} is free, though an exporter runs", f"start doctor with the exporter's --{flag}"),
+            (getattr(error, "errno", None) != errno.EADDRINUSE, FAIL, f"{port} cannot be had: {error and error.args[-1]}", f"choose another with --{flag}"),
+            (running, OK, f"{port} is in use, and an exporter runs", ""),
+            (address == settings.web_address and local_get(settings, "/") is not None, FAIL, f"{port} is in use: another program answers there, and no exporter", f"end that program (`ss -ltnp` shows which), or choose another port with --{flag}"),
+            (True, FAIL, f"{port} is in use", f"`ss -ltnp` shows what has it: end that, or choose another with --{flag}"),
+        )
     local, trouble = time.strftime("%Y-%m-%d %H:%M:%S %Z"), zone_trouble()
     yield first_true(
         (time.time() < RELEASED, FAIL, f"this machine's clock is wrong: {local}", "let it get the time from the network, and start again"),
@@ -6039,8 +5934,8 @@ def device_findings(settings: Settings, running: dict | None) -> Iterator[Findin
     if running is None:
         yield WARN, "no exporter runs on this machine", "start it: python3 sems_mitm.py"
         return
-    page = (local_get(settings, settings.telemetry_path) or b"").decode()
-    if re.search(r'^sems_mitm_\w+_total\{reason="loop"\} [^0]', page, re.M):
+    shown = (local_get(settings, settings.telemetry_path) or b"").decode()
+    if re.search(r'^sems_mitm_\w+_total\{reason="loop"\} [^0]', shown, re.M):
         yield FAIL, "the exporter has met itself instead of the portal", "redirect only what the devices send, not this machine: a DNAT rule needs the devices' addresses (-s)"
     for device in running["devices"]:
         text, asleep = "{model} {full_serial}: last packet {0} ago".format(span(device["age_seconds"]), **device), "look at its Wi-Fi, and power-cycle its module"
@@ -6049,9 +5944,9 @@ def device_findings(settings: Settings, running: dict | None) -> Iterator[Findin
             (device["device"] == "inverter", WARN, text, f"an inverter sleeps at night; otherwise {asleep}"),
             (True, WARN, text, asleep),
         )
-    strangers = running.get("strangers") or []
+    strangers = running.get("strangers", [])  # not of version 2
     for stranger in strangers:
-        said = STRANGERS.get(stranger["said"], "sends no frame")
+        said = "begins TLS" if stranger["said"] == "tls" else "sends nothing"
         yield WARN, f"{label_text(stranger['host'])} connects and {said}: its module does not speak this protocol", "newer modules (WiFi/LAN Kit-20, \"WLA...\" on the label) speak TLS with the cloud and cannot be read here: let its names lead to the cloud again"
     if not running["devices"] and not strangers:
         yield WARN, "no device has connected yet", "let the portal's name lead here, then power-cycle the device's module"
@@ -6067,7 +5962,7 @@ def system_findings(host: str, system: list[str]) -> Iterator[Finding]:
         (nowhere, WARN, f"{says}: that leads a device nowhere", "let the name service that the devices ask answer with this machine's address in your network"),
         (here, OK, f"{says}: an override that leads here", ""),
         (any(map(is_global, system)), WARN, f"{says}: no override", "fine if the devices ask another one, or come by a DNAT rule or their own settings; else add the override"),
-        (in_container(), OK, f"{says}: right if that is the host", ""),
+        (IN_CONTAINER, OK, f"{says}: right if that is the host", ""),
         (True, WARN, f"{says}: not this machine", "if that is the override, it leads to the wrong address"),
     )
     if here and any(":" in address and is_global(address) for address in system):
@@ -6078,14 +5973,14 @@ def server_finding(server: tuple[str, int], host: str) -> Finding:
     """What one server of --sems.upstream-dns says of the portal."""
     where = endpoint_text(server)
     try:
-        found = ask_dns(server, host)
+        addresses = ask_dns(server, host)
     except HOST_ERRORS as error:
         return WARN, f"{where} cannot be asked for {host}: {error}", "let --sems.upstream-dns name a server that this machine reaches"
-    says = f"{where} says {host} is {', '.join(found or ())}"
+    says = f"{where} says {host} is {', '.join(addresses or ())}"
     return first_true(
-        (found is None, WARN, f"{where} does not answer for {host}", "a firewall may keep UDP port 53 closed; name another in --sems.upstream-dns"),
-        (not found, WARN, f"{where} says that {host} does not exist", "most likely a firewall redirects port 53 and answers in its place: exempt this machine, or give --sems.upstream as an address; else look at --sems.upstream"),
-        (any(map(is_global, found or ())), OK, says, ""),
+        (addresses is None, WARN, f"{where} does not answer for {host}", "a firewall may keep UDP port 53 closed; name another in --sems.upstream-dns"),
+        (not addresses, WARN, f"{where} says that {host} does not exist", "most likely a firewall redirects port 53 and answers in its place: exempt this machine, or give --sems.upstream as an address; else look at --sems.upstream"),
+        (any(map(is_global, addresses or ())), OK, says, ""),
         (True, FAIL, f"{says}: overridden too", "the router redirects all DNS; exempt this machine, or give --sems.upstream as an address"),
     )
 
@@ -6111,11 +6006,11 @@ def portal_findings(settings: Settings, running: dict | None) -> Iterator[Findin
         try:
             socket.create_connection(candidate.sockaddr[:2], timeout=5).close()
         except OSError as error:
-            text = f"the portal at {where} cannot be reached: {error.strerror or error}"
+            why = f"the portal at {where} cannot be reached: {error.strerror or error}"
         else:
             yield OK, f"the portal answers at {where}", ""
             return
-    yield FAIL, text, "look at this machine's network and firewall; --sems.mode spool keeps what devices send until then"
+    yield FAIL, why, "look at this machine's network and firewall; --sems.mode spool keeps what devices send until then"
 # fmt: on
 
 
@@ -6123,7 +6018,7 @@ def doctor(arguments: list[str]) -> int:
     """Check the set-up and say what to do next; takes the flags of serve."""
     settings = serve_settings(arguments, os.environ, "doctor", f"{doctor.__doc__} Exit code 1 if something fails.")
     running = running_exporter(settings)
-    if running:  # it may have other flags
+    if running:  # it can have other flags
         settings.mode = running["upstream"]["mode"]
         settings.upstream = portal_endpoint(running["upstream"]["address"] or settings.upstream_text)
     counts: collections.Counter[str] = collections.Counter()
