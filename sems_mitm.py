@@ -4813,14 +4813,10 @@ def zone_trouble() -> tuple[str, str]:
     zone = os.environ.get("TZ")
     if zone_is_known(zone, first_bytes):
         return "", ""
-    is_set, is_unset = (
-        f"TZ={zone} is no time zone that this system knows",
-        "TZ is not set, and there is no /etc/localtime",
-    )
-    return (
-        is_unset if zone is None else is_set,
-        "install the system's time zones (tzdata), or let TZ be a rule such as CET-1CEST,M3.5.0,M10.5.0/3",
-    )
+    trouble = f"TZ={zone} is no time zone that this system knows"
+    if zone is None:
+        trouble = "TZ is not set, and there is no /etc/localtime"
+    return trouble, "install the system's time zones (tzdata), or let TZ be a rule such as CET-1CEST,M3.5.0,M10.5.0/3"
 
 
 def started(settings: Settings, clock: Clock = wall_clock, rules_clock: Clock = float) -> tuple[Store, Loop, Web]:
