@@ -4780,7 +4780,7 @@ def unknown_variables(environment: Mapping) -> str:
     """A warning of SEMS_ variables that no flag has, with the nearest that exists; empty if there are none."""
     known = {variable(name).removeprefix("SEMS_"): variable(name) for _, name, *_ in FLAGS}
     unknown = sorted(name for name in environment if name.startswith("SEMS_") and name not in known.values())
-    near = {name: difflib.get_close_matches(name[5:], known, 1, 0.65) for name in unknown}
+    near = {name: difflib.get_close_matches(name[5:], known, 1) for name in unknown}
     names = [f"{name!a} (is {known[keys[0]]} meant?)" if keys else f"{name!a}" for name, keys in near.items()]
     return f"ignored variables that no flag has: {', '.join(names)}" if names else ""
 

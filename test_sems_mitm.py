@@ -5904,7 +5904,7 @@ class SettingsTest(SocketCase):
         """A SEMS_ variable that no flag has is named, with the nearest that exists, if one is near."""
         for name, near in (
             ("SEMS_MAX_DEVICE", "SEMS_MAX_DEVICES"), ("SEMS_SPOOL", "SEMS_SPOOL_FILE"), ("SEMS_DEBUG", "DEBUG"),
-            ("SEMS_WEB_LISTEN_ADDRESS", "WEB_LISTEN_ADDRESS"), ("SEMS_XYZZY", ""), ("SEMS_PORT", ""), ("SEMS_USERNAME", ""),
+            ("SEMS_WEB_LISTEN_ADDRESS", "WEB_LISTEN_ADDRESS"), ("SEMS_XYZZY", ""), ("SEMS_PORT", ""), ("SEMS_LISTEN", "SEMS_LISTEN_ADDRESS"),
         ):  # fmt: skip
             hint = f" (is {near} meant?)" if near else ""
             wanted = f"ignored variables that no flag has: 'SEMS_', {name!r}{hint}"
