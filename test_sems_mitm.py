@@ -4806,7 +4806,13 @@ class HouseholdTest(unittest.TestCase):
             for order in (devices, devices[::-1]):
                 with self.subTest(name):
                     found = self.house(order)
-                    self.assertEqual([found.get(key) for key in sems.FLOWS[:4]], wanted)
+                    self.assertEqual(
+                        [
+                            found.get(key)
+                            for key in ("generation_watts", "house_watts", "export_watts", "battery_watts")
+                        ],
+                        wanted,
+                    )
                     self.assertEqual(found.get("grid_watts"), None if wanted[2] is None else -wanted[2])
 
     # What each device of a house says, by true flows: grid-tied inverter, hybrid's PV, battery and the house's load, in W.
@@ -4955,7 +4961,7 @@ class HouseholdTest(unittest.TestCase):
                 self.assertEqual(sems.member(device, a_store(), NOW).figures, {**flows, **lifetime})
                 silent = sems.member(device, a_store(), NOW + 301)
                 self.assertEqual(silent.figures, lifetime)
-                self.assertEqual(silent.told, {*flows, *lifetime, *gained})
+                self.assertEqual(silent.knows, {*flows, *lifetime, *gained})
 
     def test_today(self) -> None:
         """Gains of the day; they stay through silence and go at midnight; an inverter's own count stands in for a day that we did not see begin, if its clock agrees."""
@@ -5015,8 +5021,7 @@ class HouseholdTest(unittest.TestCase):
                         solar = [(30144, (today, 0, count)), *([(30197, (0, 5, 0, 6)), (30209, (1,))] if ct else [])]
                         meet(store, frame(cls=1, serial=INVERTER, when=when, ranges=solar), now=i * 60.0)
                     store.look(i * 60.0)
-                members = [sems.member(device, store, wakes * HOUR) for device in store.devices.values()]
-                found = sems.house_of(store, members, wakes * HOUR)
+                found = sems.household(store, wakes * HOUR)[1]
                 self.assertEqual((found["used_today_kilowatt_hours"], found.get("today_since")), (used, since))
                 self.assertEqual(found["imported_today_kilowatt_hours"], 42.1)
 
@@ -5035,9 +5040,7 @@ class HouseholdTest(unittest.TestCase):
                 meet(store, frame(serial="93000HKU00000042", when=minute(i), ranges=grid), now=i * 60.0)
                 meet(store, frame(cls=1, serial=INVERTER, when=minute(i), ranges=[(30145, (0, total))]), now=i * 60.0)
                 store.look(i * 60.0)
-                found = sems.house_of(
-                    store, [sems.member(one, store, i * 60.0) for one in store.devices.values()], i * 60.0
-                )
+                found = sems.household(store, i * 60.0)[1]
                 self.assertEqual(
                     (found["used_today_kilowatt_hours"], found.get("today_since", "")[11:16]), (used, since), i
                 )
@@ -5056,9 +5059,7 @@ class HouseholdTest(unittest.TestCase):
                         now=i * 60.0,
                     )
                 store.look(i * 60.0)
-                found = sems.house_of(
-                    store, [sems.member(one, store, i * 60.0) for one in store.devices.values()], i * 60.0
-                )
+                found = sems.household(store, i * 60.0)[1]
                 self.assertEqual("used_today_kilowatt_hours" in found, i >= 30)
         self.assertEqual((found["used_today_kilowatt_hours"], found["today_since"]), (6, "2026-03-21T12:30:00"))
         self.assertEqual((found["imported_today_kilowatt_hours"], found["self_sufficiency_percent"]), (6, 50))
@@ -5363,6 +5364,16 @@ class PageTest(unittest.TestCase):
         self.assertEqual(set(re.findall(r"url\((.)", page)), {"#"})
         by_address = argparse.Namespace(**{**vars(WEB_SETTINGS), "upstream": ("198.51.100.7", 20001)})
         self.assertIn("<code>tcp.goodwe-power.com</code>", page_of(seen_of(), settings=by_address))
+        self.assertIn(f"<code>python3 {os.path.abspath(sems.__file__)} doctor</code>", page)
+        for listen, is_loopback in (
+            (":1", 0),
+            ("192.0.2.7:1", 0),
+            ("127.0.0.1:1", 1),
+            ("localhost:1", 1),
+            ("[::1]:1", 1),
+        ):
+            settings = sems.serve_settings([f"--sems.listen-address={listen}"], {})
+            self.assertEqual("no other machine reaches it" in page_of(seen_of(), settings=settings), bool(is_loopback))
         settings = argparse.Namespace(**vars(WEB_SETTINGS), refresh=sems.DEMO_REFRESH)
         for seconds, text in ((30, page), (5, page_of(seen_of(), settings=settings))):
             self.assertIn(f'http-equiv="refresh" content="{seconds}"', text)
@@ -5439,8 +5450,8 @@ class PictureTest(unittest.TestCase):
             with self.subTest(low=low, high=high):
                 axes = sems.axes_of([sems.Point(0, [float(low), float(high), None, None])])
                 self.assertTrue(axes.low <= low and high <= axes.high and axes.low <= 0 <= axes.high)
-                self.assertIn(f"{axes.step:e}"[0], "125")
-                self.assertTrue(1 <= round((axes.high - axes.low) / axes.step) <= 9)
+                self.assertIn(f"{axes.levels[1] - axes.levels[0]:e}"[0], "125")
+                self.assertTrue(1 <= len(axes.levels) - 1 <= 9)
 
     def test_time_axis(self) -> None:
         """From the first reading to now, nothing beyond; whole hours of local time, wherever that is; midnight by its date."""
@@ -5450,11 +5461,11 @@ class PictureTest(unittest.TestCase):
                     for begin in range(1774_740_000, 1774_760_000, 1717):
                         axes = sems.axes_of([sems.Point(begin, [1.0] * 4), sems.Point(begin + length, [1.0] * 4)])
                         self.assertTrue(begin - 60 < axes.left <= begin and axes.right == begin + length)
-                        hours = sems.whole_hours(axes)
+                        hours = axes.hours
                         self.assertTrue(all(hour.minute == hour.second == 0 for hour in hours))
                         self.assertTrue(all(axes.left <= hour.timestamp() <= axes.right for hour in hours))
                         self.assertTrue(length // 3600 // 4 - 1 <= len(hours) <= 9, (length, hours))
-                        labels = "".join(sems.time_texts(axes, hours))
+                        labels = "".join(sems.time_texts(axes))
                         texts = re.findall('class="(.*?)" .*?>(.*?)<', labels)
                         self.assertGreaterEqual(len(texts), 2)
                         places = re.findall('x="([0-9.]+)%" y="100.0%" class="time(?: midnight)?"', labels)
@@ -5543,7 +5554,7 @@ class HomeAssistantTest(unittest.TestCase):
         """A sensor for each key that a device or the house knows when nobody sleeps, with what Home Assistant needs."""
         seen = seen_of(*self.a_roof())
         found, left_out = self.sensors(self.package(*self.a_roof())), {"export_watts", "today_since"}
-        of_devices = {f"{device.serial}_{key}" for device in seen.devices for key in device.member.told - left_out}
+        of_devices = {f"{device.serial}_{key}" for device in seen.devices for key in device.member.knows - left_out}
         self.assertEqual({name for name in found if not name.startswith("house")}, of_devices)
         self.assertLessEqual({f"house_{key}" for key in seen.house.keys() - left_out}, set(found))
         self.assertIn("house_grid_watts", found)
