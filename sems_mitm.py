@@ -3949,15 +3949,10 @@ def see(store: Store, settings: argparse.Namespace, now: float) -> Seen:
         values = {**({} if store.is_stale(live.fresh, now) else live.gauges), **live.counters}
         name, serial = device.name, label_text(device.serial)
         devices.append(Shown(name, serial, dict(device.info), up, asleep, age, about, values))
-    reachable, waiting = (
-        store.gauges.get(f"sems_mitm_{name}", lambda: None)() for name in ("upstream_up", "queue_bytes")
-    )
-    upstream = {
-        "mode": settings.mode,
-        "address": "" if settings.mode == LOCAL else settings.upstream_text,
-        "up": None if reachable is None else bool(reachable),
-        "queue_bytes": waiting or 0,
-    }
+    asked = [store.gauges.get(f"sems_mitm_{name}", lambda: None)() for name in ("upstream_up", "queue_bytes")]
+    reached, waiting = None if asked[0] is None else bool(asked[0]), asked[1] or 0
+    address = "" if settings.mode == LOCAL else settings.upstream_text
+    upstream = {"mode": settings.mode, "address": address, "up": reached, "queue_bytes": waiting}
     blocked = store.totals["inbound_unknown_packets_total", ""]
     return Seen(devices, figures, upstream, blocked, dict(store.strangers), store.clock(now))
 
@@ -4140,10 +4135,9 @@ def amount(metric: str, number: float) -> str:
 @functools.cache
 def one_a_quantity(name: str) -> tuple[Series, ...]:
     """The series of a family, of those of the same registers one: in V and not in 0.1 V, without a channel."""
-    best: dict[tuple[int, ...], Series] = {}
-    for value in sorted(VALUES[name], key=lambda value: (unit(value.series[0]).startswith("0."), value.series[1])):
-        best.setdefault((value.register, *value.later), value.series)
-    return tuple(series for series in dict.fromkeys(value.series for value in VALUES[name]) if series in best.values())
+    by_rank = sorted(VALUES[name], key=lambda value: (unit(value.series[0])[:2] == "0.", value.series[1]), reverse=True)
+    best = {(value.register, *value.later): value.series for value in by_rank}.values()  # the last one counts
+    return tuple(dict.fromkeys(value.series for value in VALUES[name] if value.series in best))
 
 
 def table_rows(name: str, values: dict[Series, float]) -> list[tuple[str, str]]:
@@ -4312,7 +4306,7 @@ def html_page(seen: Seen, points: list[Point], settings: argparse.Namespace, add
         now = f" (now {html.escape(address)})" if address else ""
         name = PORTAL_NAME if is_literal(settings.upstream[0]) else settings.upstream[0]  # an address is no name
         host, port = settings.listen_address
-        steps = (ON_LOOPBACK if re.fullmatch(r"localhost|127\..*|::1", host) else "") + SET_UP
+        steps = (ON_LOOPBACK if re.fullmatch(r"localhost|127[0-9.]+|::1", host) else "") + SET_UP
         steps = steps.format(now=now, host=host, name=html.escape(name), port=port, doctor=DOCTOR)
         yield SECTION.format("No device has connected yet", steps)
     for device in sorted(seen.devices, key=lambda device: (device.name[0] != "meter", *device.name[1:])):
@@ -4360,62 +4354,56 @@ FIELDS = (
 
 def sensor_name(name: str, key: str) -> str:
     """What a sensor is called: the house's power is not the "House house power"."""
-    what = KEYS[key][2]
-    return f"{name} {what.removeprefix('house ') if name == HOUSE else what}"
+    return f"{name} {KEYS[key][2]}".replace(f"{HOUSE} house", HOUSE)
 
 
 def sensor(path: Sequence[str], name: str, key: str) -> str:
     """A sensor for a key under path in /api/household, in YAML; what is not known is unavailable there."""
     unit_name, _, device_class, state_class = UNIT_OF[key.rpartition("_")[2]]
-    if key == "battery_charge_percent":
-        device_class = "battery"
-    if path[-1] == "house" and device_class == "energy" and "_today_" not in key:
+    is_today = "_today_" in key
+    if path[-1] == "house" and device_class == "energy" and not is_today:
         # After a restart the sum is another until all devices are known: a fall is no reset. A day's does fall to 0.
         state_class = "total"
-    steps = "".join(f".get('{part}', {{}})" for part in path)
-    number = f"value_json{steps}.get('{key}')"
-    fields: dict[str, object] = {
+    number = f"value_json{''.join(f'.get({part!r}, {{}})' for part in path)}.get('{key}')"
+    fields = {
         "name": sensor_name(name, key),
         "unique_id": f"{path[-1]}_{key}",
-        **({"device_class": device_class} if device_class else {}),
+        "device_class": "battery" if key == "battery_charge_percent" else device_class,
         "state_class": state_class,
         "unit_of_measurement": unit_name,
         "icon": f"mdi:{KEYS[key][3]}",
         "value_template": f"{{{{ {number} if value_json is mapping else none }}}}",
         "availability": f"{{{{ value_json is mapping and {number} is not none }}}}",
+        "json_attributes_path": "$" + "".join(f"['{part}']" for part in path) if is_today else "",
+        "json_attributes": ["today_since"] if is_today else "",
     }
-    if "_today_" in key:
-        fields["json_attributes_path"] = "$" + "".join(f"['{part}']" for part in path)
-        fields["json_attributes"] = ["today_since"]
-    return "      - " + "\n        ".join(f"{field}: {json.dumps(value)}" for field, value in fields.items())
+    return "      - " + "\n        ".join(f"{field}: {json.dumps(value)}" for field, value in fields.items() if value)
 
 
-def named_for_home(devices: Sequence[Shown]) -> list[tuple[Shown, str]]:
-    """The devices of a package and their names: models, with the serial number's end where two are alike."""
+def named_for_home(devices: Sequence[Shown]) -> dict[str, str]:
+    """Serial number to name of the devices of a package: models, with the serial number's end where two are alike."""
     known = [device for device in devices if device.member.knows and re.fullmatch("[A-Z0-9]{16}", device.serial)]
     models = [re.sub(r"[^A-Za-z0-9.()/+-]+", " ", device.name[1]).strip() for device in known]
     names = [model.replace(" Smart Meter", "") or device.name[0] for model, device in zip(models, known)]
     ends = [f" {device.serial[-8:]}" if names.count(name) > 1 else "" for name, device in zip(names, known)]
-    return [(device, name + end) for device, name, end in zip(known, names, ends)]
+    return {device.serial: name + end for device, name, end in zip(known, names, ends)}
 
 
-def counting(named: list[tuple[Shown, str]], key: str) -> list[list[str]]:
+def counting(names: dict[str, str], members: Sequence[Member], key: str) -> list[list[str]]:
     """Names of the devices that count a key: those that the house takes, then those that count the same."""
-    names = {id(device.member): name for device, name in named}
-    groups = sources(key, [device.member for device, _ in named])
-    found = [[names[id(one)] for one in group if key in one.knows] for group in groups]
-    return [group for group in found if group]
+    groups = ([names[one.serial] for one in group if key in one.knows] for group in sources(key, members))
+    return [*filter(None, groups)]
 
 
-def energy_fields(named: list[tuple[Shown, str]], of_house: Iterable[str]) -> Iterator[str]:
+def energy_fields(names: dict[str, str], members: Sequence[Member], of_house: Iterable[str]) -> Iterator[str]:
     """Comments: which sensor goes into which field of the Energy dashboard, and which count the same."""
     for field, key in FIELDS:
         of_a_power = [[HOUSE]] if key in of_house else []
-        takers = of_a_power if key.endswith("watts") else counting(named, key)
+        takers = of_a_power if key.endswith("watts") else counting(names, members, key)
         if takers:
             yield f"#     {field}: {', '.join(sensor_name(name, key) for name in takers[0])}"
     for word, what in (("generated", "roof"), ("imported", "grid")):
-        first, *again = counting(named, f"{word}_kilowatt_hours") or [[]]
+        first, *again = counting(names, members, f"{word}_kilowatt_hours") or [[]]
         others = dict.fromkeys(name for group in again for name in group if name not in first)
         if others:
             better, other = " and ".join(first), " and ".join(others)
@@ -4424,8 +4412,7 @@ def energy_fields(named: list[tuple[Shown, str]], of_house: Iterable[str]) -> It
 
 def keys_of_house(members: Sequence[Member]) -> set[str]:
     """The keys that a house of these devices has when none is silent and the day is not young."""
-    awake = [one._replace(figures=dict.fromkeys(one.knows - {"today_since"}, 1)) for one in members]
-    keys = set(house(awake))
+    keys = set(house([one._replace(figures=dict.fromkeys(one.knows, 1)) for one in members]))
     has_day = keys.issuperset(f"{word}_today_kilowatt_hours" for word in ("generated", "imported", "exported"))
     return keys.union(("used_today_kilowatt_hours", *SHARES) if has_day else ())
 
@@ -4435,21 +4422,23 @@ def home_assistant(seen: Seen, address: str) -> str:
 
     Raises LookupError with a text for people while no device is known: answer 503, so that a package fetched before stays.
     """
-    named = named_for_home(seen.devices)
-    if not named:
+    names = named_for_home(seen.devices)
+    if not names:
         raise LookupError(f"No device is known yet: fetch this again when http://{address}/ shows one.")
-    of_house = keys_of_house([device.member for device, _ in named])
-    owners = [("house", HOUSE, of_house)]
-    owners += [(f"devices {device.serial}", name, device.member.knows) for device, name in named]
+    members = [device.member for device in seen.devices if device.serial in names]
+    of_house = keys_of_house(members)
+    owners = [
+        (["house"], HOUSE, of_house),
+        *((["devices", one.serial], names[one.serial], one.knows) for one in members),
+    ]
+    sensors = [sensor(path, name, key) for path, name, keys in owners for key in KEYS if key in keys and KEYS[key]]
     return PACKAGE.format(
         address=address,
         time=f"{datetime.fromtimestamp(seen.time):%Y-%m-%d at %H:%M}",
-        devices="\n".join(f"#     {name}, {device.serial}" for device, name in named),
-        fields="\n".join(energy_fields(named, of_house)),
+        devices="\n".join(f"#     {name}, {serial}" for serial, name in names.items()),
+        fields="\n".join(energy_fields(names, members, of_house)),
         resource=json.dumps(f"http://{address}/api/household"),
-        sensors="\n".join(
-            sensor(path.split(), name, key) for path, name, keys in owners for key in KEYS if key in keys and KEYS[key]
-        ),
+        sensors="\n".join(sensors),
     )
 
 
