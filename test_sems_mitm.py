@@ -4722,9 +4722,7 @@ SILENT = {"fresh": 600.0}
 KIT_3000 = "93000HKU00000042"
 
 
-def of_family(
-    family: str, gauges: dict, counters: dict | None = None, fresh: float = NOW, day=None, serial: str = METER
-):
+def of_family(family: str, gauges: dict, counters: dict | None = None, fresh: float = NOW, serial: str = METER):
     """A device that has said this at `fresh`; metrics have no labels, or one of battery or string."""
     device = sems.Device(sems.Address("0304", 3, 4, serial, "long", ("meter", serial)), fresh)
     device.family, live = family, device.live
@@ -4736,9 +4734,7 @@ def of_family(
 
     live.gauges = {series(metric): number for metric, number in gauges.items()}
     live.counters = {series(metric): number for metric, number in (counters or {}).items()}
-    for name, number in live.counters.items():
-        live.held.counters[name] = sems.HeldCounter(name[0], number, fresh)
-    live.fresh, live.day = fresh, day
+    live.fresh = fresh
     live.has_battery = any(metric.startswith("battery_power_watts") for metric in gauges)
     return device
 
@@ -4766,8 +4762,8 @@ def hybrid(solar: float, battery: float | None = None, export: float | None = No
     return of_family("HYBRID", gauges, **more)
 
 
-def counting(device, day, **watts: float):
-    """The device, having counted energies at these W for two hours of its day, from 100 kWh on."""
+def counting(device, day=None, **watts: float):
+    """The device, having counted energies from 100 kWh on, for two hours of its day at these W."""
     device.live.day = day
     for word, power in watts.items():
         read = {value.series for value in sems.VALUES[device.family]}
@@ -4803,7 +4799,6 @@ class HouseholdTest(unittest.TestCase):
             ("two inverters, one silent", [dns(1000), dns(500, **SILENT)], u, u, u, u),
             ("two HomeKit 1000s", [kit1000(1000, 100), kit1000(500, -200)], 1500, 1600, -100, u),
             ("two HomeKit 1000s, one silent", [kit1000(1000, 100), kit1000(500, -200, **SILENT), dns(9)], u, u, u, u),
-            ("a hybrid beside a HomeKit 1000", [kit1000(2000, 500), hybrid(900, -100, 300, 444)], 900, 1500, 500, -100),
             ("a silent hybrid beside a HomeKit 1000", [kit1000(500, 100), hybrid(1, 5, **SILENT)], u, 400, 100, u),
             ("a silent hybrid beside an inverter", [dns(1000), hybrid(1, 5, **SILENT)], u, u, u, u),
             ("a hybrid beside a silent inverter", [dns(1000, **SILENT), hybrid(800, 0, 50)], u, 750, 50, 0),
@@ -4814,7 +4809,6 @@ class HouseholdTest(unittest.TestCase):
             ("at night", [kit1000(-7, -300), dns(5, **SILENT)], 0, 293, -300, u),
             ("all silent", [kit1000(2000, 500, **SILENT), dns(1990, **SILENT)], u, u, u, u),
             ("before a reading", [of_family("HK1000", {}, fresh=float("-inf"))], u, u, u, u),
-            ("nobody", [], u, u, u, u),
         )  # fmt: skip
         for name, devices, *wanted in rows:
             for order in (devices, devices[::-1]):
@@ -4884,47 +4878,38 @@ class HouseholdTest(unittest.TestCase):
 
     def test_device(self) -> None:
         """A device's keys, whatever its model: those that it knows and no others; flows go with silence, energies stay."""
-        energy = {
-            "meter_energy_generation_decawatt_hours_total": 57941,
-            "meter_energy_import_decawatt_hours_total": 80155,
-            "meter_energy_export_decawatt_hours_total": 27078,
-        }
-        life = {"generated": 579.41, "imported": 801.55, "exported": 270.78}
-        battery = {"battery_energy_charge_watthours_total": 780600, "battery_energy_discharge_watthours_total": 633100}
-        own = {"inverter_energy_output_hectowatt_hours_total": 20642}
-        ct = {
-            "inverter_meter_energy_import_watthours_total": 801550,
-            "inverter_meter_energy_export_watthours_total": 270780,
-        }
-        grid = {name: energy[name] for name in energy if "generation" not in name}
         metered = {
             "inverter_power_output_watts": 1051,
             "inverter_meter_power_watts": -40,
             "inverter_string_power_watts#1": 9,
         }
         loads = {"inverter_load_watts": 26, "inverter_string_power_watts#1": 800}
+        no_battery = counting(hybrid(800), battery_charged=9, battery_discharged=9)  # it counts one that is not there
+        grid = "generated imported exported"
         rows = (
-            (kit1000(-7, -300, counters=energy), {"generation_watts": -7, "house_watts": 293, "export_watts": -300, "grid_watts": 300}, life),
-            (kit3000(40, counters=grid), {"export_watts": 40, "grid_watts": -40}, {"imported": 801.55, "exported": 270.78}),
-            (dns(1051, counters=own), {"generation_watts": 1051}, {"generated": 2064.2}),
-            (of_family("GRID", metered, {**own, **ct}), {"generation_watts": 1051, "export_watts": -40, "grid_watts": 40}, {**life, "generated": 2064.2}),
+            (kit1000(-7, -300), {"generation_watts": -7, "house_watts": 293, "export_watts": -300, "grid_watts": 300}, grid),
+            (kit3000(40), {"export_watts": 40, "grid_watts": -40}, "imported exported"),
+            (dns(1051), {"generation_watts": 1051}, "generated"),
+            (of_family("GRID", metered), {"generation_watts": 1051, "export_watts": -40, "grid_watts": 40}, grid),
             (
-                hybrid(800, 100, 50, 410, counters={**grid, **battery, **own}),
+                hybrid(800, 100, 50, 410),
                 {"generation_watts": 800, "house_watts": 410, "export_watts": 50, "grid_watts": -50, "battery_watts": 100, "battery_charge_percent": 50},
-                {**life, "generated": 2064.2, "battery_charged": 780.6, "battery_discharged": 633.1},
+                f"{grid} battery_charged battery_discharged",
             ),
-            (hybrid(800, counters={**own, **battery}), {"generation_watts": 800, "house_watts": 7, "export_watts": 793, "grid_watts": -793}, {"generated": 2064.2}),
-            (of_family("HYBRID", loads), {"generation_watts": 800, "house_watts": 26}, {}),
-            (of_family("HYBRID", {**loads, "inverter_backup_load_watts": 408}), {"generation_watts": 800, "house_watts": 434}, {}),
+            (no_battery, {"generation_watts": 800, "house_watts": 7, "export_watts": 793, "grid_watts": -793}, "generated"),
+            (of_family("HYBRID", loads), {"generation_watts": 800, "house_watts": 26}, ""),
+            (of_family("HYBRID", {**loads, "inverter_backup_load_watts": 408}), {"generation_watts": 800, "house_watts": 434}, ""),
         )  # fmt: skip
-        for device, flows, lifetime in rows:
+        for device, flows, words in rows:
             with self.subTest(device.family, flows=flows):
-                of_today = {f"{word}_today_kilowatt_hours" for word in lifetime}
-                lifetime = {f"{word}_kilowatt_hours": number for word, number in lifetime.items()}
+                counting(device, **dict.fromkeys(words.split(), 500))
+                lifetime = {f"{word}_kilowatt_hours": 101 for word in words.split()}
                 self.assertEqual(sems.member(device, a_store(), NOW).figures, {**flows, **lifetime})
                 silent = sems.member(device, a_store(), NOW + 301)
                 self.assertEqual(silent.figures, lifetime)
-                self.assertEqual(silent.knows, {*flows, *lifetime, *of_today})
+                self.assertEqual(
+                    silent.knows, {*flows, *lifetime, *(f"{word}_today_kilowatt_hours" for word in words.split())}
+                )
 
     def test_today(self) -> None:
         """Gains of the day stay through silence and go at midnight; what an inverter counted before is added and needs no since."""
@@ -4939,10 +4924,8 @@ class HouseholdTest(unittest.TestCase):
                 ("that of one that counts at the grid, too", dns(1), since, 66, NOW, 7.6, text),
             ):
                 with self.subTest(name):
-                    at_grid = {"imported": 5} if "grid" in name else {}
-                    counting(
-                        device, sems.Day(datetime(1970, 1, 1).date(), begun, 0, {}, before), generated=500, **at_grid
-                    )
+                    day = sems.Day(since.date(), begun, 0, {}, before)
+                    counting(device, day, generated=500, **({"imported": 5} if "grid" in name else {}))
                     for figures in (sems.member(device, a_store(), now).figures, house(device, now=now)):
                         found = figures.get("generated_today_kilowatt_hours"), figures.get("today_since")
                         self.assertEqual(found, (wanted, told))
@@ -5029,24 +5012,14 @@ class HouseholdTest(unittest.TestCase):
     def test_real_frames(self) -> None:
         """The hybrid of the vectors, through the store, at its own time."""
         store = a_store(clock=lambda now: datetime(2026, 3, 21, 13, 14, 15).timestamp())
-        meet(
-            store,
-            next(bytes.fromhex(vector["hex"]) for vector in VECTORS if vector["name"] == "ET hybrid with battery"),
-        )
+        (data,) = (bytes.fromhex(vector["hex"]) for vector in VECTORS if vector["name"] == "ET hybrid with battery")
+        meet(store, data)
         (figures,) = (one.figures for one in sems.household(store, 0.0)[0].values())
-        self.assertEqual(
-            [figures[f"{name}_watts"] for name in ("generation", "house", "export", "battery")],
-            [949, 937 + 736, 510, -1],
-        )
-        energies = {
-            "generated_today": 48.8,
-            "generated": 1353.4,
-            "imported": 6472.97,
-            "exported": 1122.47,
-            "battery_charged": 780.6,
-        }
+        watts = {"generation": 949, "house": 937 + 736, "export": 510, "battery": -1}
+        self.assertEqual({name: figures[f"{name}_watts"] for name in watts}, watts)
+        energies = {"generated": 1353.4, "imported": 6472.97, "exported": 1122.47, "battery_charged": 780.6}
         self.assertEqual({word: figures[f"{word}_kilowatt_hours"] for word in energies}, energies)
-        self.assertEqual(figures["battery_charge_percent"], 97)
+        self.assertEqual((figures["battery_charge_percent"], figures["generated_today_kilowatt_hours"]), (97, 48.8))
 
 
 class HistoryTest(unittest.TestCase):
@@ -5187,10 +5160,8 @@ class PageTest(unittest.TestCase):
         battery = {"battery_charged": 3, "battery_discharged": 2.5}
         percent = {"self_sufficiency_percent": 81.25, "self_consumption_percent": 53.99}
         short = "Solar 12.0 kWh Used 8.0 kWh From the grid 1.5 kWh To the grid 5.5 kWh"
-        between, ends = (
-            "Into the battery 3.0 kWh From the battery 2.5 kWh",
-            "Self-sufficiency 81 % Self-consumption 54 %",
-        )
+        between = "Into the battery 3.0 kWh From the battery 2.5 kWh"
+        ends = "Self-sufficiency 81 % Self-consumption 54 %"
         for words, more, since, wanted, columns in (
             (energies, {}, "2026-03-21T00:00:01", f"Today {short}", 4),
             (energies, percent, "2026-03-21T20:43:09", f"Today since 20:43 {short} {ends}", 6),
@@ -5274,16 +5245,9 @@ class PageTest(unittest.TestCase):
     def test_no_device(self) -> None:
         """What to do, with this machine's address and the program's path; no script, nothing from elsewhere."""
         page = page_of(seen_of())
-        program = f"<code>python3 {os.path.abspath(sems.__file__)} doctor</code>"
-        for wanted in (
-            "No device has connected",
-            "now 192.0.2.7",
-            "tcp.goodwe-power.com",
-            "20001",
-            "docker exec",
-            program,
-        ):
+        for wanted in ("No device has connected", "now 192.0.2.7", "tcp.goodwe-power.com", "20001", "docker exec"):
             self.assertIn(wanted, page)
+        self.assertIn(f"<code>python3 {os.path.abspath(sems.__file__)} doctor</code>", page)
         self.assertNotRegex(page, "<script|https?:|//|@import|url\\([^#]")
         for flag, wanted, is_there in (
             ("--sems.upstream=198.51.100.7:20001", "<code>tcp.goodwe-power.com</code>", True),  # an address is no name
@@ -5442,9 +5406,8 @@ class HomeAssistantTest(unittest.TestCase):
 
     def setUp(self) -> None:
         """A meter and a sleeping inverter."""
-        energy = {"meter_energy_generation_decawatt_hours_total": 1, "meter_energy_import_decawatt_hours_total": 2}
-        own = {"inverter_energy_output_hectowatt_hours_total": 7}
-        self.roof = [kit1000(5, 5, counters=energy), an_inverter(5, counters=own, **SILENT)]
+        meter = counting(kit1000(5, 5), generated=1, imported=2)
+        self.roof = [meter, counting(an_inverter(5, **SILENT), generated=7)]
 
     def package(self, *devices) -> str:
         with time_zone("UTC"):
@@ -5474,14 +5437,11 @@ class HomeAssistantTest(unittest.TestCase):
         self.assertEqual(found["house_house_watts"]["name"], "House power")
         for key, sensor in found.items():
             owner, _, word = key.partition("_")
-            counting = "total" if owner == "house" and "_today_" not in key else "total_increasing"
-            units = {
-                "watts": ("power", "measurement", "W"),
-                "hours": ("energy", counting, "kWh"),
-                "percent": (None, "measurement", "%"),
-            }
+            counted = "total" if owner == "house" and "_today_" not in key else "total_increasing"
+            wanted = {"watts": ("power", "measurement", "W"), "hours": ("energy", counted, "kWh")}
             fields = ("device_class", "state_class", "unit_of_measurement")
-            self.assertEqual(tuple(sensor.get(name) for name in fields), units[word.rpartition("_")[2]])
+            of_a_share = (None, "measurement", "%")
+            self.assertEqual(tuple(map(sensor.get, fields)), wanted.get(word.rpartition("_")[2], of_a_share))
             self.assertRegex(sensor["icon"], r"\Amdi:[a-z-]+\Z")
             for name in ("value_template", "availability"):
                 self.assertRegex(sensor[name], rf"\A\{{\{{ .*'{owner}'.*'{word}'.* \}}\}}\Z")
@@ -5500,14 +5460,13 @@ class HomeAssistantTest(unittest.TestCase):
 
     def test_restart(self) -> None:
         """Inverters that come back one by one after a restart add nothing that was not made to the house's energy."""
-        counted = [{"inverter_energy_output_hectowatt_hours_total": number} for number in (50_000, 70_000)]
-        both = [dns(9, counters=counters, serial=f"53000DSC0000004{i}") for i, counters in enumerate(counted)]
+        both = [counting(dns(9, serial=f"53000DSC0000004{i}"), generated=1000 * i) for i in (0, 1)]
         key, added = "generated_kilowatt_hours", {"total": 0.0, "total_increasing": 0.0}
         states = [seen_of(*devices).house[key] for devices in (both, both[:1], both)]
         for before, after in zip(states, states[1:]):  # how Home Assistant's statistics add up the two classes
             added["total"] += after - before
             added["total_increasing"] += after if after < before else after - before
-        self.assertEqual(added, {"total": 0, "total_increasing": 5000 + 7000})
+        self.assertEqual(added, {"total": 0, "total_increasing": 100 + 102})
         self.assertEqual(self.sensors(*both)[f"house_{key}"]["state_class"], "total")
 
     def test_comments(self) -> None:
