@@ -4114,13 +4114,6 @@ NAMES = {
 UNITS_SHOWN = {"Wh": ("kWh", 0.001), "1": ("", 1.0)}  # in place of a metric's unit, and by what it is multiplied
 
 
-@functools.cache
-def quantity(metric: str) -> str:
-    """What a metric is, in a few words: String voltage."""
-    words = re.sub(f"^(meter|inverter)_|(_({'|'.join(UNITS)}))?(_total|_day)?$", "", metric)
-    return NAMES.get(metric) or words.replace("_", " ").capitalize()
-
-
 def amount(metric: str, number: float) -> str:
     """A value for people: with its unit, a mode in words."""
     if metric.endswith("_mode"):  # its help names the modes
@@ -4133,25 +4126,30 @@ def amount(metric: str, number: float) -> str:
 
 
 @functools.cache
-def one_a_quantity(name: str) -> tuple[Series, ...]:
-    """The series of a family, of those of the same registers one: in V and not in 0.1 V, without a channel."""
+def quantities_shown(name: str) -> dict[Series, str]:
+    """What is shown of a family, in a few words, such as String voltage: a series for each quantity.
+
+    Of those of the same registers it is the one in V and not in 0.1 V, without a channel.
+    """
     by_rank = sorted(VALUES[name], key=lambda value: (unit(value.series[0])[:2] == "0.", value.series[1]), reverse=True)
     best = {(value.register, *value.later): value.series for value in by_rank}.values()  # the last one counts
-    return tuple(dict.fromkeys(value.series for value in VALUES[name] if value.series in best))
+    ends = f"^(meter|inverter)_|(_({'|'.join(UNITS)}))?(_total|_day)?$"
+    series = dict.fromkeys(value.series for value in VALUES[name] if value.series in best)
+    return {one: NAMES.get(one[0]) or re.sub(ends, "", one[0]).replace("_", " ").capitalize() for one in series}
 
 
 def table_rows(name: str, values: dict[Series, float]) -> list[tuple[str, str]]:
     """(what, how much) of a device of the family `name`, without channels and strings of which all is 0."""
     there = {"", *(labels for (_, labels), number in values.items() if number)}
-    known = [series for series in one_a_quantity(name) if series in values]
+    known = [series for series in quantities_shown(name) if series in values]
     known = [(metric, labels) for metric, labels in known if labels in there or labels.endswith('"1"')]
     several = {labels.partition("=")[0] for _, labels in known if labels and not labels.endswith('"1"')}
     rows = []
-    for metric, labels in known:
-        what, (kind, _, which) = quantity(metric), labels.replace('"', "").partition("=")
+    for series in known:
+        what, (kind, _, which) = quantities_shown(name)[series], series[1].replace('"', "").partition("=")
         if kind in several:
             what += f", {which}" if kind in what.lower() else f", {kind} {which}"
-        rows.append((what, amount(metric, values[metric, labels])))
+        rows.append((what, amount(series[0], values[series])))
     return rows
 
 
@@ -4398,8 +4396,7 @@ def counting(names: dict[str, str], members: Sequence[Member], key: str) -> list
 def energy_fields(names: dict[str, str], members: Sequence[Member], of_house: Iterable[str]) -> Iterator[str]:
     """Comments: which sensor goes into which field of the Energy dashboard, and which count the same."""
     for field, key in FIELDS:
-        of_a_power = [[HOUSE]] if key in of_house else []
-        takers = of_a_power if key.endswith("watts") else counting(names, members, key)
+        takers = counting(names, members, key) if key.endswith("hours") else [[HOUSE]] if key in of_house else []
         if takers:
             yield f"#     {field}: {', '.join(sensor_name(name, key) for name in takers[0])}"
     for word, what in (("generated", "roof"), ("imported", "grid")):
