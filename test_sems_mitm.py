@@ -4720,6 +4720,7 @@ class NamespaceTest(SocketCase):
 NOW = 1000.0
 SILENT = {"fresh": 600.0}
 KIT_3000 = "93000HKU00000042"
+FLOWS = ("generation_watts", "house_watts", "export_watts", "battery_watts", "battery_charge_percent")
 
 
 def of_family(family: str, gauges: dict, counters: dict | None = None, fresh: float = NOW, serial: str = METER):
@@ -4814,8 +4815,7 @@ class HouseholdTest(unittest.TestCase):
             for order in (devices, devices[::-1]):
                 with self.subTest(name):
                     found = house(*order)
-                    keys = ("generation_watts", "house_watts", "export_watts", "battery_watts")
-                    self.assertEqual([found.get(key) for key in keys], wanted)
+                    self.assertEqual([found.get(key) for key in FLOWS[:4]], wanted)
                     self.assertEqual(found.get("grid_watts"), None if wanted[2] is None else -wanted[2])
 
     def test_every_house(self) -> None:
@@ -4825,26 +4825,23 @@ class HouseholdTest(unittest.TestCase):
         weather = ((1500, 2000, -500, 600), (0, 0, 300, 800))  # W: grid-tied inverter, hybrid's PV, battery, load
         day = sems.Day(datetime.fromtimestamp(NOW).date(), None, 0, {})
         for kit, inverter, (battery, meter), now in itertools.product(kits, ("", "plain", "CT"), hybrids, weather):
-            made, solar, stored, load = now
+            made, solar, given, load = now
             made, solar = made if inverter or not battery else 0, solar if battery else 0
-            given = stored if battery == "there" else 0
-            out = made + solar + given - load
-            at_grid, devices = {"imported": -out, "exported": out}, []
-            if 1000 in kit:
-                roof = made + solar + given
-                devices.append(counting(kit1000(roof, out), day, generated=roof, **at_grid))
-            if 3000 in kit:
-                devices.append(counting(kit3000(out, serial=KIT_3000), day, **at_grid))
-            if inverter:
-                devices.append(counting(dns(made, serial=INVERTER), day, generated=made))
-                devices[-1].live.gauges["inverter_string_power_watts", 'string="1"'] = 5 + 2 * made
+            given = given if battery == "there" else 0
+            roof, out = made + solar + given, made + solar + given - load
+            at_grid = {"imported": -out, "exported": out}
+            plain = counting(dns(made, serial=INVERTER), day, generated=made)
+            plain.live.gauges["inverter_string_power_watts", 'string="1"'] = 5 + 2 * made
+            flows = solar, given if battery == "there" else None, out if meter else None, load
+            store = counting(hybrid(*flows, serial=HYBRID), day, battery_charged=-given, battery_discharged=given)
+            devices = [
+                *([counting(kit1000(roof, out), day, generated=roof, **at_grid)] if 1000 in kit else []),
+                *([counting(kit3000(out, serial=KIT_3000), day, **at_grid)] if 3000 in kit else []),
+                *([plain] if inverter else []),
+                *([counting(store, day, generated=solar, **(at_grid if meter else {}))] if battery else []),
+            ]
             if inverter == "CT":
-                devices[-1].live.gauges["inverter_meter_power_watts", ""] = out
-                counting(devices[-1], day, **at_grid)
-            if battery:
-                flows = stored if battery == "there" else None, out if meter else None, load
-                counted = {"battery_charged": -given, "battery_discharged": given, **(at_grid if meter else {})}
-                devices.append(counting(hybrid(solar, *flows, serial=HYBRID), day, generated=solar, **counted))
+                counting(plain, day, **at_grid).live.gauges["inverter_meter_power_watts", ""] = out
             with self.subTest(kit=kit, inverter=inverter, battery=battery, meter=meter, now=now):
                 found = house(*devices)
                 grid = bool(kit) or meter or inverter == "CT"  # somebody measures at the grid
@@ -4878,38 +4875,31 @@ class HouseholdTest(unittest.TestCase):
 
     def test_device(self) -> None:
         """A device's keys, whatever its model: those that it knows and no others; flows go with silence, energies stay."""
-        metered = {
-            "inverter_power_output_watts": 1051,
-            "inverter_meter_power_watts": -40,
-            "inverter_string_power_watts#1": 9,
-        }
-        loads = {"inverter_load_watts": 26, "inverter_string_power_watts#1": 800}
+        metered = {"inverter_power_output_watts": 1051, "inverter_meter_power_watts": -40}
+        loads = {"inverter_load_watts": 26, "inverter_string_power_watts": 800}
         no_battery = counting(hybrid(800), battery_charged=9, battery_discharged=9)  # it counts one that is not there
-        grid = "generated imported exported"
-        rows = (
-            (kit1000(-7, -300), {"generation_watts": -7, "house_watts": 293, "export_watts": -300, "grid_watts": 300}, grid),
-            (kit3000(40), {"export_watts": 40, "grid_watts": -40}, "imported exported"),
-            (dns(1051), {"generation_watts": 1051}, "generated"),
-            (of_family("GRID", metered), {"generation_watts": 1051, "export_watts": -40, "grid_watts": 40}, grid),
-            (
-                hybrid(800, 100, 50, 410),
-                {"generation_watts": 800, "house_watts": 410, "export_watts": 50, "grid_watts": -50, "battery_watts": 100, "battery_charge_percent": 50},
-                f"{grid} battery_charged battery_discharged",
-            ),
-            (no_battery, {"generation_watts": 800, "house_watts": 7, "export_watts": 793, "grid_watts": -793}, "generated"),
-            (of_family("HYBRID", loads), {"generation_watts": 800, "house_watts": 26}, ""),
-            (of_family("HYBRID", {**loads, "inverter_backup_load_watts": 408}), {"generation_watts": 800, "house_watts": 434}, ""),
-        )  # fmt: skip
-        for device, flows, words in rows:
-            with self.subTest(device.family, flows=flows):
+        grid, u = "generated imported exported", None
+        rows = (  # by FLOWS; energies that it knows
+            (kit1000(-7, -300), (-7, 293, -300, u, u), grid),
+            (kit3000(40), (u, u, 40, u, u), "imported exported"),
+            (dns(1051), (1051, u, u, u, u), "generated"),
+            (of_family("GRID", metered), (1051, u, -40, u, u), grid),
+            (hybrid(800, 100, 50, 410), (800, 410, 50, 100, 50), f"{grid} battery_charged battery_discharged"),
+            (no_battery, (800, 7, 793, u, u), "generated"),
+            (of_family("HYBRID", loads), (800, 26, u, u, u), ""),
+            (of_family("HYBRID", {**loads, "inverter_backup_load_watts": 408}), (800, 434, u, u, u), ""),
+        )
+        for device, numbers, words in rows:
+            with self.subTest(device.family, numbers=numbers):
                 counting(device, **dict.fromkeys(words.split(), 500))
                 lifetime = {f"{word}_kilowatt_hours": 101 for word in words.split()}
+                flows = {key: number for key, number in zip(FLOWS, numbers) if number is not None}
+                flows.update({"grid_watts": -flows["export_watts"]} if "export_watts" in flows else {})
                 self.assertEqual(sems.member(device, a_store(), NOW).figures, {**flows, **lifetime})
                 silent = sems.member(device, a_store(), NOW + 301)
                 self.assertEqual(silent.figures, lifetime)
-                self.assertEqual(
-                    silent.knows, {*flows, *lifetime, *(f"{word}_today_kilowatt_hours" for word in words.split())}
-                )
+                of_today = {f"{word}_today_kilowatt_hours" for word in words.split()}
+                self.assertEqual(silent.knows, {*flows, *lifetime, *of_today})
 
     def test_today(self) -> None:
         """Gains of the day stay through silence and go at midnight; what an inverter counted before is added and needs no since."""
@@ -4969,27 +4959,26 @@ class HouseholdTest(unittest.TestCase):
                 self.assertEqual((found["used_today_kilowatt_hours"], found.get("today_since")), (used, since))
                 self.assertEqual(found["imported_today_kilowatt_hours"], 42.1)
 
-    def test_used_never_falls(self) -> None:
-        """What is used does not fall within its window, though its parts are counted in steps; it begins anew with the window."""
-        store, noon = sems.Store(clock=clock), "2026-03-21T12:00:00"
-        steps = (  # minutes after noon; exported, imported; made; used and since when
-            (0, (500, 700), 1000, 0, noon), (1, (500, 700), 1001, 0.1, noon), (2, (505, 700), 1001, 0.1, noon),
-            (3, (510, 701), 1001, 0.1, noon), (4, (510, 712), 1002, 0.22, noon), (719, (510, 800), 1002, 1.1, noon),
-            (721, (510, 801), 1002, 0.01, None),
-        )  # fmt: skip
-        with time_zone("UTC0"):
-            for i, grid, made, used, since in steps:
-                found = self.says(store, i, grid, (0xFFFF, made))
-                self.assertEqual((found["used_today_kilowatt_hours"], found.get("today_since")), (used, since), i)
-
-    def test_late_member(self) -> None:
-        """The window of a house begins when the last of its devices is there, and with what they all count from then on."""
-        store = sems.Store(clock=clock)
-        with time_zone("UTC0"):
-            for i in range(61):
-                found = self.says(store, i, (500, 700 + 10 * i), (0xFFFF, 970 + i) if i >= 30 else ())
-                self.assertEqual("used_today_kilowatt_hours" in found, i >= 30)
-        self.assertEqual((found["used_today_kilowatt_hours"], found["today_since"]), (6, "2026-03-21T12:30:00"))
+    def test_used(self) -> None:
+        """What a house has used begins anew with its window, and does not fall within it, though its parts are counted in steps."""
+        noon, later, no = "2026-03-21T12:00:00", "2026-03-21T12:30:00", ()
+        for name, steps in (  # minutes after noon; exported, imported; made; used and since when
+            ("a day", (
+                (0, (500, 700), (0xFFFF, 1000), 0, noon), (1, (500, 700), (0xFFFF, 1001), 0.1, noon),
+                (2, (505, 700), (0xFFFF, 1001), 0.1, noon), (3, (510, 701), (0xFFFF, 1001), 0.1, noon),
+                (4, (510, 712), (0xFFFF, 1002), 0.22, noon), (719, (510, 800), (0xFFFF, 1002), 1.1, noon),
+                (721, (510, 801), (0xFFFF, 1002), 0.01, None),
+            )),
+            ("the last one comes late, and all that counts is what they count from then on", (
+                (0, (500, 700), no, None, noon), (29, (500, 990), no, None, noon),
+                (30, (500, 1000), (0xFFFF, 1000), 0, later), (60, (500, 1300), (0xFFFF, 1030), 6, later),
+            )),
+        ):  # fmt: skip
+            store = sems.Store(clock=clock)
+            for i, grid, solar, used, since in steps:
+                with self.subTest(name, minute=i), time_zone("UTC0"):
+                    found = self.says(store, i, grid, solar)
+                    self.assertEqual((found.get("used_today_kilowatt_hours"), found.get("today_since")), (used, since))
         self.assertEqual((found["imported_today_kilowatt_hours"], found["self_sufficiency_percent"]), (6, 50))
 
     def test_silent_battery(self) -> None:
