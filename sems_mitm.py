@@ -4035,8 +4035,7 @@ TILE = '<div><dt>{}</dt><dd class="{}">{}<small> {}</small></dd></div>'
 CARD = '<section><h2>{model}</h2><p>{state}, last packet {last}</p><p class="dim">{about}</p>{table}</section>\n'
 VALUES_TABLE = "<details><summary>All values ({count})</summary><table>{cells}</table></details>"
 SILENT_HOUSE = '<p class="dim">Nothing is known now: the devices that measure the house are silent.</p>'
-DOCTOR = f"<code>python3 {html.escape(shlex.quote(os.path.abspath(__file__)))} doctor</code>"
-AWAY = f"; what is shown here does not need it. To see why, run {DOCTOR} on this machine"
+AWAY = "; what is shown here does not need it. To see why, run <code>{doctor}</code> on this machine"
 ON_LOOPBACK = """<p><b class="bad">Port {port} is open on {host} only: no other machine reaches it.</b> Start the exporter with
 <code>--sems.listen-address=:{port}</code>.</p>
 """
@@ -4045,9 +4044,14 @@ SET_UP = """<ol>
 with it.</li>
 <li>Power-cycle the device's Wi-Fi or LAN module: it asks for the name when it starts.</li>
 <li>It connects to port {port} of this machine within a minute or two, and appears here.</li></ol>
-<p>Nothing after five minutes? {doctor} on this machine says what is missing; in Docker it is
-<code>docker exec sems_mitm python3 -m sems_mitm doctor</code>.</p>
+<p>Nothing after five minutes? <code>{doctor}</code> on this machine says what is missing.</p>
 """
+
+
+def doctor_command() -> str:
+    """How doctor is run on this machine, for HTML; in a container by the name that the README gives that."""
+    command = f"python3 {html.escape(shlex.quote(os.path.abspath(__file__)))} doctor"
+    return "docker exec sems_mitm python3 -m sems_mitm doctor" if in_container() else command
 
 
 def portal_state(upstream: dict) -> str:
@@ -4056,7 +4060,7 @@ def portal_state(upstream: dict) -> str:
         return "Local: no portal, the exporter answers"
     states = {None: "not tried yet", True: '<b class="good">reachable</b>', False: '<b class="bad">away</b>'}
     waiting = f", {upstream['queue_bytes']:,} bytes wait for it" if upstream["queue_bytes"] else ""
-    step = AWAY if upstream["up"] is False else ""
+    step = AWAY.format(doctor=doctor_command()) if upstream["up"] is False else ""
     return f"Portal {html.escape(upstream['address'])}: {states[upstream['up']]}{waiting}{step}"
 
 
@@ -4305,7 +4309,7 @@ def html_page(seen: Seen, points: list[Point], settings: argparse.Namespace, add
         name = PORTAL_NAME if is_literal(settings.upstream[0]) else settings.upstream[0]  # an address is no name
         host, port = settings.listen_address
         steps = (ON_LOOPBACK if re.fullmatch(r"localhost|127[0-9.]+|::1", host) else "") + SET_UP
-        steps = steps.format(now=now, host=host, name=html.escape(name), port=port, doctor=DOCTOR)
+        steps = steps.format(now=now, host=host, name=html.escape(name), port=port, doctor=doctor_command())
         yield SECTION.format("No device has connected yet", steps)
     for device in sorted(seen.devices, key=lambda device: (device.name[0] != "meter", *device.name[1:])):
         yield card(device)
