@@ -4833,12 +4833,12 @@ class HouseholdTest(unittest.TestCase):
             plain = counting(dns(made, serial=INVERTER), day, generated=made)
             plain.live.gauges["inverter_string_power_watts", 'string="1"'] = 5 + 2 * made
             flows = solar, given if battery == "there" else None, out if meter else None, load
-            store = counting(hybrid(*flows, serial=HYBRID), day, battery_charged=-given, battery_discharged=given)
+            mixed = counting(hybrid(*flows, serial=HYBRID), day, battery_charged=-given, battery_discharged=given)
             devices = [
                 *([counting(kit1000(roof, out), day, generated=roof, **at_grid)] if 1000 in kit else []),
                 *([counting(kit3000(out, serial=KIT_3000), day, **at_grid)] if 3000 in kit else []),
                 *([plain] if inverter else []),
-                *([counting(store, day, generated=solar, **(at_grid if meter else {}))] if battery else []),
+                *([counting(mixed, day, generated=solar, **(at_grid if meter else {}))] if battery else []),
             ]
             if inverter == "CT":
                 counting(plain, day, **at_grid).live.gauges["inverter_meter_power_watts", ""] = out
