@@ -4816,6 +4816,7 @@ class HouseholdTest(unittest.TestCase):
                 with self.subTest(name):
                     found = house(*order)
                     self.assertEqual([found.get(key) for key in FLOWS[:4]], wanted)
+                    self.assertIn(found.get("battery_charge_percent"), (None, 50))  # of two the mean
                     self.assertEqual(found.get("grid_watts"), None if wanted[2] is None else -wanted[2])
 
     def test_every_house(self) -> None:
