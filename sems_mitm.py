@@ -3732,7 +3732,6 @@ SOLAR = {  # what a device of a family knows of the roof
     "HK1000": "meter_power_generation_watts", "HK3000": "",
     "GRID": "inverter_power_output_watts", "HYBRID": "inverter_string_power_watts",
 }  # fmt: skip
-METERS = (("meter_power_export_watts", ""), ("inverter_meter_power_watts", ""))  # what one at the grid says
 # How an energy adds to what a house has used.
 USED = {"generated": 1, "imported": 1, "exported": -1, "battery_discharged": 1, "battery_charged": -1}
 
@@ -3776,7 +3775,7 @@ def energies(counters: Mapping[Series, float]) -> dict[str, float]:
 
 
 # A device of the house. knows: the keys of what it knows while it is not silent; figures: what is known of it now;
-# metered: a meter of its own speaks; begun: its day, and since when it counts that; gained: what it has gained since.
+# metered: a hybrid's own meter speaks; begun: its day, and since when it counts that; gained: what it has gained since.
 Member = collections.namedtuple("Member", "serial family knows figures metered begun gained")
 
 
@@ -3797,7 +3796,7 @@ def member(device: Device, store: Store, now: float) -> Member:
     knows = {*present, *(f"{word}{end}_kilowatt_hours" for word in lifetime for end in ("_today", ""))}
     figures = {} if store.is_stale(live.fresh, now) else dict(present)
     figures.update({**today, **{f"{word}_kilowatt_hours": number for word, number in lifetime.items()}})
-    metered = not live.gauges.keys().isdisjoint(METERS)
+    metered = ("meter_power_export_watts", "") in live.gauges
     return Member(device.serial, device.family, knows, figures, metered, begun, gained)
 
 
