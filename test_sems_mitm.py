@@ -4982,6 +4982,13 @@ class HouseholdTest(unittest.TestCase):
                     self.assertEqual((found.get("used_today_kilowatt_hours"), found.get("today_since")), (used, since))
         self.assertEqual((found["imported_today_kilowatt_hours"], found["self_sufficiency_percent"]), (6, 50))
 
+    def test_losses(self) -> None:
+        """What a house with a HomeKit 1000 has used is by its counters alone: those of a hybrid are of the DC side."""
+        day = sems.Day(datetime.fromtimestamp(NOW).date(), None, 0, {})
+        kit = counting(kit1000(900, 400), day, generated=900, imported=0, exported=400)
+        found = house(kit, counting(hybrid(1000, serial=HYBRID), day, generated=1000))
+        self.assertEqual([found[f"{word}_today_kilowatt_hours"] for word in ("generated", "used")], [2, 1])
+
     def test_silent_battery(self) -> None:
         """A hybrid's energies do not change with a packet in which its battery, its meter or all of it is silent."""
         battery = {35182: (0, 500), 35184: (2,), 35191: (0, 5000), 35206: (0, 700), 35209: (0, 800)}
