@@ -3784,15 +3784,16 @@ def member(device: Device, store: Store, now: float) -> Member:
     live, day = device.live, device.live.day
     present = flows(device.family, live.gauges)
     lifetime = energies({series: live.counters[series] for series in live.energies()})
-    today, begun, gained = {}, None, {}
+    today: dict = {}
+    begun, gained = None, {}
     if day and day.date == datetime.fromtimestamp(store.clock(now)).date():
         begun, gained = (day.date, day.since), energies(live.gained())
-        today, counted = dict(gained), set(gained)
+        whole = {}  # of the day from midnight on
         if day.before is not None:
-            today["generated"] = round(gained["generated"] + day.before * watt_hours(OWN_DAY[0]) / 1000, 3)
-            counted.remove("generated")
-        today = {f"{word}_today_kilowatt_hours": number for word, number in today.items()}
-        today.update({"today_since": day.since.isoformat(timespec="seconds")} if counted and day.since else {})
+            whole["generated"] = round(gained["generated"] + day.before * watt_hours(OWN_DAY[0]) / 1000, 3)
+        today = {f"{word}_today_kilowatt_hours": energy for word, energy in {**gained, **whole}.items()}
+        if day.since and gained.keys() - whole.keys():
+            today["today_since"] = day.since.isoformat(timespec="seconds")
     knows = {*present, *(f"{word}{end}_kilowatt_hours" for word in lifetime for end in ("_today", ""))}
     figures = {} if store.is_stale(live.fresh, now) else dict(present)
     figures.update({**today, **{f"{word}_kilowatt_hours": number for word, number in lifetime.items()}})
