@@ -3728,10 +3728,6 @@ KEYS: dict[str, tuple[str, ...]] = {  # all figures, in their order
     **SHARES,
     **{f"{word}_kilowatt_hours": row for word, row in ENERGIES_CALLED.items()},
 }
-SOLAR = {  # what a device of a family knows of the roof
-    "HK1000": "meter_power_generation_watts", "HK3000": "",
-    "GRID": "inverter_power_output_watts", "HYBRID": "inverter_string_power_watts",
-}  # fmt: skip
 # How an energy adds to what a house has used.
 USED = {"generated": 1, "imported": 1, "exported": -1, "battery_discharged": 1, "battery_charged": -1}
 
@@ -3746,6 +3742,7 @@ def flows(family: str, gauges: Mapping[Series, float]) -> dict[str, float]:
         """The first of these metrics that there is, its labels together; nan is not known."""
         return next((sum(values[metric]) for metric in metrics if metric in values), math.nan)
 
+    solar = "inverter_string_power_watts" if family == "HYBRID" else "inverter_power_output_watts"
     export = total("meter_power_export_watts", "inverter_meter_power_watts", "inverter_active_power_watts")
     load = total("inverter_power_output_watts") - total("inverter_active_power_watts")
     if "meter_power_generation_watts" in values:
@@ -3754,7 +3751,7 @@ def flows(family: str, gauges: Mapping[Series, float]) -> dict[str, float]:
         load = total("inverter_load_watts") + sum(values["inverter_backup_load_watts"])
     charges = values["battery_state_of_charge_ratio"]
     found = {
-        "generation_watts": total(SOLAR[family]),
+        "generation_watts": total("meter_power_generation_watts", solar),
         "house_watts": load,
         "export_watts": export,
         "battery_watts": total("battery_power_watts"),
