@@ -61,6 +61,7 @@ import random
 import re
 import resource
 import selectors
+import shlex
 import signal
 import socket
 import stat
@@ -3667,100 +3668,101 @@ class Loop:
 # not known. Flows are in W (generation_watts, house_watts; export_watts, negative while importing, and grid_watts, the
 # same the other way round; battery_watts, positive while discharging) and %; energies in kWh.
 
-SOLAR = {  # what a device of a family knows of the roof
-    "HK1000": "meter_power_generation_watts", "HK3000": "",
-    "GRID": "inverter_power_output_watts", "HYBRID": "inverter_string_power_watts",
-}  # fmt: skip
-FLOWS = ("generation_watts", "house_watts", "export_watts", "battery_watts", "battery_charge_percent")
-TODAY = tuple(
-    f"{word}_today_kilowatt_hours"
-    for word in ("generated", "used", "imported", "exported", "battery_charged", "battery_discharged")
-)
-SHARES = ("self_sufficiency_percent", "self_consumption_percent")
-KEYS = (*FLOWS[:3], "grid_watts", *FLOWS[3:], *TODAY, *SHARES, *(f"{word}_kilowatt_hours" for word in COUNTED))
-SERIES: dict[str, list[Series]] = collections.defaultdict(list)  # of a metric, for all its labels
-for _series in dict.fromkeys(value.series for values in VALUES.values() for value in values):
-    SERIES[_series[0]].append(_series)
+# What people call a figure: title and colour on the page; name and icon of its sensor in Home Assistant.
+ENERGIES_CALLED = {
+    "generated": ("Solar", "solar", "solar energy", "solar-power"),
+    "used": ("Used", "house", "energy used", "home-lightning-bolt"),
+    "imported": ("From the grid", "bought", "energy from the grid", "transmission-tower-export"),
+    "exported": ("To the grid", "sold", "energy to the grid", "transmission-tower-import"),
+    "battery_charged": ("Into the battery", "battery", "energy into the battery", "battery-arrow-down"),
+    "battery_discharged": ("From the battery", "battery", "energy from the battery", "battery-arrow-up"),
+}
+SHARES = {
+    "self_sufficiency_percent": ("Self-sufficiency", "", "self-sufficiency today", "home-percent"),
+    "self_consumption_percent": ("Self-consumption", "", "self-consumption today", "solar-power-variant"),
+}
+KEYS: dict[str, tuple[str, ...]] = {  # all figures, in their order
+    "generation_watts": ("Solar", "solar", "solar power", "solar-power"),
+    "house_watts": ("House", "house", "house power", "home-lightning-bolt"),
+    "export_watts": (),  # grid_watts has the sign of Home Assistant and of the picture
+    "grid_watts": ("From the grid", "bought", "grid power", "transmission-tower"),
+    "battery_watts": ("From the battery", "battery", "power from the battery", "home-battery"),
+    "battery_charge_percent": ("Battery", "battery", "battery charge", "battery"),
+    **{f"{word}_today_kilowatt_hours": (*row[:2], f"{row[2]} today", row[3]) for word, row in ENERGIES_CALLED.items()},
+    **SHARES,
+    **{f"{word}_kilowatt_hours": row for word, row in ENERGIES_CALLED.items()},
+}
+# How an energy adds to what a house has used.
+USED = {"generated": 1, "imported": 1, "exported": -1, "battery_discharged": 1, "battery_charged": -1}
 
 
-def total(gauges: dict[Series, float], *metrics: str) -> float | None:
-    """The first of these metrics that there is, its labels together."""
-    sets = ([gauges[series] for series in SERIES[metric] if series in gauges] for metric in metrics)
-    return next((sum(numbers) for numbers in sets if numbers), None)
-
-
-def less(one: float | None, other: float | None) -> float | None:
-    """A difference, if both are known."""
-    return None if one is None or other is None else one - other
-
-
-def load_watts(gauges: dict[Series, float]) -> float | None:
-    """What the house behind a HomeKit 1000 or a hybrid takes."""
-    roof = total(gauges, "meter_power_generation_watts")
-    if roof is not None:
-        return less(roof, total(gauges, "meter_power_export_watts"))
-    active = total(gauges, "inverter_active_power_watts")
-    power = less(total(gauges, "inverter_power_output_watts"), active)
-    load, backup = total(gauges, "inverter_load_watts"), total(gauges, "inverter_backup_load_watts")
-    return load + (backup or 0) if power is None and load is not None else power
-
-
-def flows(family: str, gauges: dict[Series, float]) -> dict[str, float]:
+def flows(family: str, gauges: Mapping[Series, float]) -> dict[str, float]:
     """A device's flows by its last reading."""
-    export = total(gauges, "meter_power_export_watts", "inverter_meter_power_watts", "inverter_active_power_watts")
-    charges = [gauges[series] for series in SERIES["battery_state_of_charge_ratio"] if series in gauges]
+    values: dict[str, list[float]] = collections.defaultdict(list)
+    for (metric, _), number in gauges.items():
+        values[metric].append(number)
+
+    def total(*metrics: str) -> float:
+        """The first of these metrics that there is, its labels together; nan is not known."""
+        return next((sum(values[metric]) for metric in metrics if metric in values), math.nan)
+
+    solar = "inverter_string_power_watts" if family == "HYBRID" else "inverter_power_output_watts"
+    export = total("meter_power_export_watts", "inverter_meter_power_watts", "inverter_active_power_watts")
+    load = total("inverter_power_output_watts") - total("inverter_active_power_watts")
+    if "meter_power_generation_watts" in values:
+        load = total("meter_power_generation_watts") - total("meter_power_export_watts")
+    elif math.isnan(load):
+        load = total("inverter_load_watts") + sum(values["inverter_backup_load_watts"])
+    charges = values["battery_state_of_charge_ratio"]
     found = {
-        "generation_watts": total(gauges, SOLAR[family]),
-        "house_watts": load_watts(gauges),
+        "generation_watts": total("meter_power_generation_watts", solar),
+        "house_watts": load,
         "export_watts": export,
-        "battery_watts": total(gauges, "battery_power_watts"),
-        "battery_charge_percent": 100 * sum(charges) / len(charges) if charges else None,
-        "grid_watts": less(0, export),
+        "battery_watts": total("battery_power_watts"),
+        "battery_charge_percent": 100 * sum(charges) / len(charges) if charges else math.nan,
+        "grid_watts": 0 - export,
     }
-    return {key: round(number, 3) for key, number in found.items() if number is not None}
+    return {key: round(number, 3) for key, number in found.items() if not math.isnan(number)}
 
 
 def energies(counters: Mapping[Series, float]) -> dict[str, float]:
     """Energies, in kWh, by the words of COUNTED: of counters, or of what they gained."""
-    found: dict[str, float] = {}
-    for word, metrics in COUNTED.items():
-        for metric in metrics:
-            if word not in found and (metric, "") in counters:
-                found[word] = round(counters[metric, ""] * watt_hours(metric) / 1000, 3)
-    return found
+    return {
+        word: round(counters[metric, ""] * watt_hours(metric) / 1000, 3)
+        for word, metrics in COUNTED.items()
+        for metric in reversed(metrics)  # the first that there is counts
+        if (metric, "") in counters
+    }
 
 
-def today(day: Day, gained: dict[str, float]) -> dict:
-    """A device's energies of the day, and since when they are counted if that is not midnight."""
-    found, counted = dict(gained), set(gained)
-    if day.before is not None:
-        found["generated"] = round(gained["generated"] + day.before * watt_hours(OWN_DAY[0]) / 1000, 3)
-        counted.remove("generated")
-    since = {"today_since": day.since.isoformat(timespec="seconds")} if counted and day.since else {}
-    return {**{f"{word}_today_kilowatt_hours": number for word, number in found.items()}, **since}
-
-
-# A device of the house. told: the keys of what it knows while it is not silent; figures: what is known of it now;
-# metered: a meter of its own speaks; begun: its day, and since when it counts that; gained: what it has gained since.
-Member = collections.namedtuple("Member", "serial family told figures metered begun gained")
+# A device of the house. knows: the keys of what it knows while it is not silent; figures: what is known of it now;
+# metered: a hybrid's own meter speaks; begun: its day, and since when it counts that; gained: what it has gained since.
+Member = collections.namedtuple("Member", "serial family knows figures metered begun gained")
 
 
 def member(device: Device, store: Store, now: float) -> Member:
     """All figures of a device. Flows go when it is silent, and today's energies at local midnight."""
     live, day = device.live, device.live.day
-    if day and day.date != datetime.fromtimestamp(store.clock(now)).date():
-        day = None
-    present, gained = flows(device.family, live.gauges), energies(live.gained()) if day else {}
+    present = flows(device.family, live.gauges)
     lifetime = energies({series: live.counters[series] for series in live.energies()})
-    of_today = today(day, gained) if day else {}
-    counted = {f"{word}_kilowatt_hours": number for word, number in lifetime.items()}
-    told = {*present, *counted, *of_today, *(f"{word}_today_kilowatt_hours" for word in lifetime)}
-    figures = {**({} if store.is_stale(live.fresh, now) else present), **of_today, **counted}
-    metered = total(live.gauges, "meter_power_export_watts", "inverter_meter_power_watts") is not None
-    return Member(device.serial, device.family, told, figures, metered, day and (day.date, day.since), gained)
+    today: dict = {}
+    begun, gained = None, {}
+    if day and day.date == datetime.fromtimestamp(store.clock(now)).date():
+        begun, gained = (day.date, day.since), energies(live.gained())
+        whole = {}  # of the day from midnight on
+        if day.before is not None:
+            whole["generated"] = round(gained["generated"] + day.before * watt_hours(OWN_DAY[0]) / 1000, 3)
+        today = {f"{word}_today_kilowatt_hours": energy for word, energy in {**gained, **whole}.items()}
+        if day.since and gained.keys() - whole.keys():
+            today["today_since"] = day.since.isoformat(timespec="seconds")
+    knows = {*present, *(f"{word}{end}_kilowatt_hours" for word in lifetime for end in ("_today", ""))}
+    figures = {} if store.is_stale(live.fresh, now) else dict(present)
+    figures.update({**today, **{f"{word}_kilowatt_hours": number for word, number in lifetime.items()}})
+    metered = ("meter_power_export_watts", "") in live.gauges
+    return Member(device.serial, device.family, knows, figures, metered, begun, gained)
 
 
-def sources(key: str, members: Sequence[Member]) -> Iterator[list[Member]]:
+def sources(key: str, members: Sequence[Member]) -> list[list[Member]]:
     """The groups of devices that know a figure of the house; the first of which any is known counts, so each flow once.
 
     HomeKit 1000s measure the roof, and an inverter beside them adds nothing; but their second channel sees what a
@@ -3771,22 +3773,19 @@ def sources(key: str, members: Sequence[Member]) -> Iterator[list[Member]]:
     )
     word = key.partition("_")[0]
     if word in ("generation", "generated"):
-        inverters = hybrids + grid_tied
-        yield from (inverters, roofs) if any(key in one.told for one in hybrids) else (roofs, inverters)
-    elif word in ("exported", "imported"):
-        yield from (roofs, kits, hybrids, grid_tied)
-    elif word == "export":
-        yield from (roofs, kits, [one for one in hybrids if one.metered], grid_tied, hybrids)
-    elif word == "house":
-        yield from (roofs, hybrids)
-    else:
-        yield [*members]
+        groups = [roofs, hybrids + grid_tied]
+        return groups[::-1] if any(key in one.knows for one in hybrids) else groups
+    if word in ("exported", "imported"):
+        return [roofs, kits, hybrids, grid_tied]
+    if word in ("export", "grid"):
+        return [roofs, kits, [one for one in hybrids if one.metered], grid_tied, hybrids]
+    return [roofs, hybrids] if word == "house" else [[*members]]
 
 
 def knowing(key: str, members: Sequence[Member]) -> list[Member]:
     """The devices whose sum is a figure of the house; none if it is not known."""
     for several in sources(key, members):
-        group = [one for one in several if key in one.told]
+        group = [one for one in several if key in one.knows]
         known = [one for one in group if key in one.figures]
         # A member that is not known makes a sum unknown, not smaller; and no roof stands in for a hybrid.
         if known or key.startswith("generat") and any(one.family == "HYBRID" for one in group):
@@ -3794,35 +3793,26 @@ def knowing(key: str, members: Sequence[Member]) -> list[Member]:
     return []
 
 
-SIGNS = {
-    "generated": 1,
-    "imported": 1,
-    "exported": -1,
-    "battery_discharged": 1,
-    "battery_charged": -1,
-}  # in what is used
-
-
 def day_of_house(members: Sequence[Member], window: Window, now: datetime) -> dict:
     """What a house has used today and its two shares, made of gains over one window."""
     words = ("generated", "imported", "exported")
     groups = {word: knowing(f"{word}_today_kilowatt_hours", members) for word in words}
+    # A HomeKit 1000 sees all that an inverter gives and takes.
     roofs = [one for one in groups["exported"] if one.family == "HK1000"]
-    batteries = [one for one in members if "battery_charged_today_kilowatt_hours" in one.told]
-    parts = dict.fromkeys(words, roofs)  # a HomeKit 1000 sees all that an inverter gives and takes
+    parts = dict.fromkeys(words, roofs)
     if not roofs:
+        batteries = [one for one in members if "battery_charged_today_kilowatt_hours" in one.knows]
         parts = {**groups, "battery_discharged": batteries, "battery_charged": batteries}
     is_known = all(word in one.gained for word, group in parts.items() for one in group)
     if not (is_known and groups["imported"] and all(parts[word] for word in words)):
         return {}
-    everyone = {one.serial: one for group in (*parts.values(), *groups.values()) for one in group}
-    begun, gained = ({serial: getattr(one, name) for serial, one in everyone.items()} for name in ("begun", "gained"))
-    window.move(begun, gained, now)
+    everyone = [one for group in (*parts.values(), *groups.values()) for one in group]
+    window.move({one.serial: one.begun for one in everyone}, {one.serial: one.gained for one in everyone}, now)
 
     def sum_of(word: str, group: Sequence[Member]) -> float:
         return sum(one.gained[word] - window.base.get(one.serial, {}).get(word, 0) for one in group)
 
-    used = round(sum(SIGNS[word] * sum_of(word, group) for word, group in parts.items()), 3)
+    used = round(sum(USED[word] * sum_of(word, group) for word, group in parts.items()), 3)
     window.used = max(window.used, used)  # its parts are counted in steps, and not all at once: it must not fall
     made, bought, sold = (sum_of(word, group) for word, group in groups.items())
     found: dict = {"used_today_kilowatt_hours": window.used}
@@ -3844,29 +3834,24 @@ def house(members: Sequence[Member], window: Window | None = None, now: datetime
             since.update(one.figures.get("today_since", "") for one in group if "_today_" in key)
     if "generation_watts" in found:  # at night an inverter takes a few watts, and the roof gives none
         found["generation_watts"] = max(found["generation_watts"], 0)
-    export = found.get("export_watts")
-    load = less(found.get("generation_watts"), export)
-    if load is not None and not any("house_watts" in one.figures for one in members):
-        found["house_watts"] = round(load, 3)
-    found.update({} if export is None else {"grid_watts": less(0, export)})
+        if "export_watts" in found and not any("house_watts" in one.figures for one in members):
+            found["house_watts"] = round(found["generation_watts"] - found["export_watts"], 3)
     found.update(day_of_house(members, window or Window(), now))
     found["today_since"] = max(*since, found.get("today_since", ""))
     return {key: found[key] for key in (*KEYS, "today_since") if found.get(key, "") != ""}
 
 
-def house_of(store: Store, members: Sequence[Member], now: float) -> dict:
-    """The figures of the house of all devices. They remember what was shown of the day: it must not fall."""
-    return house(members, store.window, datetime.fromtimestamp(store.clock(now)))
+def household(store: Store, now: float) -> tuple[dict[Device, Member], dict]:
+    """All devices, and the figures of their house, which remember what was shown of the day: it must not fall."""
+    store.look(now)
+    members = {device: member(device, store, now) for device in store.names.values()}
+    return members, house([*members.values()], store.window, datetime.fromtimestamp(store.clock(now)))
 
 
 # A minute of the picture. time: seconds since 1970 of the shown time; watts: of PICTURED, None is not known.
 Point = collections.namedtuple("Point", "time watts")
 PICTURED = ("generation_watts", "house_watts", "grid_watts", "battery_watts")  # sources are positive
-
-
-def is_known(point: Point) -> bool:
-    """Whether anything is known of a minute."""
-    return any(watts is not None for watts in point.watts)
+UNKNOWN = [None] * len(PICTURED)
 
 
 class History:
@@ -3885,22 +3870,21 @@ class History:
         while points and points[0].time < moment - DAY:
             points.popleft()
         if points and now - self._noted > 2 * PERIOD:
-            points.append(Point(points[-1].time + PERIOD, [None] * len(PICTURED)))
+            points.append(Point(points[-1].time + PERIOD, UNKNOWN))
         self._noted = now
         if not points or points[-1].time // 60 < moment // 60:
             point = self._present(now)
-            points.extend([point] if points or is_known(point) else [])
+            points.extend([point] if points or point.watts != UNKNOWN else [])
 
     def _present(self, now: float) -> Point:
-        self.store.look(now)
-        figures = house_of(self.store, [member(device, self.store, now) for device in self.store.names.values()], now)
+        figures = household(self.store, now)[1]
         return Point(self.store.clock(now), [figures.get(key) for key in PICTURED])
 
     def points(self, now: float) -> list[Point]:
         """The points from the first of which anything is known, and one for now. While nothing is known it is a gap."""
         self.note(now)
         points = [*self._points, self._present(now)]
-        return list(itertools.dropwhile(lambda point: not is_known(point), points))
+        return list(itertools.dropwhile(lambda point: point.watts == UNKNOWN, points))
 
 
 # ------------------------------------------------------------------------------------------- page, API, Home Assistant
@@ -3914,44 +3898,39 @@ Seen = collections.namedtuple("Seen", "devices house upstream blocked strangers 
 ASLEEP = 100  # W at most of the roof, or of an inverter's last packet, when the inverter goes to sleep
 
 
-def shown(device: Device, figures: Member, roof: float | None, store: Store, now: float) -> Shown:
-    """A device as it is shown. roof: what the house generates, if it is known."""
-    live, up = device.live, not store.is_stale(device.last_frame, now)
-    values = {**({} if store.is_stale(live.fresh, now) else live.gauges), **live.counters}
-    if roof is None:
-        roof = flows(device.family, live.gauges).get("generation_watts", 0)
-    asleep = not up and device.kind != "meter" and roof < ASLEEP
-    age = round(max(now - device.last_frame, 0), 1)
-    return Shown(device.name, label_text(device.serial), dict(device.info), up, asleep, age, figures, values)
-
-
 def see(store: Store, settings: argparse.Namespace, now: float) -> Seen:
     """Everything that the page and the API show, but for the picture."""
-    store.look(now)
-    members = {device: member(device, store, now) for device in store.names.values()}
-    figures = house_of(store, [*members.values()], now)
-    devices = [shown(*pair, figures.get("generation_watts"), store, now) for pair in members.items()]
-    up, waiting = (store.gauges.get(f"sems_mitm_{name}", lambda: None)() for name in ("upstream_up", "queue_bytes"))
+    members, figures = household(store, now)
+    devices = []
+    for device, about in members.items():
+        live, up = device.live, not store.is_stale(device.last_frame, now)
+        last = {} if up else flows(device.family, live.gauges)
+        asleep = not up and device.kind != "meter" and {**last, **figures}.get("generation_watts", 0) < ASLEEP
+        age = round(max(now - device.last_frame, 0), 1)
+        values = {**({} if store.is_stale(live.fresh, now) else live.gauges), **live.counters}
+        name, serial = device.name, label_text(device.serial)
+        devices.append(Shown(name, serial, dict(device.info), up, asleep, age, about, values))
+    asked = [store.gauges.get(f"sems_mitm_{name}", lambda: None)() for name in ("upstream_up", "queue_bytes")]
+    reached, waiting = None if asked[0] is None else bool(asked[0]), asked[1] or 0
     address = "" if settings.mode == LOCAL else settings.upstream_text
-    reachable = None if up is None else bool(up)
-    upstream = {"mode": settings.mode, "address": address, "up": reachable, "queue_bytes": waiting or 0}
+    upstream = {"mode": settings.mode, "address": address, "up": reached, "queue_bytes": waiting}
     blocked = store.totals["inbound_unknown_packets_total", ""]
     return Seen(devices, figures, upstream, blocked, dict(store.strangers), store.clock(now))
 
 
-def device_json(device: Shown) -> dict:
-    """A device in /api/devices; its values by their flat names, such as meter_voltage_volts_channel_1."""
-    name = dict(zip(("device", "model", "serial", "full_serial"), (*device.name, device.serial)))
-    values = {"_".join((series[0], *re.findall(r"\w+", series[1]))): number for series, number in device.values.items()}
-    about = {**name, **device.info, "up": device.up, "age_seconds": device.age}
-    return {**about, **device.member.figures, "values": values}
-
-
 def devices_json(seen: Seen) -> str:
-    """/api/devices."""
+    """/api/devices. A device's values have flat names, such as meter_voltage_volts_channel_1."""
+    devices = []
+    for device in seen.devices:
+        name = dict(zip(("device", "model", "serial", "full_serial"), (*device.name, device.serial)))
+        about = {**name, **device.info, "up": device.up, "age_seconds": device.age, **device.member.figures}
+        values = {
+            "_".join((series[0], *re.findall(r"\w+", series[1]))): number for series, number in device.values.items()
+        }
+        devices.append({**about, "values": values})
     strangers = [{"host": host, "said": said} for host, said in seen.strangers.items()]
-    state = {"upstream": seen.upstream, "blocked": seen.blocked, "strangers": strangers}
-    return json.dumps({"devices": [device_json(device) for device in seen.devices], **state}) + "\n"
+    found = {"devices": devices, "upstream": seen.upstream, "blocked": seen.blocked, "strangers": strangers}
+    return json.dumps(found) + "\n"
 
 
 def household_json(seen: Seen) -> str:
@@ -3960,26 +3939,6 @@ def household_json(seen: Seen) -> str:
     return json.dumps({"house": seen.house, "devices": devices}) + "\n"
 
 
-# What people call a figure: title and colour on the page; name and icon of its sensor in Home Assistant.
-ENERGIES_CALLED = {
-    "generated": ("Solar", "solar", "solar energy", "solar-power"),
-    "used": ("Used", "house", "energy used", "home-lightning-bolt"),
-    "imported": ("From the grid", "bought", "energy from the grid", "transmission-tower-export"),
-    "exported": ("To the grid", "sold", "energy to the grid", "transmission-tower-import"),
-    "battery_charged": ("Into the battery", "battery", "energy into the battery", "battery-arrow-down"),
-    "battery_discharged": ("From the battery", "battery", "energy from the battery", "battery-arrow-up"),
-}
-CALLED = {
-    "generation_watts": ("Solar", "solar", "solar power", "solar-power"),
-    "house_watts": ("House", "house", "house power", "home-lightning-bolt"),
-    "grid_watts": ("From the grid", "bought", "grid power", "transmission-tower"),
-    "battery_watts": ("From the battery", "battery", "power from the battery", "home-battery"),
-    "battery_charge_percent": ("Battery", "battery", "battery charge", "battery"),
-    **{f"{word}_today_kilowatt_hours": (*row[:2], f"{row[2]} today", row[3]) for word, row in ENERGIES_CALLED.items()},
-    "self_sufficiency_percent": ("Self-sufficiency", "", "self-sufficiency today", "home-percent"),
-    "self_consumption_percent": ("Self-consumption", "", "self-consumption today", "solar-power-variant"),
-    **{f"{word}_kilowatt_hours": row for word, row in ENERGIES_CALLED.items()},
-}
 NEGATIVE = {"grid_watts": ("To the grid", "sold"), "battery_watts": ("Into the battery", "battery")}  # without its sign
 NOW = (*PICTURED, "battery_charge_percent")
 UNIT_OF = {  # by a key's last word: unit and decimals; device_class and state_class in Home Assistant
@@ -4037,15 +3996,26 @@ TILE = '<div><dt>{}</dt><dd class="{}">{}<small> {}</small></dd></div>'
 CARD = '<section><h2>{model}</h2><p>{state}, last packet {last}</p><p class="dim">{about}</p>{table}</section>\n'
 VALUES_TABLE = "<details><summary>All values ({count})</summary><table>{cells}</table></details>"
 SILENT_HOUSE = '<p class="dim">Nothing is known now: the devices that measure the house are silent.</p>'
-AWAY = "; what is shown here does not need it. To see why, run <code>python3 sems_mitm.py doctor</code> on this machine"
+AWAY = "; what is shown here does not need it. To see why, run <code>{doctor}</code> on this machine"
+ON_LOOPBACK = """<p><b class="bad">Port {port} is open on {host} only: no other machine reaches it.</b> Start the exporter with
+<code>--sems.listen-address=:{port}</code>.</p>
+"""
 SET_UP = """<ol>
-<li>Give this machine a fixed address{now}, and let the name service of your router or Pi-hole answer <code>{host}</code>
+<li>Give this machine a fixed address{now}, and let the name service of your router or Pi-hole answer <code>{name}</code>
 with it.</li>
 <li>Power-cycle the device's Wi-Fi or LAN module: it asks for the name when it starts.</li>
 <li>It connects to port {port} of this machine within a minute or two, and appears here.</li></ol>
-<p>Nothing after five minutes? <code>python3 sems_mitm.py doctor</code> on this machine says what is missing; in Docker it is
-<code>docker exec sems_mitm python3 -m sems_mitm doctor</code>.</p>
+<p>Nothing after five minutes? <code>{doctor}</code> on this machine says what is missing.</p>
 """
+
+
+IN_CONTAINER = any(map(os.path.exists, ("/.dockerenv", "/run/.containerenv")))  # of Docker or Podman
+
+
+def doctor_command() -> str:
+    """How doctor is run on this machine, for HTML; in a container by the name that the README gives that."""
+    command = f"python3 {html.escape(shlex.quote(os.path.abspath(__file__)))} doctor"
+    return "docker exec sems_mitm python3 -m sems_mitm doctor" if IN_CONTAINER else command
 
 
 def portal_state(upstream: dict) -> str:
@@ -4054,7 +4024,7 @@ def portal_state(upstream: dict) -> str:
         return "Local: no portal, the exporter answers"
     states = {None: "not tried yet", True: '<b class="good">reachable</b>', False: '<b class="bad">away</b>'}
     waiting = f", {upstream['queue_bytes']:,} bytes wait for it" if upstream["queue_bytes"] else ""
-    step = AWAY if upstream["up"] is False else ""
+    step = AWAY.format(doctor=doctor_command()) if upstream["up"] is False else ""
     return f"Portal {html.escape(upstream['address'])}: {states[upstream['up']]}{waiting}{step}"
 
 
@@ -4065,7 +4035,7 @@ def minus(text: str) -> str:
 
 def in_words(key: str, number: float) -> tuple[str, str, str, str]:
     """A figure's title, colour, number and unit; the number has no sign where the title says it."""
-    title, colour = CALLED[key][:2]
+    title, colour = KEYS[key][:2]
     unit_name, decimals = UNIT_OF[key.rpartition("_")[2]][:2]
     number = round(number, decimals) + 0.0  # without the sign of a 0
     if number < 0 and key in NEGATIVE:
@@ -4112,13 +4082,6 @@ NAMES = {
 UNITS_SHOWN = {"Wh": ("kWh", 0.001), "1": ("", 1.0)}  # in place of a metric's unit, and by what it is multiplied
 
 
-@functools.cache
-def quantity(metric: str) -> str:
-    """What a metric is, in a few words: String voltage."""
-    words = re.sub(f"^(meter|inverter)_|(_({'|'.join(UNITS)}))?(_total|_day)?$", "", metric)
-    return NAMES.get(metric) or words.replace("_", " ").capitalize()
-
-
 def amount(metric: str, number: float) -> str:
     """A value for people: with its unit, a mode in words."""
     if metric.endswith("_mode"):  # its help names the modes
@@ -4131,26 +4094,30 @@ def amount(metric: str, number: float) -> str:
 
 
 @functools.cache
-def one_a_quantity(name: str) -> tuple[Series, ...]:
-    """The series of a family, of those of the same registers one: in V and not in 0.1 V, without a channel."""
-    best: dict[tuple[int, ...], Series] = {}
-    for value in sorted(VALUES[name], key=lambda value: (unit(value.series[0]).startswith("0."), value.series[1])):
-        best.setdefault((value.register, *value.later), value.series)
-    return tuple(series for series in dict.fromkeys(value.series for value in VALUES[name]) if series in best.values())
+def quantities_shown(name: str) -> dict[Series, str]:
+    """What is shown of a family, in a few words, such as String voltage: a series for each quantity.
+
+    Of those of the same registers it is the one in V and not in 0.1 V, without a channel.
+    """
+    by_rank = sorted(VALUES[name], key=lambda value: (unit(value.series[0])[:2] == "0.", value.series[1]), reverse=True)
+    best = {(value.register, *value.later): value.series for value in by_rank}.values()  # the last one counts
+    ends = f"^(meter|inverter)_|(_({'|'.join(UNITS)}))?(_total|_day)?$"
+    series = dict.fromkeys(value.series for value in VALUES[name] if value.series in best)
+    return {one: NAMES.get(one[0]) or re.sub(ends, "", one[0]).replace("_", " ").capitalize() for one in series}
 
 
 def table_rows(name: str, values: dict[Series, float]) -> list[tuple[str, str]]:
     """(what, how much) of a device of the family `name`, without channels and strings of which all is 0."""
     there = {"", *(labels for (_, labels), number in values.items() if number)}
-    known = [series for series in one_a_quantity(name) if series in values]
+    known = [series for series in quantities_shown(name) if series in values]
     known = [(metric, labels) for metric, labels in known if labels in there or labels.endswith('"1"')]
     several = {labels.partition("=")[0] for _, labels in known if labels and not labels.endswith('"1"')}
     rows = []
-    for metric, labels in known:
-        what, (kind, _, which) = quantity(metric), labels.replace('"', "").partition("=")
+    for series in known:
+        what, (kind, _, which) = quantities_shown(name)[series], series[1].replace('"', "").partition("=")
         if kind in several:
             what += f", {which}" if kind in what.lower() else f", {kind} {which}"
-        rows.append((what, amount(metric, values[metric, labels])))
+        rows.append((what, amount(series[0], values[series])))
     return rows
 
 
@@ -4215,12 +4182,13 @@ def outline(points: list[Point], which: int, left: float) -> str:
     return path
 
 
-# Where the picture lies: shown time from left to right, W from low to high in round steps, hours labelled every so many.
-Axes = collections.namedtuple("Axes", "left right low high step every")
+# Where the picture lies: shown time from left to right, W from low to high; what is labelled: levels of W, and whole
+# hours of local time, of a day every so many.
+Axes = collections.namedtuple("Axes", "left right low high levels hours every")
 
 
 def axes_of(points: list[Point]) -> Axes:
-    """Time from the minute of the first point to the last; 0 and all powers."""
+    """Time from the minute of the first point to the last, with midnight labelled; 0 and all powers in round steps."""
     left = points[0].time // 60 * 60
     right = max(points[-1].time, left + 1)
     known = [0.0, *(watts for point in points for watts in point.watts if watts is not None)]
@@ -4228,15 +4196,12 @@ def axes_of(points: list[Point]) -> Axes:
     size = 10 ** math.floor(math.log10(wanted))
     step = next(size * factor for factor in (1, 2, 5, 10) if size * factor >= wanted)
     low = step * math.floor(min(known) / step)
+    high = max(step * math.ceil(max(known) / step), low + step)
+    levels = [low + i * step for i in range(round((high - low) / step) + 1)]
     every = next((every for every in (1, 2, 3) if (right - left) / 3600 / every <= 8), 4)
-    return Axes(left, right, low, max(step * math.ceil(max(known) / step), low + step), step, every)
-
-
-def whole_hours(axes: Axes) -> list[datetime]:
-    """Whole hours of local time on the axis, midnight among them, as many as can be labelled."""
-    quarters = range(math.ceil(axes.left / 900) * 900, math.floor(axes.right) + 1, 900)  # by which time zones differ
-    hours = map(datetime.fromtimestamp, quarters)
-    return [hour for hour in hours if hour.minute == 0 and hour.hour % axes.every == 0]
+    quarters = range(math.ceil(left / 900) * 900, math.floor(right) + 1, 900)  # by which time zones differ
+    hours = [hour for hour in map(datetime.fromtimestamp, quarters) if hour.minute == 0 and hour.hour % every == 0]
+    return Axes(left, right, low, high, levels, hours, every)
 
 
 def axis_text(x: float, y: float, css: str, text: str) -> str:
@@ -4245,35 +4210,27 @@ def axis_text(x: float, y: float, css: str, text: str) -> str:
     return f'<text x="{x:.1f}%" y="{y:.1f}%" class="{css}" text-anchor="{anchor}">{minus(text)}</text>'
 
 
-def time_texts(axes: Axes, hours: list[datetime]) -> Iterator[str]:
+def time_texts(axes: Axes) -> Iterator[str]:
     """The labels below the plot: whole hours, the date at midnight; without two hours both ends."""
-    if len(hours) < 2:
+    if len(axes.hours) < 2:
         for x, moment in ((0, axes.left), (100, axes.right)):
             yield axis_text(x, 100, "time", f"{datetime.fromtimestamp(moment):%H:%M}")
-    for hour in hours:
+    for hour in axes.hours:
         x = 100 * (hour.timestamp() - axes.left) / (axes.right - axes.left)
-        if len(hours) > 1 or 15 < x < 85:
-            is_second = len(hours) > 4 and hour.hour // axes.every % 2  # a phone has no room for it
+        if len(axes.hours) > 1 or 15 < x < 85:
+            is_second = len(axes.hours) > 4 and hour.hour // axes.every % 2  # a phone has no room for it
             css = "time midnight" if not hour.hour else "time other" if is_second else "time"
             yield axis_text(x, 100, css, f"{hour:%H:%M}" if hour.hour else f"{hour.day} {hour:%b}")
 
 
-def rules(axes: Axes, levels: list[float], hours: list[datetime]) -> Iterator[tuple[str, str]]:
+def rules(axes: Axes) -> Iterator[tuple[str, str]]:
     """(class, path) of the lines behind the flows, in minutes and W."""
-    width = (axes.right - axes.left) / 60
-    down = f"{-axes.high:g}v{axes.high - axes.low:g}"
-    places = [(bool(hour.hour), (hour.timestamp() - axes.left) / 60) for hour in hours]
-    across = [f"M0 {-level:g}H{width:.2f}" for level in levels]
-    yield "rule", "".join([*across, *(f"M{x:.1f} {down}" for is_plain, x in places if is_plain)])
+    width, height = (axes.right - axes.left) / 60, axes.high - axes.low
+    across = [f"M0 {-level:g}H{width:.2f}" for level in axes.levels]
+    down = [(hour.hour, f"M{(hour.timestamp() - axes.left) / 60:.1f} {-axes.high:g}v{height:g}") for hour in axes.hours]
+    yield "rule", "".join([*across, *(path for hour, path in down if hour)])
     yield "zero", f"M0 0H{width:.2f}"
-    yield from (("midnight", f"M{x:.1f} {down}") for is_plain, x in places if not is_plain)
-
-
-def present(figures: dict) -> str:
-    """The present figures in a sentence."""
-    known = (in_words(key, figures[key]) for key in NOW if key in figures)
-    text = "; ".join(f"{title} {number} {unit_name}" for title, _, number, unit_name in known)
-    return f"Now: {text}." if text else "Nothing is known now."
+    yield from (("midnight", path) for hour, path in down if not hour)
 
 
 def picture(points: list[Point], figures: dict) -> str:
@@ -4282,19 +4239,20 @@ def picture(points: list[Point], figures: dict) -> str:
     if not drawn:
         return ""
     axes = axes_of(points)
-    height, hours = axes.high - axes.low, whole_hours(axes)
-    levels = [axes.low + i * axes.step for i in range(round(height / axes.step) + 1)]
-    paths = [*rules(axes, levels, hours), *((LEGENDS[i][0], outline(points, i, axes.left)) for i in drawn)]
-    scale = [axis_text(0, 100 * (axes.high - level) / height, "level", f"{level / 1000:g} kW") for level in levels]
+    height = axes.high - axes.low
+    paths = [*rules(axes), *((LEGENDS[i][0], outline(points, i, axes.left)) for i in drawn)]
+    scale = [axis_text(0, 100 * (axes.high - level) / height, "level", f"{level / 1000:g} kW") for level in axes.levels]
     legend = [(css, "M0 6H32" if i else "M1 11V3H31V11Z", text) for i in drawn for css, text in LEGENDS[i][1].items()]
+    known = (in_words(key, figures[key]) for key in NOW if key in figures)
+    sentence = "; ".join(f"{title} {number} {unit_name}" for title, _, number, unit_name in known)
     figure = FIGURE.format(
-        now=present(figures),
+        now=f"Now: {sentence}." if sentence else "Nothing is known now.",
         box=f"0 {-axes.high:g} {(axes.right - axes.left) / 60:.2f} {height:g}",
         top=f"{-axes.high:g}",
         bottom=f"{-axes.low:g}",
         zero=f"{axes.high / height:.4f}",
         paths="".join(f'<path class="{css}" d="{path}"/>' for css, path in paths),
-        texts="".join((*scale, *time_texts(axes, hours))),
+        texts="".join((*scale, *time_texts(axes))),
         legend="".join(SWATCH.format(*row) for row in legend),
     )
     return SECTION.format("Power, last 24 hours", figure)
@@ -4306,13 +4264,16 @@ def html_page(seen: Seen, points: list[Point], settings: argparse.Namespace, add
     if seen.devices:
         yield SECTION.format("The house", tile_row(NOW, seen.house, "now") or SILENT_HOUSE)
         yield picture(points, seen.house)
-        row, since = tile_row((*TODAY, *SHARES), seen.house, "today"), seen.house.get("today_since", "")[11:16]
+        row = tile_row([key for key in KEYS if "_today_" in key or key in SHARES], seen.house, "today")
+        since = seen.house.get("today_since", "")[11:16]
         title = f"Today <small>since {since}</small>" if since not in ("", "00:00") else "Today"
         yield row and SECTION.format(title, row)
     else:
         now = f" (now {html.escape(address)})" if address else ""
         name = PORTAL_NAME if literal_addresses(*settings.upstream) else settings.upstream[0]  # an address is no name
-        steps = SET_UP.format(now=now, host=html.escape(name), port=settings.listen_address[1])
+        host, port = settings.listen_address
+        steps = (ON_LOOPBACK if re.fullmatch(r"localhost|127[0-9.]+|::1", host) else "") + SET_UP
+        steps = steps.format(now=now, host=host, name=html.escape(name), port=port, doctor=doctor_command())
         yield SECTION.format("No device has connected yet", steps)
     for device in sorted(seen.devices, key=lambda device: (device.name[0] != "meter", *device.name[1:])):
         yield card(device)
@@ -4359,62 +4320,55 @@ FIELDS = (
 
 def sensor_name(name: str, key: str) -> str:
     """What a sensor is called: the house's power is not the "House house power"."""
-    what = CALLED[key][2]
-    return f"{name} {what.removeprefix('house ') if name == HOUSE else what}"
+    return f"{name} {KEYS[key][2]}".replace(f"{HOUSE} house", HOUSE)
 
 
 def sensor(path: Sequence[str], name: str, key: str) -> str:
     """A sensor for a key under path in /api/household, in YAML; what is not known is unavailable there."""
     unit_name, _, device_class, state_class = UNIT_OF[key.rpartition("_")[2]]
-    if key == "battery_charge_percent":
-        device_class = "battery"
-    if path[-1] == "house" and device_class == "energy" and "_today_" not in key:
+    is_today = "_today_" in key
+    if path[-1] == "house" and device_class == "energy" and not is_today:
         # After a restart the sum is another until all devices are known: a fall is no reset. A day's does fall to 0.
         state_class = "total"
-    steps = "".join(f".get('{part}', {{}})" for part in path)
-    number = f"value_json{steps}.get('{key}')"
-    fields: dict[str, object] = {
+    number = f"value_json{''.join(f'.get({part!r}, {{}})' for part in path)}.get('{key}')"
+    fields = {
         "name": sensor_name(name, key),
         "unique_id": f"{path[-1]}_{key}",
-        **({"device_class": device_class} if device_class else {}),
+        "device_class": "battery" if key == "battery_charge_percent" else device_class,
         "state_class": state_class,
         "unit_of_measurement": unit_name,
-        "icon": f"mdi:{CALLED[key][3]}",
+        "icon": f"mdi:{KEYS[key][3]}",
         "value_template": f"{{{{ {number} if value_json is mapping else none }}}}",
         "availability": f"{{{{ value_json is mapping and {number} is not none }}}}",
+        "json_attributes_path": "$" + "".join(f"['{part}']" for part in path) if is_today else "",
+        "json_attributes": ["today_since"] if is_today else "",
     }
-    if key in TODAY:
-        fields["json_attributes_path"] = "$" + "".join(f"['{part}']" for part in path)
-        fields["json_attributes"] = ["today_since"]
-    return "      - " + "\n        ".join(f"{field}: {json.dumps(value)}" for field, value in fields.items())
+    return "      - " + "\n        ".join(f"{field}: {json.dumps(value)}" for field, value in fields.items() if value)
 
 
-def named_for_home(devices: Sequence[Shown]) -> list[tuple[Shown, str]]:
-    """The devices of a package and their names: models, with the serial number's end where two are alike."""
-    known = [device for device in devices if device.member.told and re.fullmatch("[A-Z0-9]{16}", device.serial)]
+def named_for_home(devices: Sequence[Shown]) -> dict[str, str]:
+    """Serial number to name of the devices of a package: models, with the serial number's end where two are alike."""
+    known = [device for device in devices if device.member.knows and re.fullmatch("[A-Z0-9]{16}", device.serial)]
     models = [re.sub(r"[^A-Za-z0-9.()/+-]+", " ", device.name[1]).strip() for device in known]
     names = [model.replace(" Smart Meter", "") or device.name[0] for model, device in zip(models, known)]
     ends = [f" {device.serial[-8:]}" if names.count(name) > 1 else "" for name, device in zip(names, known)]
-    return [(device, name + end) for device, name, end in zip(known, names, ends)]
+    return {device.serial: name + end for device, name, end in zip(known, names, ends)}
 
 
-def counting(named: list[tuple[Shown, str]], key: str) -> list[list[str]]:
+def counting(names: dict[str, str], members: Sequence[Member], key: str) -> list[list[str]]:
     """Names of the devices that count a key: those that the house takes, then those that count the same."""
-    names = {id(device.member): name for device, name in named}
-    groups = sources(key, [device.member for device, _ in named])
-    found = [[names[id(one)] for one in group if key in one.told] for group in groups]
-    return [group for group in found if group]
+    groups = ([names[one.serial] for one in group if key in one.knows] for group in sources(key, members))
+    return [*filter(None, groups)]
 
 
-def energy_fields(named: list[tuple[Shown, str]], of_house: Iterable[str]) -> Iterator[str]:
+def energy_fields(names: dict[str, str], members: Sequence[Member], of_house: Iterable[str]) -> Iterator[str]:
     """Comments: which sensor goes into which field of the Energy dashboard, and which count the same."""
     for field, key in FIELDS:
-        of_a_power = [[HOUSE]] if key in of_house else []
-        takers = of_a_power if key.endswith("watts") else counting(named, key)
+        takers = counting(names, members, key) if key.endswith("hours") else [[HOUSE]] if key in of_house else []
         if takers:
             yield f"#     {field}: {', '.join(sensor_name(name, key) for name in takers[0])}"
     for word, what in (("generated", "roof"), ("imported", "grid")):
-        first, *again = counting(named, f"{word}_kilowatt_hours") or [[]]
+        first, *again = counting(names, members, f"{word}_kilowatt_hours") or [[]]
         others = dict.fromkeys(name for group in again for name in group if name not in first)
         if others:
             better, other = " and ".join(first), " and ".join(others)
@@ -4423,32 +4377,32 @@ def energy_fields(named: list[tuple[Shown, str]], of_house: Iterable[str]) -> It
 
 def keys_of_house(members: Sequence[Member]) -> set[str]:
     """The keys that a house of these devices has when none is silent and the day is not young."""
-    awake = [one._replace(figures=dict.fromkeys(one.told - {"today_since"}, 1)) for one in members]
-    keys = set(house(awake))
+    keys = set(house([one._replace(figures=dict.fromkeys(one.knows, 1)) for one in members]))
     has_day = keys.issuperset(f"{word}_today_kilowatt_hours" for word in ("generated", "imported", "exported"))
     return keys.union(("used_today_kilowatt_hours", *SHARES) if has_day else ())
 
 
 def home_assistant(seen: Seen, address: str) -> str:
     """A package of sensors on http://ADDRESS/api/household. Nothing from the network is more than a JSON string in it.
-
-    Raises LookupError with a text for people while no device is known: answer 503, so that a package fetched before stays.
+    Empty while no device is known.
     """
-    named = named_for_home(seen.devices)
-    if not named:
-        raise LookupError(f"No device is known yet: fetch this again when http://{address}/ shows one.")
-    of_house = keys_of_house([device.member for device, _ in named])
-    owners = [("house", HOUSE, of_house)]
-    owners += [(f"devices {device.serial}", name, device.member.told) for device, name in named]
+    names = named_for_home(seen.devices)
+    if not names:
+        return ""
+    members = [device.member for device in seen.devices if device.serial in names]
+    of_house = keys_of_house(members)
+    owners = [
+        (["house"], HOUSE, of_house),
+        *((["devices", one.serial], names[one.serial], one.knows) for one in members),
+    ]
+    sensors = [sensor(path, name, key) for path, name, keys in owners for key in KEYS if key in keys and KEYS[key]]
     return PACKAGE.format(
         address=address,
         time=f"{datetime.fromtimestamp(seen.time):%Y-%m-%d at %H:%M}",
-        devices="\n".join(f"#     {name}, {device.serial}" for device, name in named),
-        fields="\n".join(energy_fields(named, of_house)),
+        devices="\n".join(f"#     {name}, {serial}" for serial, name in names.items()),
+        fields="\n".join(energy_fields(names, members, of_house)),
         resource=json.dumps(f"http://{address}/api/household"),
-        sensors="\n".join(
-            sensor(path.split(), name, key) for path, name, keys in owners for key in CALLED if key in keys
-        ),
+        sensors="\n".join(sensors),
     )
 
 
@@ -4499,12 +4453,9 @@ class Request(http.server.BaseHTTPRequestHandler):
         elif path == "/-/ready":
             self.answer(*(200, PLAIN, "ready\n") if loop.listeners else (503, PLAIN, "not ready\n"))
         elif path == "/home-assistant.yaml":
-            try:
-                self.answer(200, PLAIN, home_assistant(seen(), self.host()))
-            except LookupError as error:
-                if type(error) is not LookupError:  # one of our own
-                    raise
-                self.answer(503, PLAIN, f"{error.args[0]}\n")
+            package, address = home_assistant(seen(), self.host()), self.host()
+            none = f"No device is known yet: fetch this again when http://{address}/ shows one.\n"
+            self.answer(*(200, PLAIN, package) if package else (503, PLAIN, none))  # 503: a file fetched before stays
         else:
             self.answer(404, *(JSON, "{}\n") if f"{path}/".startswith("/api/") else (PLAIN, "not found\n"))
 
@@ -5862,7 +5813,6 @@ def backfill(arguments: list[str]) -> int:
 
 OK, WARN, FAIL = "ok", "warn", "fail"
 Finding = tuple[str, ...]  # state, what is so, what to do
-IN_CONTAINER = any(map(os.path.exists, ("/.dockerenv", "/run/.containerenv")))  # of Docker or Podman
 
 
 def first_true(*rows: tuple) -> Finding:

@@ -4717,25 +4717,26 @@ class NamespaceTest(SocketCase):
 
 # ------------------------------------------------------------------------------------------------------- household
 
+NOW = 1000.0
+SILENT = {"fresh": 600.0}
+KIT_3000 = "93000HKU00000042"
+FLOWS = ("generation_watts", "house_watts", "export_watts", "battery_watts", "battery_charge_percent")
 
-def of_family(
-    family: str, gauges: dict, counters: dict | None = None, fresh: float = 1000.0, day=None, serial: str = METER
-):
+
+def of_family(family: str, gauges: dict, counters: dict | None = None, fresh: float = NOW, serial: str = METER):
     """A device that has said this at `fresh`; metrics have no labels, or one of battery or string."""
     device = sems.Device(sems.Address("0304", 3, 4, serial, "long", ("meter", serial)), fresh)
-    device.family = family
+    device.family, live = family, device.live
 
     def series(metric: str) -> tuple:
         name, _, number = metric.partition("#")
         label = "battery" if name.startswith("battery") else "string"
         return name, f'{label}="{number}"' if number else ""
 
-    device.live.gauges = {series(metric): number for metric, number in gauges.items()}
-    device.live.counters = {series(metric): number for metric, number in (counters or {}).items()}
-    for name, number in device.live.counters.items():
-        device.live.held.counters[name] = sems.HeldCounter(name[0], number, fresh)
-    device.live.fresh, device.live.day = fresh, day
-    device.live.has_battery = any(metric.startswith("battery_power_watts") for metric in gauges)
+    live.gauges = {series(metric): number for metric, number in gauges.items()}
+    live.counters = {series(metric): number for metric, number in (counters or {}).items()}
+    live.fresh = fresh
+    live.has_battery = any(metric.startswith("battery_power_watts") for metric in gauges)
     return device
 
 
@@ -4755,27 +4756,37 @@ def hybrid(solar: float, battery: float | None = None, export: float | None = No
     """Its load is on the grid side; what passes its terminals is what is left. Without one, what its meter leaves, or 7 W."""
     power = solar + (battery or 0)
     load = load if load is not None else 7 if export is None else power - export
-    told = {"inverter_string_power_watts#1": solar / 4, "inverter_string_power_watts#2": solar * 3 / 4}
-    told.update(inverter_power_output_watts=power, inverter_active_power_watts=power - load)
-    told.update({} if battery is None else {"battery_power_watts#1": battery, "battery_state_of_charge_ratio#1": 0.5})
-    told.update({} if export is None else {"meter_power_export_watts": export})
-    return of_family("HYBRID", told, **more)
+    gauges = {"inverter_string_power_watts#1": solar / 4, "inverter_string_power_watts#2": solar * 3 / 4}
+    gauges.update(inverter_power_output_watts=power, inverter_active_power_watts=power - load)
+    gauges.update({} if battery is None else {"battery_power_watts#1": battery, "battery_state_of_charge_ratio#1": 0.5})
+    gauges.update({} if export is None else {"meter_power_export_watts": export})
+    return of_family("HYBRID", gauges, **more)
+
+
+def counting(device, day=None, **watts: float):
+    """The device, having counted energies from 100 kWh on, for two hours of its day at these W."""
+    device.live.day = day
+    for word, power in watts.items():
+        read = {value.series for value in sems.VALUES[device.family]}
+        name = next((metric, "") for metric in sems.COUNTED[word] if (metric, "") in read)
+        held = sems.HeldCounter(name[0], 100_000 / sems.watt_hours(name[0]), NOW)
+        held.gained = max(power, 0) * 2 / sems.watt_hours(name[0])
+        device.live.held.counters[name], device.live.counters[name] = held, held.shown.number + held.gained
+    return device
 
 
 def a_store(clock=lambda now: now, **more):
     return sems.Store(300, 256, False, clock, **more)
 
 
-SILENT = {"fresh": 600.0}
-NOW = 1000.0
+def house(*devices, now: float = NOW) -> dict:
+    """The figures of a house of these devices."""
+    store = a_store()
+    return sems.house([sems.member(device, store, now) for device in devices])
 
 
 class HouseholdTest(unittest.TestCase):
     """What a device, and the house, makes and takes."""
-
-    def house(self, devices: list, now: float = NOW) -> dict:
-        store = a_store()
-        return sems.house([sems.member(device, store, now) for device in devices])
 
     def test_flows(self) -> None:
         """Generation, house, export and battery where devices are silent, double or alone; None is not known."""
@@ -4789,7 +4800,6 @@ class HouseholdTest(unittest.TestCase):
             ("two inverters, one silent", [dns(1000), dns(500, **SILENT)], u, u, u, u),
             ("two HomeKit 1000s", [kit1000(1000, 100), kit1000(500, -200)], 1500, 1600, -100, u),
             ("two HomeKit 1000s, one silent", [kit1000(1000, 100), kit1000(500, -200, **SILENT), dns(9)], u, u, u, u),
-            ("a hybrid beside a HomeKit 1000", [kit1000(2000, 500), hybrid(900, -100, 300, 444)], 900, 1500, 500, -100),
             ("a silent hybrid beside a HomeKit 1000", [kit1000(500, 100), hybrid(1, 5, **SILENT)], u, 400, 100, u),
             ("a silent hybrid beside an inverter", [dns(1000), hybrid(1, 5, **SILENT)], u, u, u, u),
             ("a hybrid beside a silent inverter", [dns(1000, **SILENT), hybrid(800, 0, 50)], u, 750, 50, 0),
@@ -4800,89 +4810,41 @@ class HouseholdTest(unittest.TestCase):
             ("at night", [kit1000(-7, -300), dns(5, **SILENT)], 0, 293, -300, u),
             ("all silent", [kit1000(2000, 500, **SILENT), dns(1990, **SILENT)], u, u, u, u),
             ("before a reading", [of_family("HK1000", {}, fresh=float("-inf"))], u, u, u, u),
-            ("nobody", [], u, u, u, u),
         )  # fmt: skip
         for name, devices, *wanted in rows:
             for order in (devices, devices[::-1]):
                 with self.subTest(name):
-                    found = self.house(order)
-                    self.assertEqual([found.get(key) for key in sems.FLOWS[:4]], wanted)
+                    found = house(*order)
+                    self.assertEqual([found.get(key) for key in FLOWS[:4]], wanted)
+                    self.assertIn(found.get("battery_charge_percent"), (None, 50))  # of two the mean
                     self.assertEqual(found.get("grid_watts"), None if wanted[2] is None else -wanted[2])
-
-    # What each device of a house says, by true flows: grid-tied inverter, hybrid's PV, battery and the house's load, in W.
-
-    @staticmethod
-    def energy(metric: str, watts: float, hours: float) -> dict:
-        """A counter that began at 100 kWh."""
-        return {metric: (100_000 + max(watts, 0) * hours) / sems.watt_hours(metric)}
-
-    def grid_says(self, out: float, hours: float) -> dict:
-        return {
-            "meter_power_export_watts": out,
-            **self.energy("meter_energy_export_decawatt_hours_total", out, hours),
-            **self.energy("meter_energy_import_decawatt_hours_total", -out, hours),
-        }
-
-    def kit_says(self, out: float, given: float, hours: float) -> dict:
-        roof = self.energy("meter_energy_generation_decawatt_hours_total", given, hours)
-        return {**self.grid_says(out, hours), "meter_power_generation_watts": given, **roof}
-
-    def inverter_says(self, given: float, out: float | None, hours: float) -> dict:
-        told = {"inverter_power_output_watts": given, "inverter_string_power_watts": (given * 2, 5)}
-        told.update(self.energy("inverter_energy_output_hectowatt_hours_total", given, hours))
-        if out is not None:
-            told["inverter_meter_power_watts"] = out
-            told.update(self.energy("inverter_meter_energy_export_watthours_total", out, hours))
-            told.update(self.energy("inverter_meter_energy_import_watthours_total", -out, hours))
-        return told
-
-    def hybrid_says(self, solar: float, battery: float | None, load: float, out: float | None, hours: float) -> dict:
-        power = solar + (battery or 0)
-        told = {
-            "inverter_string_power_watts": (solar, 0), "inverter_power_output_watts": power, "inverter_active_power_watts": power - load,
-            "inverter_load_watts": 0, "battery_mode": 2 if battery is not None else 0, "battery_power_watts": battery or 0,
-            **self.energy("inverter_energy_output_hectowatt_hours_total", solar, hours),
-            **self.energy("battery_energy_charge_watthours_total", -(battery or 0), hours), **self.energy("battery_energy_discharge_watthours_total", battery or 0, hours),
-        }  # fmt: skip
-        return {**told, **(self.grid_says(out, hours) if out is not None else {})}
-
-    def told_house(self, kits: tuple, inverter: str, battery: str, meter: bool, true: dict, store) -> dict:
-        """The house's figures from devices that have spoken at midnight and two hours later."""
-        made, solar, stored, load = true["made"], true["solar"], true["stored"], true["load"]
-        out = made + solar + (stored or 0) - load
-        for i in range(0, 121, 30):
-            hours, says = i / 60, []
-            if 1000 in kits:
-                says.append((3, METER, "HK1000", self.kit_says(out, made + solar + (stored or 0), hours)))
-            if 3000 in kits:
-                says.append((3, "93000HKU00000042", "HK3000", self.grid_says(out, hours)))
-            if inverter:
-                says.append((1, INVERTER, "GRID", self.inverter_says(made, out if inverter == "CT" else None, hours)))
-            if battery:
-                told = self.hybrid_says(solar, stored, load, out if meter else None, hours)
-                says.append((2, HYBRID, "HYBRID", told))
-            for cls, serial, name, told in says:
-                ranges = [(register, (word,)) for register, word in sems.register_words(name, told).items()]
-                meet(store, frame(cls=cls, serial=serial, ranges=ranges), now=i * 60.0)
-            store.look(i * 60.0)
-        return sems.house([sems.member(device, store, 7200.0) for device in store.devices.values()])
 
     def test_every_house(self) -> None:
         """Each combination of devices, by day and by night: each flow and each energy of the house once."""
         kits = ((), (1000,), (3000,), (1000, 3000))
         hybrids = (("", False), ("none", False), ("none", True), ("there", False), ("there", True))
-        weather = (
-            {"made": 1500, "solar": 2000, "stored": -500, "load": 600},
-            {"made": 0, "solar": 0, "stored": 300, "load": 800},
-        )
+        weather = ((1500, 2000, -500, 600), (0, 0, 300, 800))  # W: grid-tied inverter, hybrid's PV, battery, load
+        day = sems.Day(datetime.fromtimestamp(NOW).date(), None, 0, {})
         for kit, inverter, (battery, meter), now in itertools.product(kits, ("", "plain", "CT"), hybrids, weather):
-            made = now["made"] if inverter or not battery else 0
-            solar, stored = (now["solar"] if battery else 0), now["stored"] if battery == "there" else None
-            load, store = now["load"], sems.Store(clock=clock)
-            out = made + solar + (stored or 0) - load
-            true = {"made": made, "solar": solar, "stored": stored, "load": load}
-            found = self.told_house(kit, inverter, battery, meter, true, store)
+            made, solar, given, load = now
+            made, solar = made if inverter or not battery else 0, solar if battery else 0
+            given = given if battery == "there" else 0
+            roof, out = made + solar + given, made + solar + given - load
+            at_grid = {"imported": -out, "exported": out}
+            plain = counting(dns(made, serial=INVERTER), day, generated=made)
+            plain.live.gauges["inverter_string_power_watts", 'string="1"'] = 5 + 2 * made
+            flows = solar, given if battery == "there" else None, out if meter else None, load
+            mixed = counting(hybrid(*flows, serial=HYBRID), day, battery_charged=-given, battery_discharged=given)
+            devices = [
+                *([counting(kit1000(roof, out), day, generated=roof, **at_grid)] if 1000 in kit else []),
+                *([counting(kit3000(out, serial=KIT_3000), day, **at_grid)] if 3000 in kit else []),
+                *([plain] if inverter else []),
+                *([counting(mixed, day, generated=solar, **(at_grid if meter else {}))] if battery else []),
+            ]
+            if inverter == "CT":
+                counting(plain, day, **at_grid).live.gauges["inverter_meter_power_watts", ""] = out
             with self.subTest(kit=kit, inverter=inverter, battery=battery, meter=meter, now=now):
+                found = house(*devices)
                 grid = bool(kit) or meter or inverter == "CT"  # somebody measures at the grid
                 roof = 1000 in kit or bool(inverter) or bool(battery)
                 export = out if grid else out - made if battery else None
@@ -4890,229 +4852,171 @@ class HouseholdTest(unittest.TestCase):
                     "generation_watts": made + solar if roof else None,
                     "export_watts": export,
                     "grid_watts": None if export is None else -export,
-                    "battery_watts": stored,
+                    "battery_watts": given if battery == "there" else None,
                     "house_watts": load if 1000 in kit or battery or roof and grid else None,
                 }
-                if 1000 in kit and not battery:
-                    wanted["generation_watts"] = made
                 energy = {
                     "generated": made + solar if roof else None,
                     "imported": max(-out, 0) if grid else None,
                     "exported": max(out, 0) if grid else None,
-                    "battery_charged": None if stored is None else max(-stored, 0),
-                    "battery_discharged": None if stored is None else max(stored, 0),
+                    "battery_charged": max(-given, 0) if battery == "there" else None,
+                    "battery_discharged": max(given, 0) if battery == "there" else None,
                     "used": load if roof and grid else None,
                 }
                 for word, watts in energy.items():
                     wanted[f"{word}_today_kilowatt_hours"] = watts if watts is None else watts * 2 / 1000
-                self.assertEqual({key: found.get(key) for key in wanted}, wanted)
                 for key, whole, other in (
                     ("self_sufficiency_percent", energy["used"], energy["imported"]),
                     ("self_consumption_percent", energy["generated"] if energy["used"] else None, energy["exported"]),
                 ):
-                    self.assertEqual(found.get(key), round(100 * (whole - other) / whole, 1) if whole else None, key)
+                    wanted[key] = round(100 * (whole - other) / whole, 1) if whole else None
+                self.assertEqual({key: found.get(key) for key in wanted}, wanted)
                 grown = {word for word in sems.COUNTED if energy[word] is not None}
                 self.assertEqual({word for word in sems.COUNTED if f"{word}_kilowatt_hours" in found}, grown)
 
     def test_device(self) -> None:
-        """A device's keys, whatever its model: those that it knows and no others."""
-        energy = {
-            "meter_energy_generation_decawatt_hours_total": 57941, "meter_energy_import_decawatt_hours_total": 80155,
-            "meter_energy_export_decawatt_hours_total": 27078,
-        }  # fmt: skip
-        life = {"generated": 579.41, "imported": 801.55, "exported": 270.78}
-        battery = {"battery_energy_charge_watthours_total": 780600, "battery_energy_discharge_watthours_total": 633100}
-        own = {"inverter_energy_output_hectowatt_hours_total": 20642}
-        ct = {
-            "inverter_meter_energy_import_watthours_total": 801550,
-            "inverter_meter_energy_export_watthours_total": 270780,
-        }
-        grid = {name: energy[name] for name in energy if "generation" not in name}
-        metered = {
-            "inverter_power_output_watts": 1051,
-            "inverter_meter_power_watts": -40,
-            "inverter_string_power_watts#1": 9,
-        }
-        loads = {"inverter_load_watts": 26, "inverter_string_power_watts#1": 800}
-        rows = (
-            (kit1000(-7, -300, counters=energy), {"generation_watts": -7, "house_watts": 293, "export_watts": -300, "grid_watts": 300}, life),
-            (kit3000(40, counters=grid), {"export_watts": 40, "grid_watts": -40}, {"imported": 801.55, "exported": 270.78}),
-            (dns(1051, counters=own), {"generation_watts": 1051}, {"generated": 2064.2}),
-            (of_family("GRID", metered, {**own, **ct}), {"generation_watts": 1051, "export_watts": -40, "grid_watts": 40}, {**life, "generated": 2064.2}),
-            (
-                hybrid(800, 100, 50, 410, counters={**grid, **battery, **own}),
-                {"generation_watts": 800, "house_watts": 410, "export_watts": 50, "grid_watts": -50, "battery_watts": 100, "battery_charge_percent": 50},
-                {**life, "generated": 2064.2, "battery_charged": 780.6, "battery_discharged": 633.1},
-            ),
-            (hybrid(800, counters={**own, **battery}), {"generation_watts": 800, "house_watts": 7, "export_watts": 793, "grid_watts": -793}, {"generated": 2064.2}),
-            (of_family("HYBRID", loads), {"generation_watts": 800, "house_watts": 26}, {}),
-            (of_family("HYBRID", {**loads, "inverter_backup_load_watts": 408}), {"generation_watts": 800, "house_watts": 434}, {}),
-        )  # fmt: skip
-        for device, flows, lifetime in rows:
-            with self.subTest(device.family, flows=flows):
-                gained = {f"{word}_today_kilowatt_hours" for word in lifetime}
-                lifetime = {f"{word}_kilowatt_hours": number for word, number in lifetime.items()}
+        """A device's keys, whatever its model: those that it knows and no others; flows go with silence, energies stay."""
+        metered = {"inverter_power_output_watts": 1051, "inverter_meter_power_watts": -40}
+        loads = {"inverter_load_watts": 26, "inverter_string_power_watts": 800}
+        no_battery = counting(hybrid(800), battery_charged=9, battery_discharged=9)  # it counts one that is not there
+        grid, u = "generated imported exported", None
+        rows = (  # by FLOWS; energies that it knows
+            (kit1000(-7, -300), (-7, 293, -300, u, u), grid),
+            (kit3000(40), (u, u, 40, u, u), "imported exported"),
+            (dns(1051), (1051, u, u, u, u), "generated"),
+            (of_family("GRID", metered), (1051, u, -40, u, u), grid),
+            (hybrid(800, 100, 50, 410), (800, 410, 50, 100, 50), f"{grid} battery_charged battery_discharged"),
+            (no_battery, (800, 7, 793, u, u), "generated"),
+            (of_family("HYBRID", loads), (800, 26, u, u, u), ""),
+            (of_family("HYBRID", {**loads, "inverter_backup_load_watts": 408}), (800, 434, u, u, u), ""),
+        )
+        for device, numbers, words in rows:
+            with self.subTest(device.family, numbers=numbers):
+                counting(device, **dict.fromkeys(words.split(), 500))
+                lifetime = {f"{word}_kilowatt_hours": 101 for word in words.split()}
+                flows = {key: number for key, number in zip(FLOWS, numbers) if number is not None}
+                flows.update({"grid_watts": -flows["export_watts"]} if "export_watts" in flows else {})
                 self.assertEqual(sems.member(device, a_store(), NOW).figures, {**flows, **lifetime})
                 silent = sems.member(device, a_store(), NOW + 301)
                 self.assertEqual(silent.figures, lifetime)
-                self.assertEqual(silent.told, {*flows, *lifetime, *gained})
+                of_today = {f"{word}_today_kilowatt_hours" for word in words.split()}
+                self.assertEqual(silent.knows, {*flows, *lifetime, *of_today})
 
     def test_today(self) -> None:
-        """Gains of the day; they stay through silence and go at midnight; an inverter's own count stands in for a day that we did not see begin, if its clock agrees."""
-        key, since, seven = "generated_today_kilowatt_hours", "today_since", "2026-03-21T12:00:00"
+        """Gains of the day stay through silence and go at midnight; what an inverter counted before is added and needs no since."""
         with time_zone("UTC0"):
-            for name, cls, serial, begin, off, at, wanted, told in (
-                # begin: hours after noon of the first reading; off: s of the device's clock; at: hours of the look
-                ("a HomeKit", 3, METER, 0, 0, 2, 1.2, seven),
-                ("silent", 3, METER, 0, 0, 3, 1.2, seven),
-                ("from midnight on", 3, METER, 11.5, 0, 13.5, 1.0, None),
-                ("after midnight, and nothing yet", 3, METER, 9, 0, 13, 0, None),
-                ("an inverter", 1, INVERTER, 0, 0, 2, 7.8, None),
-                ("its clock nearly agrees", 1, INVERTER, 0, 599, 2, 7.8, None),
-                ("its clock is wrong", 1, INVERTER, 0, 601, 2, 1.2, seven),
-                ("its clock is wrong the other way", 1, INVERTER, 0, -601, 2, 1.2, seven),
-                ("from midnight on, the counters", 1, INVERTER, 11.5, 0, 13.5, 1.0, None),
-                ("an inverter after midnight", 1, INVERTER, 9, 0, 13, 0, None),
+            since, text = datetime(1970, 1, 1, 0, 5), "1970-01-01T00:05:00"
+            for name, device, begun, before, now, wanted, told in (
+                ("from midnight on", kit1000(1, 1), None, None, NOW, 1.0, None),
+                ("from later on", kit1000(1, 1), since, None, NOW, 1.0, text),
+                ("silent", kit1000(1, 1), since, None, DAY - 1, 1.0, text),
+                ("the next day", kit1000(1, 1), since, None, DAY, None, None),
+                ("an inverter's own count", dns(1), since, 66, NOW, 7.6, None),
+                ("that of one that counts at the grid, too", dns(1), since, 66, NOW, 7.6, text),
             ):
                 with self.subTest(name):
-                    store = sems.Store(clock=clock)
-                    first = int(begin * 60)
-                    for i in range(first, int(at * 60) + 1):
-                        if i <= first + 120:
-                            count = (i - first) // 10
-                            energy = (
-                                [(2051, (0, 0, 1000 + 10 * count))]
-                                if cls == 3
-                                else [(30144, (66 + count, 0, 1000 + count))]
-                            )
-                            when = minute(i) + timedelta(seconds=off)
-                            meet(store, frame(cls=cls, serial=serial, when=when, ranges=energy), now=i * 60.0)
-                        store.look(i * 60.0)
-                    member = sems.member(only(store), store, at * 3600)
-                    self.assertEqual((member.figures.get(key), member.figures.get(since)), (wanted, told))
-                    found = sems.house([member])
-                    self.assertEqual((found.get(key), found.get(since)), (wanted, told))
+                    day = sems.Day(since.date(), begun, 0, {}, before)
+                    counting(device, day, generated=500, **({"imported": 5} if "grid" in name else {}))
+                    for figures in (sems.member(device, a_store(), now).figures, house(device, now=now)):
+                        found = figures.get("generated_today_kilowatt_hours"), figures.get("today_since")
+                        self.assertEqual(found, (wanted, told))
+
+    def test_own_clock(self) -> None:
+        """An inverter's own count of the day counts if its clock is within ten minutes of ours."""
+        for off, wanted in ((599, 6.6), (-599, 6.6), (601, 0), (-601, 0)):
+            store, when = sems.Store(clock=clock), NOON + timedelta(seconds=off)
+            meet(store, frame(cls=1, serial=INVERTER, when=when, ranges=[(30144, (66, 0, 1000))]))
+            self.assertEqual(sems.household(store, 0.0)[1]["generated_today_kilowatt_hours"], wanted, off)
+
+    def says(self, store, i: int, grid: tuple = (), solar: tuple = (), off: int = 0, more: tuple = ()) -> dict:
+        """The house at minute i after noon, in which a HomeKit 3000 says what it has exported and imported in 10 Wh, and an
+        inverter what it made today and in all in 100 Wh."""
+        now, when = i * 60.0, minute(i) + timedelta(seconds=off)
+        store.look(now)
+        if grid:
+            ranges = [(2057, (0, 0, grid[0])), (2069, (0, 0, grid[1]))]
+            meet(store, frame(serial=KIT_3000, when=minute(i), ranges=ranges), now=now)
+        if solar:
+            ranges = [(30144, (solar[0], 0, solar[1])), *more]
+            meet(store, frame(cls=1, serial=INVERTER, when=when, ranges=ranges), now=now)
+        return sems.household(store, now)[1]
 
     def test_one_window(self) -> None:
         """What is used counts from the time on which all that it is made of count; an inverter that sleeps over midnight counts from there."""
-        exported, made = "meter_energy_export_decawatt_hours_total", "inverter_energy_output_hectowatt_hours_total"
-        for name, wakes, total, day, off, ct, used, since in (
-            # the HomeKit 3000 buys 6 kWh an hour from noon on; the inverter stops at 16:00 and wakes (hours after noon), with these counts
-            ("it slept", 19, 102, 2, 0, False, 42.3, None),
-            ("it was away, and made more than today", 19, 140, 2, 0, False, 0, "2026-03-22T07:00:00"),
-            ("it was away for a jump", 19, 9000, 2, 0, False, 42.1, None),
-            ("its CT meter slept too", 19, 102, 2, 0, True, 0, "2026-03-22T07:00:00"),
-            ("its clock is wrong", 19, 102, 2, 700, False, 0, "2026-03-22T07:00:00"),
+        ct = ((30197, (0, 5, 0, 6)), (30209, (1,)))
+        for name, total, day, off, more, used, since in (
+            # the grid sells 6 kWh an hour from noon on; the inverter stops at 16:00 and wakes at 7:00 with these counts
+            ("it slept", 102, 2, 0, (), 42.3, None),
+            ("it was away, and made more than today", 140, 2, 0, (), 0, "2026-03-22T07:00:00"),
+            ("it was away for a jump", 9000, 2, 0, (), 42.1, None),
+            ("its CT meter slept too", 102, 2, 0, ct, 0, "2026-03-22T07:00:00"),
+            ("its clock is wrong", 102, 2, 700, (), 0, "2026-03-22T07:00:00"),
         ):
             with self.subTest(name), time_zone("UTC0"):
                 store = sems.Store(clock=clock)
-                for i in range(wakes * 60 + 1):
-                    grid = [(2057, (0, 0, 500)), (2069, (0, 0, 1000 + 10 * i))]
-                    meet(store, frame(serial="93000HKU00000042", when=minute(i), ranges=grid), now=i * 60.0)
-                    if i <= 240 or i == wakes * 60:
-                        count, today = (total, day) if i > 240 else (100, 9)
-                        when = minute(i) + timedelta(seconds=off)
-                        solar = [(30144, (today, 0, count)), *([(30197, (0, 5, 0, 6)), (30209, (1,))] if ct else [])]
-                        meet(store, frame(cls=1, serial=INVERTER, when=when, ranges=solar), now=i * 60.0)
-                    store.look(i * 60.0)
-                members = [sems.member(device, store, wakes * HOUR) for device in store.devices.values()]
-                found = sems.house_of(store, members, wakes * HOUR)
+                for i in range(19 * 60 + 1):
+                    solar = (9, 100) if i <= 240 else (day, total) if i == 19 * 60 else ()
+                    found = self.says(store, i, (500, 1000 + 10 * i), solar, off, more)
                 self.assertEqual((found["used_today_kilowatt_hours"], found.get("today_since")), (used, since))
                 self.assertEqual(found["imported_today_kilowatt_hours"], 42.1)
 
-    def test_used_never_falls(self) -> None:
-        """What is used does not fall within its window, though its parts are counted in steps; it begins anew with the window."""
-        store, shown_used = sems.Store(clock=clock), []
-        steps = (  # minutes after noon; the inverter's output in 100 Wh; export and import in 10 Wh; used and since when
-            (0, 1000, 500, 700, 0, "12:00"), (1, 1001, 500, 700, 0.1, "12:00"), (2, 1001, 505, 700, 0.1, "12:00"),
-            (3, 1001, 510, 701, 0.1, "12:00"), (4, 1002, 510, 712, 0.22, "12:00"), (719, 1002, 510, 800, 1.1, "12:00"),
-            (721, 1002, 510, 801, 0.01, ""),
-        )  # fmt: skip
-        with time_zone("UTC0"):
-            for i, total, exported, imported, used, since in steps:
-                store.look(i * 60.0)
-                grid = [(2057, (0, 0, exported)), (2069, (0, 0, imported))]
-                meet(store, frame(serial="93000HKU00000042", when=minute(i), ranges=grid), now=i * 60.0)
-                meet(store, frame(cls=1, serial=INVERTER, when=minute(i), ranges=[(30145, (0, total))]), now=i * 60.0)
-                store.look(i * 60.0)
-                found = sems.house_of(
-                    store, [sems.member(one, store, i * 60.0) for one in store.devices.values()], i * 60.0
-                )
-                self.assertEqual(
-                    (found["used_today_kilowatt_hours"], found.get("today_since", "")[11:16]), (used, since), i
-                )
-
-    def test_late_member(self) -> None:
-        """The window of a house begins when the last of its devices is there, and with what they all count from then on."""
-        store, found = sems.Store(clock=clock), {}
-        with time_zone("UTC0"):
-            for i in range(61):
-                grid = [(2057, (0, 0, 500)), (2069, (0, 0, 700 + 10 * i))]
-                meet(store, frame(serial="93000HKU00000042", when=minute(i), ranges=grid), now=i * 60.0)
-                if i >= 30:
-                    meet(
-                        store,
-                        frame(cls=1, serial=INVERTER, when=minute(i), ranges=[(30145, (0, 970 + i))]),
-                        now=i * 60.0,
-                    )
-                store.look(i * 60.0)
-                found = sems.house_of(
-                    store, [sems.member(one, store, i * 60.0) for one in store.devices.values()], i * 60.0
-                )
-                self.assertEqual("used_today_kilowatt_hours" in found, i >= 30)
-        self.assertEqual((found["used_today_kilowatt_hours"], found["today_since"]), (6, "2026-03-21T12:30:00"))
+    def test_used(self) -> None:
+        """What a house has used begins anew with its window, and does not fall within it, though its parts are counted in steps."""
+        noon, later, no = "2026-03-21T12:00:00", "2026-03-21T12:30:00", ()
+        for name, steps in (  # minutes after noon; exported, imported; made; used and since when
+            ("a day", (
+                (0, (500, 700), (0xFFFF, 1000), 0, noon), (1, (500, 700), (0xFFFF, 1001), 0.1, noon),
+                (2, (505, 700), (0xFFFF, 1001), 0.1, noon), (3, (510, 701), (0xFFFF, 1001), 0.1, noon),
+                (4, (510, 712), (0xFFFF, 1002), 0.22, noon), (719, (510, 800), (0xFFFF, 1002), 1.1, noon),
+                (721, (510, 801), (0xFFFF, 1002), 0.01, None),
+            )),
+            ("the last one comes late, and all that counts is what they count from then on", (
+                (0, (500, 700), no, None, noon), (29, (500, 990), no, None, noon),
+                (30, (500, 1000), (0xFFFF, 1000), 0, later), (60, (500, 1300), (0xFFFF, 1030), 6, later),
+            )),
+        ):  # fmt: skip
+            store = sems.Store(clock=clock)
+            for i, grid, solar, used, since in steps:
+                with self.subTest(name, minute=i), time_zone("UTC0"):
+                    found = self.says(store, i, grid, solar)
+                    self.assertEqual((found.get("used_today_kilowatt_hours"), found.get("today_since")), (used, since))
         self.assertEqual((found["imported_today_kilowatt_hours"], found["self_sufficiency_percent"]), (6, 50))
+
+    def test_losses(self) -> None:
+        """What a house with a HomeKit 1000 has used is by its counters alone: those of a hybrid are of the DC side."""
+        day = sems.Day(datetime.fromtimestamp(NOW).date(), None, 0, {})
+        kit = counting(kit1000(900, 400), day, generated=900, imported=0, exported=400)
+        found = house(kit, counting(hybrid(1000, serial=HYBRID), day, generated=1000))
+        self.assertEqual([found[f"{word}_today_kilowatt_hours"] for word in ("generated", "used")], [2, 1])
 
     def test_silent_battery(self) -> None:
         """A hybrid's energies do not change with a packet in which its battery, its meter or all of it is silent."""
-        known = {
-            35182: (0, 500),
-            35184: (2,),
-            35191: (0, 5000),
-            35206: (0, 700),
-            35209: (0, 800),
-            36004: (1,),
-            36015: (0x4240, 0, 0x4240, 0),
-            36025: (0, 5),
-        }
+        battery = {35182: (0, 500), 35184: (2,), 35191: (0, 5000), 35206: (0, 700), 35209: (0, 800)}
+        known = {**battery, 36004: (1,), 36015: (0x4240, 0, 0x4240, 0), 36025: (0, 5)}
         silent = {register: (0,) * len(words) for register, words in known.items()}
         ct = [(30145, (0, 9)), (30195, (0, 5, 0, 600, 0, 700)), (30209, (1,))]
-        keys = [key for key in sems.KEYS if key.endswith("hours")]
         for name, words in (("battery", {35182: (0, 0), 35184: (0,)}), ("meter", {36004: (0,)}), ("all", silent)):
             with self.subTest(name):
                 store, figures = sems.Store(clock=clock), []
                 for i, more in enumerate(({}, words, {})):
                     meet(store, frame(cls=2, serial=HYBRID, when=minute(i), ranges=[*{**known, **more}.items()]))
                     meet(store, frame(cls=1, serial=INVERTER, when=minute(i), ranges=ct))
-                    store.look(0.0)
-                    found = sems.house([sems.member(one, store, 0.0) for one in store.devices.values()])
-                    figures.append({key: found.get(key) for key in keys})
+                    found = sems.household(store, 0.0)[1]
+                    figures.append({key: number for key, number in found.items() if key.endswith("hours")})
                 self.assertEqual(figures, [figures[0]] * 3)
                 self.assertGreater(figures[0]["battery_charged_kilowatt_hours"], 0)
 
     def test_real_frames(self) -> None:
         """The hybrid of the vectors, through the store, at its own time."""
-        store, now = a_store(clock=lambda now: datetime(2026, 3, 21, 13, 14, 15).timestamp()), NOW
-        data = next(bytes.fromhex(vector["hex"]) for vector in VECTORS if vector["name"] == "ET hybrid with battery")
-        store.meet(sems.address(data[: OUT.head], len(data), OUT), data, now)
-        store.look(now)
-        figures = sems.member(*store.devices.values(), store, now).figures
-        wanted = {
-            "generation_watts": 949,
-            "house_watts": 937 + 736,
-            "export_watts": 510,
-            "battery_watts": -1,
-            "battery_charge_percent": 97.0,
-        }
-        energies = {
-            "generated_today": 48.8,
-            "generated": 1353.4,
-            "imported": 6472.97,
-            "exported": 1122.47,
-            "battery_charged": 780.6,
-        }
-        wanted.update({f"{word}_kilowatt_hours": number for word, number in energies.items()})
-        self.assertEqual({key: figures[key] for key in wanted}, wanted)
+        store = a_store(clock=lambda now: datetime(2026, 3, 21, 13, 14, 15).timestamp())
+        (data,) = (bytes.fromhex(vector["hex"]) for vector in VECTORS if vector["name"] == "ET hybrid with battery")
+        meet(store, data)
+        (figures,) = (one.figures for one in sems.household(store, 0.0)[0].values())
+        watts = {"generation": 949, "house": 937 + 736, "export": 510, "battery": -1}
+        self.assertEqual({name: figures[f"{name}_watts"] for name in watts}, watts)
+        energies = {"generated": 1353.4, "imported": 6472.97, "exported": 1122.47, "battery_charged": 780.6}
+        self.assertEqual({word: figures[f"{word}_kilowatt_hours"] for word in energies}, energies)
+        self.assertEqual((figures["battery_charge_percent"], figures["generated_today_kilowatt_hours"]), (97, 48.8))
 
 
 class HistoryTest(unittest.TestCase):
@@ -5130,43 +5034,38 @@ class HistoryTest(unittest.TestCase):
     def seen(self, now: float) -> list:
         return [(point.time, *point.watts[:3]) for point in self.history.points(now)]
 
+    def solar(self, now: float) -> list:
+        return [solar for _, solar, *_ in self.seen(now)]
+
     def test_points(self) -> None:
         """The first as soon as anything is known, then one a minute, and one for now; sources are positive."""
-        for now in (600, 601, 602):
-            self.history.note(now)
+        self.history.note(600)
         self.assertEqual(self.seen(602), [])
         for now in range(605, 730):
             self.reads(now, now, 100)
-        wanted = [(605, 605, 505, -100), (660, 660, 560, -100), (720, 720, 620, -100), (729, 729, 629, -100)]
-        self.assertEqual(self.seen(729), wanted)
-        self.assertEqual(self.seen(729), wanted)
+        for _ in range(2):
+            wanted = [(605, 605, 505, -100), (660, 660, 560, -100), (720, 720, 620, -100), (729, 729, 629, -100)]
+            self.assertEqual(self.seen(729), wanted)
 
     def test_nobody_looks(self) -> None:
         """Without connections the loop sleeps, and nobody notes: the time in between is a gap, and no level line."""
         self.reads(600, 3000, 0)
         self.reads(8000, 100, 0)
-        self.assertEqual(
-            [(at, solar) for at, solar, *_ in self.seen(8000)], [(600, 3000), (660, None), (8000, 100), (8000, 100)]
-        )
+        self.assertEqual([row[:2] for row in self.seen(8000)], [(600, 3000), (660, None), (8000, 100), (8000, 100)])
 
     def test_silence_is_a_gap(self) -> None:
-        """Its minutes are there, and nothing is known of them."""
+        """Its minutes are there, and nothing is known of them; of one of two devices only what hangs on it ends."""
         self.reads(1000, 500, 0)
         for now in range(1000, 2000):
             self.history.note(now)
         self.reads(2000, 7, 7)
-        found = self.seen(2010)
-        self.assertEqual([row[1] for row in found], [500] * 6 + [None] * 12 + [7])
-        self.assertEqual([row[0] for row in found[1:-2]], list(range(1020, 1980, 60)))
-
-    def test_one_of_two_falls_silent(self) -> None:
-        """Its flows end when it does, and what does not hang on it goes on."""
-        self.store.names["roof"] = dns(1000, fresh=1000)
-        self.store.names["grid"] = kit3000(200, fresh=1200)
+        self.assertEqual(self.solar(2010), [500] * 6 + [None] * 12 + [7])
+        self.assertEqual([row[0] for row in self.seen(2010)[1:-2]], list(range(1020, 1980, 60)))
+        self.setUp()
+        self.store.names.update(roof=dns(1000, fresh=1000), grid=kit3000(200, fresh=1200))
         for now in range(1200, 1440):
             self.history.note(now)
-        found = self.history.points(1440)
-        self.assertEqual([point.watts[:3] for point in found], [[1000, 800, -200]] * 2 + [[None, None, -200]] * 4)
+        self.assertEqual([row[1:] for row in self.seen(1440)], [(1000, 800, -200)] * 2 + [(None, None, -200)] * 4)
 
     def test_a_day(self) -> None:
         """Nothing older than 24 hours; after a day of silence nothing is left."""
@@ -5185,10 +5084,9 @@ class HistoryTest(unittest.TestCase):
         for now in range(0, 600, 60):
             self.reads(now, now, 0)
         self.assertEqual([row[0] - offset[0] for row in self.seen(599)], [*range(0, 600, 60), 599])
-        offset[0] -= 300
-        self.assertEqual([row[1] for row in self.seen(599)], [0, 60, 120, 180, 240, 540])
-        offset[0] += sems.DAY + 600
-        self.assertEqual([row[1] for row in self.seen(599)], [540, 540])
+        for step, wanted in ((-300, [0, 60, 120, 180, 240, 540]), (DAY + 600, [540, 540])):
+            offset[0] += step
+            self.assertEqual(self.solar(599), wanted)
 
 
 # ------------------------------------------------------------------------------------- page, picture, Home Assistant
@@ -5202,8 +5100,15 @@ def seen_of(*devices, now: float = NOW, **more) -> sems.Seen:
     return sems.see(store, WEB_SETTINGS, now)
 
 
-def page_of(seen: sems.Seen, points: list | None = None, settings=WEB_SETTINGS) -> str:
-    return "".join(sems.html_page(seen, points or [], settings, "192.0.2.7"))
+def page_of(seen: sems.Seen, points: tuple | list = (), settings=WEB_SETTINGS) -> str:
+    return "".join(sems.html_page(seen, points, settings, "192.0.2.7"))
+
+
+def an_inverter(power: float, model: str = "GW3000-DNS-30", **more):
+    """One that stands beside a meter."""
+    device = dns(power, serial=INVERTER, **more)
+    device.kind, device.name = "inverter", ("inverter", model, INVERTER[-8:])
+    return device
 
 
 def day_of_points(count: int = 24, gap: tuple = (), battery: bool = True) -> list:
@@ -5224,28 +5129,24 @@ class PageTest(unittest.TestCase):
 
     def test_house(self) -> None:
         """The house's flows in words, without a sign; what is not known is not there."""
-        rows = (
+        for device, wanted in (
             (kit1000(2000, 500), "Solar 2,000 W House 1,500 W To the grid 500 W"),
             (kit1000(-7, -300), "Solar 0 W House 293 W From the grid 300 W"),
             (hybrid(800, -250, 300), "Solar 800 W House 250 W To the grid 300 W Into the battery 250 W Battery 50 %"),
             (hybrid(800, 250, 300), "From the battery 250 W"),
             (kit3000(-1), "The house From the grid 1 W"),
             (kit1000(1, 1, **SILENT), "Nothing is known now"),
-        )  # fmt: skip
-        for device, wanted in rows:
+        ):
             with self.subTest(wanted):
                 self.assertIn(wanted, self.texts(page_of(seen_of(device))))
 
     def test_order(self) -> None:
         """Portal, house, picture, today, meters, inverters; since when is said once."""
-        inverter = of_family("GRID", {"inverter_power_output_watts": 5}, serial=INVERTER)
-        inverter.kind, inverter.name = "inverter", ("inverter", "A model", "00000042")
-        seen = seen_of(inverter, kit1000(1, 1))
+        seen = seen_of(an_inverter(5, "A model"), kit1000(1, 1))
         seen.house.update(imported_today_kilowatt_hours=2.5, today_since="1970-01-01T00:10:00")
         text = self.texts(page_of(seen, day_of_points()))
         parts = ("Local: no portal", "The house", "Power, last 24 hours", "Today since 00:10", "2.5 kWh")
-        order = (*parts, "HomeKit 1000", METER, "A model", INVERTER)
-        places = [text.find(word) for word in order]
+        places = [text.find(word) for word in (*parts, "HomeKit 1000", METER, "A model", INVERTER)]
         self.assertEqual(places, sorted(places))
         self.assertGreaterEqual(places[0], 0)
         self.assertEqual(text.count("since"), 1)
@@ -5255,20 +5156,18 @@ class PageTest(unittest.TestCase):
         seen, energies = seen_of(kit1000(1, 1)), {"generated": 12.04, "used": 8, "imported": 1.5, "exported": 5.54}
         battery = {"battery_charged": 3, "battery_discharged": 2.5}
         percent = {"self_sufficiency_percent": 81.25, "self_consumption_percent": 53.99}
-        short = "Solar 12.0 kWh Used 8.0 kWh From the grid 1.5 kWh To the grid 5.5 kWh "
-        between, ends = (
-            "Into the battery 3.0 kWh From the battery 2.5 kWh ",
-            "Self-sufficiency 81 % Self-consumption 54 %",
-        )
+        short = "Solar 12.0 kWh Used 8.0 kWh From the grid 1.5 kWh To the grid 5.5 kWh"
+        between = "Into the battery 3.0 kWh From the battery 2.5 kWh"
+        ends = "Self-sufficiency 81 % Self-consumption 54 %"
         for words, more, since, wanted, columns in (
-            (energies, {}, "2026-03-21T00:00:01", "Today " + short, 4),
-            (energies, percent, "2026-03-21T20:43:09", "Today since 20:43 " + short + ends, 6),
-            ({**energies, **battery}, percent, "", "Today " + short + between + ends, 4),
+            (energies, {}, "2026-03-21T00:00:01", f"Today {short}", 4),
+            (energies, percent, "2026-03-21T20:43:09", f"Today since 20:43 {short} {ends}", 6),
+            ({**energies, **battery}, percent, "", f"Today {short} {between} {ends}", 4),
         ):
             with self.subTest(wanted):
                 today = {f"{word}_today_kilowatt_hours": number for word, number in words.items()}
                 page = page_of(seen._replace(house={**today, **more, "today_since": since}))
-                self.assertIn(wanted.strip(), self.texts(page))
+                self.assertIn(wanted, self.texts(page))
                 self.assertIn(f'class="today" style="--columns:{columns}"', page)
 
     def test_values(self) -> None:
@@ -5284,7 +5183,7 @@ class PageTest(unittest.TestCase):
             "battery_mode#1": 3, "battery_mode#2": 77, "inverter_hybrid_work_mode": 1,
         }  # fmt: skip
         counters = {"inverter_energy_output_hectowatt_hours_total": 20642, "inverter_uptime_hours_total": 1667}
-        rows = (
+        for family, gauges, counted, wanted in (
             ("GRID", inverter, counters, {
                 "String voltage": "334.7 V", "Power factor": "0.985", "Work mode": "normal", "Errors": "none",
                 "Warnings": "0x12", "Internal temperature": "−6.6 °C", "Energy generated": "2,064.2 kWh",
@@ -5294,47 +5193,35 @@ class PageTest(unittest.TestCase):
                 "Battery power, 1": "−1,500 W", "Battery power, 2": "20 W", "Battery state of charge, 1": "97 %",
                 "Battery mode, 1": "charging", "Battery mode, 2": "77", "Work mode": "on grid",
             }),
-        )  # fmt: skip
-        for family, gauges, counted, wanted in rows:
+        ):  # fmt: skip
             with self.subTest(family):
-                device = of_family(family, gauges, counted)
-                page = page_of(seen_of(device))
-                found = dict(re.findall("<tr><th>(.*?)</th><td>(.*?)</td></tr>", page))
-                self.assertEqual(found, wanted)
-                self.assertIn(f"All values ({len(wanted)})", page)
-                self.assertNotIn("<details open", page)
+                page = page_of(seen_of(of_family(family, gauges, counted)))
+                self.assertEqual(dict(re.findall("<tr><th>(.*?)</th><td>(.*?)</td></tr>", page)), wanted)
+                self.assertIn(f"<details><summary>All values ({len(wanted)})", page)
 
     def test_quantities(self) -> None:
         """A name for every metric that says neither kind nor unit; of a family no two rows are alike."""
         for family in sems.FAMILIES:
-            values = {value.series: 1 for value in sems.VALUES[family]}
-            rows = sems.table_rows(family, values)
-            names = [what for what, _ in rows]
+            names = [what for what, _ in sems.table_rows(family, {value.series: 1 for value in sems.VALUES[family]})]
             self.assertEqual(len(names), len(set(names)), family)
             for name in names:
                 self.assertRegex(name, r"\A[A-Z][A-Za-z0-9, -]{2,40}\Z")
                 self.assertNotRegex(name.lower(), r"deci|centi|_|total|hours|watt|inverter_|\bac\b|\bdc\b")
-        kit = [what for what, _ in sems.table_rows("HK1000", dict.fromkeys(sems.one_a_quantity("HK1000"), 1))]
-        self.assertIn("Power to the grid", kit)
-        self.assertNotIn("Power, channel 1", kit)
-        self.assertIn("Power, channel 3", kit)
+            if family == "HK1000":  # its first two channels are the grid and the roof
+                self.assertLessEqual({"Power to the grid", "Power, channel 3"}, set(names))
+                self.assertNotIn("Power, channel 1", names)
 
     def test_states(self) -> None:
         """Reporting, silent, or asleep: an inverter while the roof gives nothing, by a meter or its own last packet."""
-        sleeper = {"serial": INVERTER, "fresh": 600.0}
-        rows = (
-            ([kit1000(-7, -300), dns(1500, **sleeper)], 'class="asleep">asleep'),
-            ([kit1000(2500, 300), dns(5, **sleeper)], 'class="bad">silent'),
-            ([kit1000(2500, 300), dns(5, serial=INVERTER)], 'class="good">reporting'),
-            ([dns(40, **sleeper)], 'class="asleep">asleep'),
-            ([dns(1500, **sleeper)], 'class="bad">silent'),
-            ([kit1000(0, 0, fresh=600.0)], 'class="bad">silent'),
-        )
-        for devices, wanted in rows:
+        for devices, wanted in (
+            ([kit1000(-7, -300), an_inverter(1500, **SILENT)], 'class="asleep">asleep'),
+            ([kit1000(2500, 300), an_inverter(5, **SILENT)], 'class="bad">silent'),
+            ([kit1000(2500, 300), an_inverter(5)], 'class="good">reporting'),
+            ([an_inverter(40, **SILENT)], 'class="asleep">asleep'),
+            ([an_inverter(1500, **SILENT)], 'class="bad">silent'),
+            ([kit1000(0, 0, **SILENT)], 'class="bad">silent'),
+        ):
             with self.subTest(wanted, first=devices[0].live.gauges):
-                for device in devices:
-                    device.kind = "meter" if device.family == "HK1000" else "inverter"
-                    device.name = (device.kind, *device.name[1:])
                 self.assertIn(f"<b {wanted}", page_of(seen_of(*devices)).rpartition("<section>")[2])
 
     def test_age(self) -> None:
@@ -5348,30 +5235,49 @@ class PageTest(unittest.TestCase):
         device.name, device.info["firmware"] = ("meter", "<img src=x onerror=alert(1)>", "x"), "<i>'\""
         device.serial = "<b>\"\\'&lt;</b>xy"
         page = page_of(seen_of(device))
-        for bad in ("<img", "<b>", "<i>"):
-            self.assertNotIn(bad, page)
+        self.assertNotRegex(page, "<img|<b>|<i>")
         for good in ("&lt;img src=x onerror=alert(1)&gt;", "&lt;b&gt;&quot;\\&#x27;&amp;lt;", "&lt;i&gt;"):
             self.assertIn(good, page)
 
     def test_no_device(self) -> None:
-        """What to do, with this machine's address; no script, nothing from elsewhere; fresh every 30 s, the demo's every 5."""
+        """What to do, with this machine's address; no script, nothing from elsewhere."""
         page = page_of(seen_of())
-        for wanted in ("No device has connected", "now 192.0.2.7", "tcp.goodwe-power.com", "20001", "docker exec"):
+        for wanted in ("No device has connected", "now 192.0.2.7", "tcp.goodwe-power.com", "20001", " doctor</code>"):
             self.assertIn(wanted, page)
-        for bad in ("<script", "http:", "https:", "//", "@import"):
-            self.assertNotIn(bad, page)
-        self.assertEqual(set(re.findall(r"url\((.)", page)), {"#"})
-        by_address = argparse.Namespace(**{**vars(WEB_SETTINGS), "upstream": ("198.51.100.7", 20001)})
-        self.assertIn("<code>tcp.goodwe-power.com</code>", page_of(seen_of(), settings=by_address))
-        settings = argparse.Namespace(**vars(WEB_SETTINGS), refresh=sems.DEMO_REFRESH)
-        for seconds, text in ((30, page), (5, page_of(seen_of(), settings=settings))):
-            self.assertIn(f'http-equiv="refresh" content="{seconds}"', text)
+        self.assertNotRegex(page, "<script|https?:|//|@import|url\\([^#]")
+        for flag, wanted, is_there in (
+            ("--sems.upstream=198.51.100.7:20001", "<code>tcp.goodwe-power.com</code>", True),  # an address is no name
+            ("--sems.listen-address=:1", "no other machine reaches it", False),
+            ("--sems.listen-address=192.0.2.7:1", "no other machine reaches it", False),
+            ("--sems.listen-address=127.0.0.1:1", "no other machine reaches it", True),
+            ("--sems.listen-address=localhost:1", "no other machine reaches it", True),
+            ("--sems.listen-address=[::1]:1", "no other machine reaches it", True),
+        ):
+            with self.subTest(flag):
+                settings = sems.serve_settings([flag], {})
+                self.assertEqual(wanted in page_of(seen_of(), settings=settings), is_there)
+
+    def test_doctor(self) -> None:
+        """The command of doctor is that of this program, wherever it lies; in a container it is run from outside."""
+        for container, file, wanted in (
+            (False, "/opt/s.py", "python3 /opt/s.py doctor"),
+            (False, "/my <b>/s.py", "python3 &#x27;/my &lt;b&gt;/s.py&#x27; doctor"),
+            (True, "/s.py", "docker exec sems_mitm python3 -m sems_mitm doctor"),
+        ):
+            with mock.patch.multiple(sems, IN_CONTAINER=container, __file__=file):
+                self.assertIn(f"<code>{wanted}</code>", page_of(seen_of()))
+
+    def test_refresh(self) -> None:
+        """The page is fresh every 30 s, the demo's every 5."""
+        demo = argparse.Namespace(**vars(WEB_SETTINGS), refresh=sems.DEMO_REFRESH)
+        for settings, seconds in ((WEB_SETTINGS, 30), (demo, 5)):
+            self.assertIn(f'http-equiv="refresh" content="{seconds}"', page_of(seen_of(), settings=settings))
 
     def test_portal_state(self) -> None:
         """The portal's state in words, with what waits."""
         for mode, up, waiting, wanted in (
             ("local", None, 0, "Local: no portal"), ("forward", None, 0, "not tried yet"), ("spool", True, 0, "reachable"),
-            ("forward", False, 12345, ", 12,345 bytes wait"), ("forward", False, 0, "sems_mitm.py doctor"),
+            ("forward", False, 12345, ", 12,345 bytes wait"), ("forward", False, 0, " doctor</code>"),
         ):  # fmt: skip
             text = sems.portal_state({"mode": mode, "address": "<x>:1", "up": up, "queue_bytes": waiting})
             self.assertIn(wanted, text)
@@ -5403,19 +5309,18 @@ class PictureTest(unittest.TestCase):
             self.assertEqual(paths[css], wanted)
 
     def test_what_is_drawn(self) -> None:
-        """Only what there is, in the legend too; nothing for a house of which nothing is known."""
+        """Only what there is, in the legend too; nothing for a house of which nothing is known; the grid's colour changes at 0."""
         self.assertEqual(sems.picture([], {}), "")
         self.assertEqual(sems.picture([sems.Point(0, [None] * 4)], {"battery_charge_percent": 5}), "")
         svg = sems.picture(day_of_points(battery=False), {"generation_watts": 2000, "grid_watts": 5})
         self.assertIn("Now: Solar 2,000 W; From the grid 5 W.", svg)
         self.assertNotIn("attery", svg)
         self.assertEqual(svg.count("<li>"), 4)
-        only_grid = [point._replace(watts=[None, None, -5.0, None]) for point in day_of_points()]
-        self.assertEqual(set(self.paths(only_grid)), {"grid"})
-        self.assertIn("grid", self.paths([sems.Point(7, [None, None, 5.0, None])]))
+        self.assertEqual(len(set(re.findall('<stop offset="([0-9.]+)"', svg))), 1)
+        self.assertEqual(set(self.paths([sems.Point(7, [None, None, 5.0, None])])), {"grid"})
 
     def test_colours(self) -> None:
-        """All have the contrast of AA for drawings and large text in both themes; the grid's changes at 0."""
+        """All have the contrast of AA for drawings and large text in both themes."""
 
         def brightness(colour: str) -> float:
             parts = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
@@ -5429,8 +5334,6 @@ class PictureTest(unittest.TestCase):
                 for name in names.split():
                     low, high = sorted((card, brightness(colours[name])))
                     self.assertGreaterEqual((high + 0.05) / (low + 0.05), contrast, name)
-        svg = sems.picture(day_of_points(), {})
-        self.assertEqual(len(set(re.findall('<stop offset="([0-9.]+)"', svg))), 1)
 
     def test_power_axis(self) -> None:
         """Round steps, 0 among them, all powers within."""
@@ -5438,33 +5341,32 @@ class PictureTest(unittest.TestCase):
         for low, high in bounds:
             with self.subTest(low=low, high=high):
                 axes = sems.axes_of([sems.Point(0, [float(low), float(high), None, None])])
-                self.assertTrue(axes.low <= low and high <= axes.high and axes.low <= 0 <= axes.high)
-                self.assertIn(f"{axes.step:e}"[0], "125")
-                self.assertTrue(1 <= round((axes.high - axes.low) / axes.step) <= 9)
+                self.assertEqual((axes.levels[0], axes.levels[-1]), (axes.low, axes.high))
+                self.assertTrue(axes.low <= low and high <= axes.high and 0 in axes.levels)
+                self.assertIn(f"{axes.levels[1] - axes.levels[0]:e}"[0], "125")
+                self.assertTrue(2 <= len(axes.levels) <= 10)
 
     def test_time_axis(self) -> None:
         """From the first reading to now, nothing beyond; whole hours of local time, wherever that is; midnight by its date."""
-        for zone in ("UTC", BERLIN, "ACST-9:30ACDT,M10.1.0,M4.1.0/3", "NPT-5:45", "PST8PDT,M3.2.0,M11.1.0"):
-            with self.subTest(zone), time_zone(zone):
-                for length in (1, 600, 3599, 7199, 20_000, 86_400):
-                    for begin in range(1774_740_000, 1774_760_000, 1717):
-                        axes = sems.axes_of([sems.Point(begin, [1.0] * 4), sems.Point(begin + length, [1.0] * 4)])
-                        self.assertTrue(begin - 60 < axes.left <= begin and axes.right == begin + length)
-                        hours = sems.whole_hours(axes)
-                        self.assertTrue(all(hour.minute == hour.second == 0 for hour in hours))
-                        self.assertTrue(all(axes.left <= hour.timestamp() <= axes.right for hour in hours))
-                        self.assertTrue(length // 3600 // 4 - 1 <= len(hours) <= 9, (length, hours))
-                        labels = "".join(sems.time_texts(axes, hours))
-                        texts = re.findall('class="(.*?)" .*?>(.*?)<', labels)
-                        self.assertGreaterEqual(len(texts), 2)
-                        places = re.findall('x="([0-9.]+)%" y="100.0%" class="time(?: midnight)?"', labels)
-                        gaps = [float(one) - float(other) for one, other in zip(places[1:], places)]
-                        self.assertTrue(len(hours) < 2 or min(gaps) > 17, "labels would overlap on a phone")
-                        dates = [text for css, text in texts if css == "time midnight"]
-                        nights = [f"{hour.day} {hour:%b}" for hour in hours if not hour.hour]
-                        self.assertTrue(dates == nights or len(hours) < 2 and not dates)
-                        if length == 86_400:
-                            self.assertGreaterEqual(len(dates), 1)
+        zones = ("UTC", BERLIN, "ACST-9:30ACDT,M10.1.0,M4.1.0/3", "NPT-5:45", "PST8PDT,M3.2.0,M11.1.0")
+        spans = itertools.product(zones, (1, 600, 3599, 7199, 20_000, 86_400), range(1774_740_000, 1774_760_000, 1717))
+        for zone, length, begin in spans:
+            with self.subTest(zone, length=length, begin=begin), time_zone(zone):
+                axes = sems.axes_of([sems.Point(begin, [1.0] * 4), sems.Point(begin + length, [1.0] * 4)])
+                self.assertTrue(begin - 60 < axes.left <= begin and axes.right == begin + length)
+                self.assertTrue(all(hour.minute == hour.second == 0 for hour in axes.hours))
+                self.assertTrue(all(axes.left <= hour.timestamp() <= axes.right for hour in axes.hours))
+                self.assertTrue(length // 3600 // 4 - 1 <= len(axes.hours) <= 9, axes.hours)
+                labels = "".join(sems.time_texts(axes))
+                texts = re.findall('class="(.*?)" .*?>(.*?)<', labels)
+                self.assertGreaterEqual(len(texts), 2)
+                places = re.findall('x="([0-9.]+)%" y="100.0%" class="time(?: midnight)?"', labels)
+                gaps = [float(one) - float(other) for one, other in zip(places[1:], places)]
+                self.assertTrue(len(axes.hours) < 2 or min(gaps) > 17, "labels would overlap on a phone")
+                dates = [text for css, text in texts if css == "time midnight"]
+                nights = [f"{hour.day} {hour:%b}" for hour in axes.hours if not hour.hour]
+                self.assertTrue(dates == nights or len(axes.hours) < 2 and not dates)
+                self.assertTrue(dates or length < 86_400)
 
     def test_browser(self) -> None:
         """A browser draws it: there is ink in each quarter of the picture, and the page does not scroll sideways."""
@@ -5487,14 +5389,8 @@ class PictureTest(unittest.TestCase):
 
     def boxes(self, chromium: str, path: str, width: int) -> dict:
         """The boxes (left, right, top, bottom) of the picture's parts on a page of this width, by a script in the frame's page."""
-        parts = {
-            "area": "path.area",
-            "grid": "path.grid",
-            "house": "path.house",
-            "levels": "text.level",
-            "times": "text.time",
-        }
-        wanted = {**{name: f"figure {css}" for name, css in parts.items()}, "svg": "figure>svg"}
+        parts = "area path.area, grid path.grid, house path.house, levels text.level, times text.time, svg >svg"
+        wanted = {name: f"figure {css}" for name, css in (part.split() for part in parts.split(", "))}
         script = (
             "const d=f.contentDocument,b=s=>[...d.querySelectorAll(s)].map(e=>{const r=e.getBoundingClientRect();"
             "return [r.left,r.right,r.top,r.bottom].map(Math.round)});document.title=JSON.stringify("
@@ -5514,9 +5410,18 @@ class PictureTest(unittest.TestCase):
 class HomeAssistantTest(unittest.TestCase):
     """The package: every scalar a JSON string, and nothing in it that the network said, but cut text."""
 
-    def sensors(self, text: str) -> dict:
+    def setUp(self) -> None:
+        """A meter and a sleeping inverter."""
+        meter = counting(kit1000(5, 5), generated=1, imported=2)
+        self.roof = [meter, counting(an_inverter(5, **SILENT), generated=7)]
+
+    def package(self, *devices) -> str:
+        with time_zone("UTC"):
+            return sems.home_assistant(seen_of(*devices), "192.0.2.7:14028")
+
+    def sensors(self, *devices) -> dict:
         """The sensors of a package by unique_id, read strictly."""
-        lines = [line for line in text.splitlines() if line and not line.startswith("#")]
+        lines = [line for line in self.package(*devices).splitlines() if line and not line.startswith("#")]
         head = r'rest:\n  - resource: "http://[^"\\]+/api/household"\n    scan_interval: 60\n    sensor:'
         self.assertRegex("\n".join(lines[:4]), rf"\A{head}\Z")
         found: list = []
@@ -5527,23 +5432,10 @@ class HomeAssistantTest(unittest.TestCase):
         self.assertEqual(len({sensor["unique_id"] for sensor in found}), len(found))
         return {sensor["unique_id"]: sensor for sensor in found}
 
-    def a_roof(self) -> list:
-        """A meter and a sleeping inverter."""
-        energy = {"meter_energy_generation_decawatt_hours_total": 1, "meter_energy_import_decawatt_hours_total": 2}
-        meter = kit1000(5, 5, counters=energy)
-        roof = dns(5, counters={"inverter_energy_output_hectowatt_hours_total": 7}, serial=INVERTER, **SILENT)
-        roof.kind, roof.name = "inverter", ("inverter", "GW3000-DNS-30", "00000042")
-        return [meter, roof]
-
-    def package(self, *devices) -> str:
-        with time_zone("UTC"):
-            return sems.home_assistant(seen_of(*devices), "192.0.2.7:14028")
-
     def test_package(self) -> None:
         """A sensor for each key that a device or the house knows when nobody sleeps, with what Home Assistant needs."""
-        seen = seen_of(*self.a_roof())
-        found, left_out = self.sensors(self.package(*self.a_roof())), {"export_watts", "today_since"}
-        of_devices = {f"{device.serial}_{key}" for device in seen.devices for key in device.member.told - left_out}
+        seen, found, left_out = seen_of(*self.roof), self.sensors(*self.roof), {"export_watts", "today_since"}
+        of_devices = {f"{device.serial}_{key}" for device in seen.devices for key in device.member.knows - left_out}
         self.assertEqual({name for name in found if not name.startswith("house")}, of_devices)
         self.assertLessEqual({f"house_{key}" for key in seen.house.keys() - left_out}, set(found))
         self.assertIn("house_grid_watts", found)
@@ -5551,44 +5443,31 @@ class HomeAssistantTest(unittest.TestCase):
         self.assertEqual(found["house_house_watts"]["name"], "House power")
         for key, sensor in found.items():
             owner, _, word = key.partition("_")
-            counting = "total" if owner == "house" and "_today_" not in key else "total_increasing"
-            wanted = {
-                "watts": ("power", "measurement", "W"),
-                "hours": ("energy", counting, "kWh"),
-                "percent": (None, "measurement", "%"),
-            }
+            counted = "total" if owner == "house" and "_today_" not in key else "total_increasing"
+            wanted = {"watts": ("power", "measurement", "W"), "hours": ("energy", counted, "kWh")}
             fields = ("device_class", "state_class", "unit_of_measurement")
-            self.assertEqual(tuple(sensor.get(name) for name in fields), wanted[word.rpartition("_")[2]])
+            of_a_share = (None, "measurement", "%")
+            self.assertEqual(tuple(map(sensor.get, fields)), wanted.get(word.rpartition("_")[2], of_a_share))
             self.assertRegex(sensor["icon"], r"\Amdi:[a-z-]+\Z")
             for name in ("value_template", "availability"):
                 self.assertRegex(sensor[name], rf"\A\{{\{{ .*'{owner}'.*'{word}'.* \}}\}}\Z")
                 self.assertIn("value_json is mapping", sensor[name])
-            self.assertEqual("json_attributes" in sensor, "_today_" in key)
             path = f"$['{owner}']" if owner == "house" else f"$['devices']['{owner}']"
-            self.assertEqual(sensor.get("json_attributes_path", path), path)
+            attributes = [sensor.get(name) for name in ("json_attributes_path", "json_attributes")]
+            self.assertEqual(attributes, [path, ["today_since"]] if "_today_" in key else [None, None])
+        battery = self.sensors(hybrid(800, 100, 50))[f"{METER}_battery_charge_percent"]
+        self.assertEqual((battery["device_class"], battery["unit_of_measurement"]), ("battery", "%"))
 
     def test_night(self) -> None:
         """A HomeKit 3000 beside a sleeping inverter: the house's power is not known now, and has its sensor for the day."""
         devices = kit3000(-250), dns(5, serial=INVERTER, **SILENT)
         self.assertEqual(seen_of(*devices).house, {"export_watts": -250, "grid_watts": 250})
-        self.assertLessEqual({"house_house_watts", "house_generation_watts"}, set(self.sensors(self.package(*devices))))
-
-    def test_restart(self) -> None:
-        """Inverters that come back one by one after a restart add nothing that was not made to the house's energy."""
-        counted = [{"inverter_energy_output_hectowatt_hours_total": number} for number in (50_000, 70_000)]
-        both = [dns(9, counters=counters, serial=f"53000DSC0000004{i}") for i, counters in enumerate(counted)]
-        key, added = "generated_kilowatt_hours", {"total": 0.0, "total_increasing": 0.0}
-        states = [seen_of(*devices).house[key] for devices in (both, both[:1], both)]
-        for before, after in zip(states, states[1:]):  # how Home Assistant's statistics add up the two classes
-            added["total"] += after - before
-            added["total_increasing"] += after if after < before else after - before
-        self.assertEqual(added, {"total": 0, "total_increasing": 5000 + 7000})
-        self.assertEqual(self.sensors(self.package(*both))[f"house_{key}"]["state_class"], "total")
+        self.assertLessEqual({"house_house_watts", "house_generation_watts"}, set(self.sensors(*devices)))
 
     def test_comments(self) -> None:
         """Which devices are in it, known when, which sensor goes where in the Energy dashboard, what counts the same twice."""
-        comments = [line for line in self.package(*self.a_roof()).splitlines() if line.startswith("#")]
-        for wanted in (
+        comments = [line for line in self.package(*self.roof).splitlines() if line.startswith("#")]
+        wanted = (
             f"#     HomeKit 1000, {METER}",
             f"#     GW3000-DNS-30, {INVERTER}",
             "#     Grid, energy imported from the grid: HomeKit 1000 energy from the grid",
@@ -5596,8 +5475,8 @@ class HomeAssistantTest(unittest.TestCase):
             "#     Solar panels, energy: HomeKit 1000 solar energy",
             "#     Solar panels, power: House solar power",
             "# HomeKit 1000 and GW3000-DNS-30 count the same roof: take only the energies of HomeKit 1000 there.",
-        ):
-            self.assertIn(wanted, comments)
+        )
+        self.assertLessEqual(set(wanted), set(comments))
         self.assertIn("known on 1970-01-01 at 00:16", comments[0])
         self.assertIn("rest.reload", "".join(comments))
         self.assertNotIn("Battery", "".join(comments))
@@ -5610,21 +5489,19 @@ class HomeAssistantTest(unittest.TestCase):
             (("93000HKU00000045", "Alike (1.5/2+3-4)"), "Alike (1.5/2+3-4) 00000045"),
             (("93000HKU00000046", "Alike (1.5/2+3-4)"), "Alike (1.5/2+3-4) 00000046"),
         )  # fmt: skip
-        devices = []
-        for (serial, model), _ in rows:
-            devices.append(kit3000(1, serial=serial))
-            devices[-1].name = ("meter", model, serial[-8:])
-        text = sems.home_assistant(seen_of(*devices), "h:1")
-        found = [sensor["name"] for key, sensor in self.sensors(text).items() if not key.startswith("house")]
+        devices = [kit3000(1, serial=serial) for (serial, _), _ in rows]
+        for device, ((serial, model), _) in zip(devices, rows):
+            device.name = ("meter", model, serial[-8:])
+        found = [sensor["name"] for key, sensor in self.sensors(*devices).items() if not key.startswith("house")]
         self.assertEqual(found, [f"{name} grid power" for _, name in rows if name])
-        self.assertNotRegex("".join(line for line in text.splitlines() if line.startswith("#")), '[{}<>"]')
+        comments = "".join(line for line in self.package(*devices).splitlines() if line.startswith("#"))
+        self.assertNotRegex(comments, '[{}<>"]')
 
     def test_nobody(self) -> None:
-        """No device yet: no package, but a text that says so."""
+        """No device yet: no package."""
         nobody = of_family("GRID", {}, fresh=float("-inf"))
         for devices in ((), (nobody,), (kit3000(1, serial="<b>45678901234567"[:16]),)):
-            with self.assertRaisesRegex(LookupError, "No device is known yet"):
-                sems.home_assistant(seen_of(*devices), "h:1")
+            self.assertEqual(self.package(*devices), "")
 
     def test_templates(self) -> None:
         """Home Assistant's templates, by jinja2 where it is: no error, whatever the exporter answers."""
@@ -5632,17 +5509,14 @@ class HomeAssistantTest(unittest.TestCase):
             import jinja2
         except ImportError:
             self.skipTest("no jinja2")
-        found = self.sensors(self.package(*self.a_roof()))
         made = jinja2.Environment(undefined=jinja2.StrictUndefined)
         answer = {"house": {"house_watts": 0}, "devices": {METER: {"generation_watts": 5}}}
-        for key, sensor in found.items():
+        for key, sensor in self.sensors(*self.roof).items():
             known = {"house_house_watts": "0", f"{METER}_generation_watts": "5"}.get(key)
             for given in ({}, {"value_json": None}, {"value_json": []}, {"value_json": {}}, {"value_json": answer}):
-                value, there = (
-                    made.from_string(sensor[name]).render(given) for name in ("value_template", "availability")
-                )
+                found = [made.from_string(sensor[name]).render(given) for name in ("value_template", "availability")]
                 is_known = known is not None and given.get("value_json") is answer
-                self.assertEqual((value, there), (known, "True") if is_known else ("None", "False"))
+                self.assertEqual(found, [known, "True"] if is_known else ["None", "False"])
 
 
 # ------------------------------------------------------------------------------------------------------------ HTTP
