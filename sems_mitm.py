@@ -118,8 +118,7 @@ SHUTDOWN = 2  # s to send what is queued at the end
 TICK = 1  # s between looks at deadlines
 SLOW = 1  # s in a file system after which the log names it
 LOOP_WINDOW = 2  # s after we sent a piece to the portal in which a device's connection that begins with it is a loop
-OPENING = 46  # bytes of a frame that tell it from others: type, serial number and IV, which is the time
-WRITES = 4  # to the portal, of which a connection remembers the first bytes
+WRITES = 32  # to the portal, of which a connection remembers the first piece: its first write, and the newest
 RETURN_WINDOW = 60  # s in which a frame that left a spool and comes in again is a loop
 SENT_FRAMES = 4096  # of spools that are remembered for that
 DECODING = 0.25  # s in a row for decoding
@@ -2575,8 +2574,6 @@ class DevicePeer(Peer):
         if self._began is not None and now - self._began >= STRANGER and not framer.rest:
             self._began = math.inf
             self._name_stranger("nothing", now)
-        if self._began is not None and len(framer.rest) >= OPENING:  # an unfinished frame can be ours, too
-            self.is_loop = self.loop.portal.notice_loop(framer.rest, self.name, window, now)
         pieces = framer.expire(now)
         is_silent = not connection.ended and now - connection.heard >= SILENCE
         if is_silent or connection.is_stalled(now):
@@ -2585,13 +2582,18 @@ class DevicePeer(Peer):
         return self._checked(pieces, window, now)
 
     def _checked(self, pieces: list[Piece], window: float, now: float) -> list[Message]:
-        """The messages of pieces; none if the first piece of the connection has left for the portal within a window."""
+        """The messages of pieces; none if the first piece of the connection has come back from the portal."""
         if pieces and self._began is not None:
             self._began, (_, first) = None, pieces[0]
             if first.startswith(b"\x16\x03"):  # a TLS record with a client hello
                 self._name_stranger("tls", now)
             self.is_loop = self.loop.portal.notice_loop(first, self.name, window, now)
-        return [] if self.is_loop else self.recognized(pieces, now)
+        messages = self.recognized(pieces, now)
+        if not self.is_loop:
+            return messages
+        for kind, piece, _, _ in messages:  # its frames are no device's
+            self.decide((kind, piece, None, ""), "dropped", now)
+        return []
 
     def _name_stranger(self, said: str, now: float) -> None:
         self.loop.store.name_stranger(self.name.rpartition(":")[0].strip("[]"), said, now)
@@ -2606,15 +2608,23 @@ def reason_of(error: OSError) -> str:
     return getattr(error, "reason", known)
 
 
+class Write:
+    """A write to the portal: the hash of the piece with which it begins, and when it was."""
+
+    __slots__ = ("at", "is_noticed", "key")
+
+    def __init__(self, piece: bytes, now: float) -> None:
+        self.key, self.at = hash(piece), now
+        self.is_noticed = False  # it has come back
+
+
 class Portal:
     """The portal, as all links to it see it: its name, its addresses, whether it is there, what was sent to it."""
 
     def __init__(self, loop: Loop) -> None:
         self.loop = loop
         self.up: int | None = None  # whether the last attempt of any link succeeded, and its connection was not lost
-        # of each link that is connected: how its last writes began, and when
-        self.writes: dict[PortalLink, collections.deque[tuple[bytes, float]]] = {}
-        self._refused: dict[int, float] = {}  # hashes of openings that were refused as a loop, and when
+        self.writes: dict[PortalLink, list[Write]] = {}  # of each link that is connected
         self._waiting: dict[PortalLink, None] = {}  # for the look-up that is under way
         self._is_looking = False  # in a thread
         self._late: tuple[list[Endpoint], float] = ([], -math.inf)  # addresses that came when nobody waited, and when
@@ -2668,29 +2678,30 @@ class Portal:
         own = {sock.getsockname()[:2] for listener in self.loop.listeners for sock in listener.sockets}
         return any((name, port) in own for name in ("0.0.0.0", "::", host)) and is_this_machine(host)
 
-    def notice_loop(self, piece: bytes, peer: str, window: float, now: float) -> bool:
-        """Whether a device's connection is a loop: it begins with the bytes of a recent write of ours to the portal.
+    def note_write(self, link: PortalLink, piece: bytes, now: float) -> None:
+        """Remember that a link sends this piece, and what is behind it."""
+        writes = self.writes[link]
+        writes.append(Write(piece, now))
+        if len(writes) > WRITES:
+            del writes[1]  # a loop begins with the first of all, or with one that left just now
 
-        If its address is our own end of that connection, it is certainly one. Else it is noted and counts once, and only within
-        `window` s, since a device can repeat what it sent. Frames must agree in OPENING bytes, anything else in all.
+    def notice_loop(self, piece: bytes, peer: str, window: float, now: float) -> bool:
+        """Whether a device's connection is a loop: it begins with the piece with which a write of ours began.
+
+        If its address is our own end of that connection, it is certainly one. Else a write counts within `window` s,
+        and once, since a device can repeat what it sent; what comes back again has left in another write.
         """
-        self._refused = {key: at for key, at in self._refused.items() if now - at < RETURN_WINDOW}
-        opening, is_frame = piece[:OPENING], piece.startswith(OUTBOUND.prefix)
         for link, writes in self.writes.items():
-            for sent, at in writes:
-                size = min(len(sent), len(opening))
-                if sent[:size] != opening[:size] or size < (OPENING if is_frame else 1):
-                    continue
-                if link.end == peer:
-                    return True
-                if now - at <= window and hash(opening) not in self._refused:
-                    self._refused[hash(opening)] = now
+            for write in writes:
+                is_recent = now - write.at <= window and not write.is_noticed
+                if write.key == hash(piece) and (link.end == peer or is_recent):
+                    write.is_noticed = True
                     return True
         return False
 
     def connected(self, link: PortalLink, now: float) -> None:
         """Called when a link is connected."""
-        self.writes[link] = collections.deque(maxlen=WRITES)
+        self.writes[link] = []
         if not self.up:
             text = f"connected to the portal {self.loop.settings.upstream_text}"
             self.loop.store.troubles.say("portal there", text, now, level=logging.INFO)
@@ -2795,7 +2806,7 @@ class PortalLink:
         if self.state != UP or not self.outbox.size:
             return []
         self.has_sent = True
-        self.loop.portal.writes[self].append((self.outbox.first()[:OPENING], now))
+        self.loop.portal.note_write(self, self.outbox.first(), now)
         self.peer.connection.send(now)
         messages = self.peer.rest(now)
         self._notice_end(now)
@@ -3052,8 +3063,8 @@ class Answerer:
     def close(self) -> None:
         """Close the socket, and be forgotten."""
         messages, self._messages = self._messages, []
-        for message, _ in messages:
-            self.device.decide(message, "dropped", time.monotonic())
+        for (kind, frame, _, _), _ in messages:  # what comes back is no device's
+            self.device.decide((kind, frame, None, ""), "dropped", time.monotonic())
         self.device.connection.close()
         self.loop.forget(self)
 
@@ -3076,18 +3087,19 @@ class SpoolSender:
     """
 
     def __init__(self, spools: Spools, serial: str, now: float) -> None:
-        self.spools, self.loop, self.serial = spools, spools.loop, serial
+        self.spools, self.serial = spools, serial
         self.heard = now  # when its device's last frame came
         self._last = spools.table.types(serial)  # of each type, the last id in the table
         self._sent: dict[str, int] = {}  # of each type, the last id that was sent on this connection
         self._newest = dict.fromkeys(map(hash, spools.table.newest(serial, self._last)))  # of the frames that wait
         self._under_way: list[UnderWay] = []  # oldest first
-        self._acknowledged_at = -math.inf  # when the portal last acknowledged a frame on this connection
+        self._has_answered = False  # the portal has, on this connection
+        self._acknowledged_at = -math.inf  # when it last acknowledged a frame there
         # frames that were put behind: id to type, and until when they are not sent again on this connection
         self._behind: dict[int, tuple[str, float]] = {}
         self._own_answers: collections.deque[bytes] = collections.deque(maxlen=WINDOW)  # to frames under way
         classes = {int(kind[:2], 16) for kind in self._last if kind != NO_ANSWER}
-        self.link = PortalLink(self.loop, self, serial, classes)
+        self.link = PortalLink(spools.loop, self, serial, classes)
 
     @property
     def waiting(self) -> int:
@@ -3146,6 +3158,7 @@ class SpoolSender:
         at = next((at for at, frame in enumerate(self._under_way) if frame.row.type == kind), None)
         if at is None:
             return
+        self._has_answered = True
         if not is_ack:
             return self._put_behind(self._under_way[at], now)
         self._acknowledged_at = now
@@ -3173,8 +3186,8 @@ class SpoolSender:
         if count >= GIVEN_UP:
             data = table.frame(self.serial, row)[:LOG_HEX].hex()
             text = f"gave up a packet of {self.serial}, type {row.type}, that the portal does not accept: {data}"
-            self.loop.store.troubles.say("given up", text, now, level=logging.ERROR)
-            self.loop.store.add("sems_mitm_undeliverable_packets_total")
+            self.spools.loop.store.troubles.say("given up", text, now, level=logging.ERROR)
+            self.spools.loop.store.add("sems_mitm_undeliverable_packets_total")
             return self._deliver(frame)
         self._under_way.remove(frame)
         self._last[row.type] = table.move_behind(self.serial, row, count, mark)
@@ -3190,7 +3203,7 @@ class SpoolSender:
         if self.link.state == UP and not self.link.outbox.size:  # what gets no answer is done once sent
             for frame in [frame for frame in self._under_way if frame.row.type == NO_ANSWER]:
                 self._deliver(frame)
-                self.loop.touch(self)  # the next can go
+                self.spools.loop.touch(self)  # the next can go
         if self.link.was_lost:
             self._start_anew(now)
         if self.undelivered and self.link.can_begin(now) and self._next(now):
@@ -3203,16 +3216,16 @@ class SpoolSender:
         self.link.was_lost = False
         self.link.outbox.restart(lambda piece: False)
         unanswered = [frame for frame in self._under_way if frame.row.type != NO_ANSWER]
-        if unanswered and self._acknowledged_at == -math.inf:
-            self.loop.portal.up = 0
+        if unanswered and not self._has_answered:
+            self.spools.loop.portal.up = 0
             self._put_behind(unanswered[0], now)
         for of_connection in (self._behind, self._under_way, self._own_answers, self._sent):
             of_connection.clear()
-        self._acknowledged_at = -math.inf
+        self._has_answered, self._acknowledged_at = False, -math.inf
 
     def _send(self, now: float) -> None:
         """Queue the next frames for the portal."""
-        outbox, draws = self.link.outbox, self.loop.store.batsignal
+        outbox, draws = self.link.outbox, self.spools.loop.store.batsignal
         while len(self._under_way) < WINDOW and outbox.size < SEND_SIZE:
             if len(self._behind) >= WINDOW and self._acknowledged_at == -math.inf:
                 break  # it can be that it refuses everything
@@ -3254,22 +3267,22 @@ class SpoolSender:
                 del self._behind[at]
                 self._sent[kind] = min(self._sent.get(kind, 0), at - 1)
         late = [frame for frame in self._under_way if now - frame.at >= ANSWER_TIMEOUT and frame.row.type != NO_ANSWER]
-        for frame in late:
-            if frame.is_passed_over:  # it is this one
-                self._put_behind(frame, now)
-            elif now - self._acknowledged_at >= ANSWER_TIMEOUT:
-                text = f"no answer to a packet of {self.serial} for {ANSWER_TIMEOUT} s"
-                self.loop.portal.failed("timeout", text, now)
-                self._acknowledged_at = (
-                    -math.inf
-                )  # whatever it answered before, the oldest frame can be why it no longer does
-                return self.link.lose(None, now)
+        passed_over = [frame for frame in late if frame.is_passed_over]
+        for frame in passed_over:
+            self._put_behind(frame, now)
+        if passed_over:
+            self.link.lose(None, now)  # or an answer that still comes would be taken for the next frame's
+        elif late and now - self._acknowledged_at >= ANSWER_TIMEOUT:
+            text = f"no answer to a packet of {self.serial} for {ANSWER_TIMEOUT} s"
+            self.spools.loop.portal.failed("timeout", text, now)
+            self._has_answered = False  # whatever it answered before, the oldest frame can be why it no longer does
+            self.link.lose(None, now)
 
     def close(self) -> None:
         """End the connection, and be forgotten; what is spooled stays, and `Spools.wake` makes another sender for it."""
         self.link.drop(time.monotonic())
         self.spools.senders.pop(self.serial, None)
-        self.loop.forget(self)
+        self.spools.loop.forget(self)
 
 
 class Spools:
@@ -3380,7 +3393,6 @@ class Listener:
                 return
             except OSError as error:  # out of descriptors or memory
                 self.loop.store.troubles.say("accept", f"cannot accept a connection: {error.strerror}", now)
-                self.loop.end_idle_links(now)
                 return self.pause()
             self._admit(sock, sockaddr, now)
 
@@ -3461,7 +3473,8 @@ class Loop:
 
     def device_connections(self) -> int:
         """How many devices are connected."""
-        return sum(isinstance(owner, (Relay, Answerer)) for owner in self.owners)
+        devices = (owner.device for owner in self.owners if isinstance(owner, (Relay, Answerer)))
+        return sum(not device.connection.ended for device in devices)
 
     def _queue_bytes(self) -> int:
         """Bytes that wait for the portal."""
@@ -3478,12 +3491,6 @@ class Loop:
         """Called when the owner has closed its sockets for good."""
         self.owners.pop(owner, None)
         self._touched.pop(owner, None)
-
-    def end_idle_links(self, now: float) -> None:
-        """Called when there are no descriptors: spools without work give theirs back."""
-        for owner in self.owners:
-            if isinstance(owner, SpoolSender) and not owner.undelivered:
-                owner.link.drop(now)
 
     def has_good_clock(self, now: float) -> bool:
         """Whether this machine's clock is good enough to set a device's by it."""
