@@ -266,21 +266,11 @@ TABLES = (
 
 FAMILIES = ("HK1000", "HK3000", "GRID", "HYBRID")
 Quantity = collections.namedtuple("Quantity", "metric labels help read")  # read: family to how it is read there
-
-
-def quantities(tables: Iterable[tuple[Sequence[str], Sequence[Sequence[str]]]]) -> tuple[Quantity, ...]:
-    """The rows of tables. Raises ValueError for a row with other columns than its head."""
-    found = []
-    for heads, rows in tables:
-        for metric, labels, *reads, text in rows:
-            if len(reads) != len(heads):
-                raise ValueError(f"{metric}: {len(reads)} columns under {len(heads)} heads")
-            read = {family: how for head, how in zip(heads, reads) if how for family in head.split()}
-            found.append(Quantity(metric, labels, text, read))
-    return tuple(found)
-
-
-QUANTITIES = quantities(TABLES)
+QUANTITIES = tuple(
+    Quantity(metric, labels, text, {family: how for head, how in zip(heads, reads) if how for family in head.split()})
+    for heads, rows in TABLES
+    for metric, labels, *reads, text in rows
+)
 
 # number: of the raw bits, None if they mean "not available"; int is the bits as they are
 Kind = collections.namedtuple("Kind", "words signed number")
@@ -317,71 +307,44 @@ SILENT = ((30034, 30039), (30100, 30102), (35000, 35032), (35100, 35102))
 Value = collections.namedtuple("Value", "register later missing number multiply divide series counter when instead")
 
 
+@functools.cache
 def metric_type(metric: str) -> str:
     """The type of a register's metric, by its name."""
     return "counter" if metric.endswith("_total") else "gauge"
 
 
-def _condition(text: str) -> tuple[int, int | None]:
-    """A condition of a row: REG=WORD, or REG>0."""
-    register, sign, word = re.split("([=>])", text)
-    return int(register), int(word) if sign == "=" else None
-
-
-def _parts(how: str) -> tuple[str, int, int, list[str], list[tuple[int, int | None] | None]]:
-    """How one place of a quantity is read: kind, multiply, divide, registers, a condition for each of them."""
-    how, _, conditions = how.partition(" if ")
-    form, *registers = how.split()
-    kind, _, divide = form.partition("/")
-    kind, _, multiply = kind.partition("*")  # two numbers, since 66 / 10 is 6.6 and 66 * 0.1 is not
-    when: list[tuple[int, int | None] | None] = [*map(_condition, conditions.split())] or [None]
-    when = when * len(registers) if len(when) == 1 else when
-    if len(when) != len(registers):
-        raise ValueError(f"{len(when)} conditions for {len(registers)} registers")
-    return kind, int(multiply or 1), int(divide or 1), registers, when
-
-
 def evidence(row: Quantity, family: str) -> list[str]:
     """Where each register that a row has in a family is known from."""
     known = GUESS if family == "HK3000" else SEEN
-    registers = [register for place in row.read[family].split(", ") for register in _parts(place)[3]]
-    return [MAP if register.endswith("?") else known for register in registers if register != "-"]
+    return [MAP if mark else known for mark in re.findall(r" \d+(\??)(?![\d?=>])", row.read[family])]
 
 
 def row_values(row: Quantity, family: str) -> Iterator[Value]:
-    """A row's values in a family that reads it. Raises ValueError for a row that makes no sense."""
+    """A row's values in a family that reads it."""
     name, *labels = row.labels.split() or [""]
     texts = [f'{name}="{label}"' for label in labels] or [""]
     counter = metric_type(row.metric) == "counter"
     for place, how in enumerate(row.read[family].split(", ")):
-        kind, multiply, divide, registers, conditions = _parts(how)
-        if kind not in KINDS:
-            raise ValueError(f"there is no kind {kind}")
-        if len(registers) != len(texts):
-            raise ValueError(f"{len(registers)} registers for {len(texts)} labels")
+        how, _, conditions = how.partition(" if ")
+        form, *registers = how.split()
+        kind, _, divide = form.partition("/")
+        kind, _, multiply = kind.partition("*")  # two numbers, since 66 / 10 is 6.6 and 66 * 0.1 is not
         words, signed, number = KINDS[kind]
         missing = (1 << 16 * words) - 1 if family == "GRID" or not signed else None  # elsewhere -1 is a value
-        for register, text, when in zip(registers, texts, conditions):
+        each = re.findall("([0-9]+)([=>])([0-9]+)", conditions)
+        when = [(int(at), int(word) if sign == "=" else None) for at, sign, word in each]
+        for register, text, one in zip(registers, texts, itertools.cycle(when or [None])):
             if register != "-":
                 first = int(register.rstrip("?"))
                 later, series = tuple(range(first + 1, first + words)), (row.metric, text)
-                yield Value(first, later, missing, number, multiply, divide, series, counter, when, place > 0)
+                scale = int(multiply or 1), int(divide or 1)
+                yield Value(first, later, missing, number, *scale, series, counter, one, place > 0)
 
 
-def family_values(family: str, rows: Sequence[Quantity] = QUANTITIES) -> tuple[Value, ...]:
-    """All values of a family. Raises ValueError for rows that make no sense or contradict one another."""
-    found: dict[tuple[tuple[str, str], bool], Value] = {}
-    for row in rows:
-        try:
-            for value in row_values(row, family) if family in row.read else ():
-                if found.setdefault((value.series, value.instead), value) is not value:
-                    raise ValueError(f"the series {value.series[1]!r} stands twice")
-        except ValueError as error:
-            raise ValueError(f"{row.metric} in {family}: {error}") from None
-    return tuple(found.values())
-
-
-VALUES = {family: family_values(family) for family in FAMILIES}
+VALUES = {
+    family: tuple(value for row in QUANTITIES if family in row.read for value in row_values(row, family))
+    for family in FAMILIES
+}
 NO_METRIC = {at for first, last in itertools.chain(SILENT, *INFO.values()) for at in range(first, last + 1)}
 KNOWN = {
     family: NO_METRIC.union(*((value.register, *value.later) for value in values)) for family, values in VALUES.items()
@@ -458,19 +421,8 @@ UNITS = {
 # fmt: on
 
 FIXED = tuple((name, label, values) for name, _, label, values, _ in INTERNALS if values)  # what starts at 0
-
-
-def all_metrics(rows: Sequence[Quantity] = QUANTITIES) -> dict[str, tuple[str, str]]:
-    """Name of every metric to (type, help). Raises ValueError if two rows disagree."""
-    found = {name: (kind, meaning) for name, kind, _, _, meaning in INTERNALS}
-    for row in rows:
-        told = metric_type(row.metric), row.help
-        if found.setdefault(row.metric, told) != told:
-            raise ValueError(f"{row.metric}: another row has another type or help")
-    return found
-
-
-METRICS = all_metrics()
+METRICS = {name: (kind, meaning) for name, kind, _, _, meaning in INTERNALS}  # every metric to its type and help
+METRICS.update((row.metric, (metric_type(row.metric), row.help)) for row in QUANTITIES)
 
 
 @functools.cache  # there are so many metrics and no more; a page of 256 devices asks 40,000 times
@@ -511,8 +463,7 @@ def metric_rows() -> list[tuple[str, ...]]:
 
 @functools.lru_cache(maxsize=512)
 def _folds(size: int) -> tuple[tuple[int, int, int, int], ...]:
-    """The steps that fold a message of so many bytes to 15 bits: (mask of the part to fold, two shifts, bits to
-    leave out)."""
+    """The steps that fold so many bytes to 15 bits: (mask of the part to fold, two shifts, bits to leave out)."""
     bits, steps = 8 * size + 16, []
     while bits > 15:
         powers = [1 << k for k in range(bits.bit_length()) if 15 << k < bits]
@@ -601,9 +552,8 @@ def _unmixed(key: bytes) -> bytes:
     mixed = bytearray(16)
     for i in range(16):
         for j in range(4):
-            mixed[i] ^= _direction(True)[0][j][
-                SBOX[key[i & 12 | (i + j) & 3]]
-            ]  # SBOX undoes the substitution in the table
+            place = SBOX[key[i & 12 | (i + j) & 3]]  # undoes the substitution in the table
+            mixed[i] ^= _direction(True)[0][j][place]
     return bytes(mixed)
 
 
@@ -612,9 +562,8 @@ def _round_keys(key: bytes, blocks: int, decrypting: bool) -> list[int]:
     keys = _expanded(key)
     if decrypting:
         keys = [keys[10], *map(_unmixed, keys[9:0:-1]), keys[0]]
-    return [
-        _int(b"".join(bytes([k[4 * column + row]]) * blocks for row in range(4) for column in range(4))) for k in keys
-    ]
+    order = [4 * column + row for row in range(4) for column in range(4)]
+    return [_int(b"".join(key[at : at + 1] * blocks for at in order)) for key in keys]
 
 
 def _rounds(data: bytes, decrypting: bool, key: bytes) -> bytes:
@@ -1076,8 +1025,8 @@ class HeldCounter:
     def __init__(self, metric: str, number: float, now: float) -> None:
         self.shown = Count(number, now)  # the last reading that was taken
         self.sure = self.shown  # the last taken one that was right: the reading right after it was not below it
-        self._doubted = False  # a fall went on from `sure`, so the shown value can be a wrong one
         self.gained: float = 0  # from the first reading on
+        self._doubted = False  # a fall went on from `sure`, so the shown value can be a wrong one
         self._wh, self._readings = watt_hours(metric), 1
         # Held-back readings, one right after the other, that agree; of falls the first and the last of them.
         self._row: list[Count] = []
@@ -1104,9 +1053,7 @@ class HeldCounter:
         self._row = [*row[: 1 if is_fall else 2], new] if goes_on else [new]
         if is_fall:
             return self._fallen(new)
-        if len(self._row) < 3:
-            return JUMP
-        return self._show(new, number - self.shown.number, RISEN, self._row[1])
+        return JUMP if len(self._row) < 3 else self._show(new, number - self.shown.number, RISEN, self._row[1])
 
     def _show(self, new: Count, gained: float, why: str, sure: Count) -> str:
         self.gained += gained
@@ -1127,7 +1074,7 @@ class HeldCounter:
 
 
 class HeldCounters:
-    """The counters of a device. Pure: times are handed in."""
+    """The counters of a device, by series. Pure: times are handed in."""
 
     def __init__(self) -> None:
         self.counters: dict[Series, HeldCounter] = {}
@@ -1142,21 +1089,15 @@ class HeldCounters:
         counted = {series: number for series, number in values.items() if metric_type(series[0]) == "counter"}
         groups = {series[0].startswith("meter_") for series, number in counted.items() if number}
         for series, number in counted.items():
-            if series[0].startswith("meter_") not in groups:
-                continue
-            if series in self.counters:
+            if series in self.counters and series[0].startswith("meter_") in groups:
                 found[series] = self.counters[series].take(number, now)
-            else:
+            elif series[0].startswith("meter_") in groups:
                 self.counters[series], found[series] = HeldCounter(series[0], number, now), TAKEN
         return found
 
     def shown(self) -> dict[Series, float]:
         """The value of each counter that is shown."""
         return {series: counter.shown.number for series, counter in self.counters.items()}
-
-    def gained(self) -> dict[Series, float]:
-        """What each counter has gained from its first reading on."""
-        return {series: counter.gained for series, counter in self.counters.items()}
 
 
 COUNTED = {  # energies that a house lives by: the counters of which the first that there is counts
@@ -1196,22 +1137,26 @@ class Live:
         # but one whose battery is silent for a packet has it still.
         self.has_battery = False
 
-    def take(self, found: Reading, came: float, at: float) -> tuple[dict[Series, str], bool]:
-        """Take a reading that came at `came`, which is `at` for the counter rules.
+    def take(self, found: Reading, came: float, at: float, looked: datetime, own: float | None) -> dict[Series, str]:
+        """Take a reading that came at `came`, which is `at` for the counter rules; what became of its counters.
 
-        What became of its counters, and whether what its energies gained can be of an earlier day: behind a silence
-        over midnight, or a confirmed jump.
+        looked: the time of day; own: an inverter's own count of the day, if its day is ours. What the energies gained
+        over a silence or by a confirmed jump can be of an earlier day: then counting begins anew.
         """
         before = {series: self.held.counters[series].shown for series in self.energies()}
         said = self.held.take(found.values, at)
         is_new = not {RESET, RISEN, WRONG_FIRST}.isdisjoint(map(said.get, before))
-        unsure = is_new or bool(said) and self._is_over_midnight(before, at)
+        is_unsure = is_new or bool(said) and self._is_over_midnight(before, at)
         self.fresh, self.at = came, at if said else self.at
         self.unknown = dict(itertools.islice(found.unknown.items(), UNKNOWN_REGISTERS))
         self.gauges = {series: number for series, number in found.values.items() if metric_type(series[0]) == "gauge"}
         self.counters = self.held.shown()
         self.has_battery = self.has_battery or not BATTERIES.isdisjoint(self.gauges)
-        return said, unsure
+        if not self.day or is_unsure and not self._slept(own):
+            self.begin(looked, looked, at)
+        if said.get(OWN_TOTAL, FALL) not in HELD_BACK and own is not None:
+            self._complete(own)
+        return said
 
     def _is_over_midnight(self, before: dict[Series, Count], at: float) -> bool:
         """Whether the device, or a counter that has now gained much, was silent for an hour over the day's begin."""
@@ -1228,25 +1173,21 @@ class Live:
         base = self.day.base if self.day else {}
         return {series: self.held.counters[series].gained - base.get(series, 0) for series in self.energies()}
 
-    def slept(self, own: float | None) -> bool:
-        """Whether the device, by its own count of the day, counted nothing but today's over a silence, and nothing
-        else.
-
-        So does a grid-tied inverter, which sleeps at night.
-        """
+    def _slept(self, own: float | None) -> bool:
+        """Whether by its own count of the day all that it counted is today's: a grid-tied inverter sleeps at night."""
         return self.energies() == {OWN_TOTAL} and own is not None and self.gained()[OWN_TOTAL] <= own + 1
 
     def begin(self, when: datetime, since: datetime | None, at: float) -> None:
         """Begin to count the day of `when` anew, at midnight or `since`, which is `at` for the counter rules."""
-        self.day = Day(when.date(), since, at, self.held.gained())
+        base = {series: counter.gained for series, counter in self.held.counters.items()}
+        self.day = Day(when.date(), since, at, base)
 
-    def complete(self, own: float | None) -> None:
+    def _complete(self, own: float) -> None:
         """Add what the inverter itself counted of the day before counting began, once: it must not come and go."""
-        day = self.day
-        if day and day.since and day.before is None and own is not None:
+        if self.day and self.day.since and self.day.before is None:
             before = own - self.gained()[OWN_TOTAL]
-            if 0 <= before <= STRONGEST * (day.since.hour + 1) / watt_hours(OWN_DAY[0]):
-                self.day = day._replace(before=before)
+            if 0 <= before <= STRONGEST * (self.day.since.hour + 1) / watt_hours(OWN_DAY[0]):
+                self.day = self.day._replace(before=before)
 
 
 class Window:
@@ -1269,12 +1210,36 @@ class Window:
 # --------------------------------------------------------------------------------------------------------- metrics
 
 log = logging.getLogger("sems_mitm")
-Clock = Callable[[float], float]  # monotonic seconds to the seconds since 1970 of the time of day that is shown
+Clock = Callable[[float], float]  # of monotonic seconds
 
 
 def wall_clock(now: float) -> float:
     """The real clock: monotonic seconds to seconds since 1970."""
     return time.time() - time.monotonic() + now
+
+
+class Days:
+    """The clocks by which days go: the time of day that is shown, in seconds since 1970, and that of the counter rules."""
+
+    def __init__(self, shown: Clock, rules: Clock) -> None:
+        self.shown, self.rules = shown, rules
+        self.looked = datetime.min  # the time of day at the last look
+        self.window = Window()  # of what the house has used
+        self._ahead = 0.0  # s that the time of day was ahead of the rules' clock then
+
+    def look(self, now: float, lives: Iterable[Live]) -> None:
+        """Begin the day of all devices at midnight; anew, if the clock was set since the last look."""
+        wall, rules, before = self.shown(now), self.rules(now), self.looked.date()
+        self.looked = datetime.fromtimestamp(wall)
+        was_set = abs(wall - rules - self._ahead) > CLOCK_STEP
+        self._ahead = wall - rules
+        today = self.looked.date()
+        if today == before and not was_set:
+            return
+        since = self.looked if was_set or today != before + timedelta(days=1) else None
+        for live in lives:
+            if live.day and (live.day.date != today or live.day.since):
+                live.begin(self.looked, since, rules)
 
 
 class Troubles:
@@ -1295,15 +1260,7 @@ class Troubles:
         last[:] = [now + period, 0]
 
 
-PACKET_COUNTERS = {  # by function; the original's names, of a kind of device but for the confirmations
-    SETTINGS: "{}_time_sync_packets_total",
-    LIVE: "{}_metrics_packets_total",
-    BUFFERED: "{}_metrics_packets_total",
-    CONFIRMATION: "meter_time_sync_ack_packets_total",
-}
-ACKS, NACKS, BUFFERED_PACKETS, UNREADABLE = DEVICE_COUNTERS = [
-    f"sems_mitm_{name}_total" for name in ("acks", "nacks", "buffered_packets", "unreadable_packets")
-]
+ACKS, NACKS, UNREADABLE = (f"sems_mitm_{name}_total" for name in ("acks", "nacks", "unreadable_packets"))
 
 
 class Device:
@@ -1314,8 +1271,8 @@ class Device:
         self.family = family(where.cls, where.serial)
         self.name = identity(self.kind, self.serial)  # tells its series from those of others
         self.info = {"firmware": "", "module_firmware": "", "portal": ""}
-        packets = [name.format(self.kind) for name in PACKET_COUNTERS.values()]
-        self.counts = dict.fromkeys([*packets, *DEVICE_COUNTERS], 0)
+        self.packets = dict.fromkeys(FUNCTIONS, 0)  # how many of a function
+        self.counts = dict.fromkeys((ACKS, NACKS, UNREADABLE), 0)
         self.last_frame = now  # when the last good frame came
         self.last_live = b""  # the last live frame
         self.live = Live()
@@ -1323,10 +1280,16 @@ class Device:
 
     def samples(self, stale: bool) -> dict[Series, float]:
         """What the device said; gauges only while it is not silent."""
-        live, texts = self.live, {"full_serial": label_text(self.serial), **self.info}
-        found: dict[Series, float] = {(name, ""): number for name, number in self.counts.items()}
-        found["sems_mitm_device_info", ",".join(map(label, texts, texts.values()))] = 1
-        found.update(live.counters)
+        live, packets, texts = self.live, self.packets, {"full_serial": label_text(self.serial), **self.info}
+        found: dict[Series, float] = {
+            ("sems_mitm_device_info", ",".join(map(label, texts, texts.values()))): 1,
+            (f"{self.kind}_time_sync_packets_total", ""): packets[SETTINGS],
+            (f"{self.kind}_metrics_packets_total", ""): packets[LIVE] + packets[BUFFERED],
+            ("sems_mitm_buffered_packets_total", ""): packets[BUFFERED],
+            ("meter_time_sync_ack_packets_total", ""): packets[CONFIRMATION],  # of inverters, too
+            **{(name, ""): number for name, number in self.counts.items()},
+            **live.counters,
+        }
         if not stale:
             found.update(live.gauges)
             unknown = f"{self.kind}_unknown_register"
@@ -1336,23 +1299,12 @@ class Device:
         return found
 
 
-def page(labels: str, samples: Mapping[Series, float]) -> dict[str, str]:
-    """Metric name to its lines, for samples that share labels."""
-    lines: dict[str, list[str]] = {}
-    for (metric, more), number in samples.items():
-        both = f"{labels},{more}" if labels and more else labels or more
-        lines.setdefault(metric, []).append(f"{metric}{{{both}}} {number}\n" if both else f"{metric} {number}\n")
-    return {metric: "".join(parts) for metric, parts in lines.items()}
-
-
-def exposition(pages: list[dict[str, str]]) -> Iterator[str]:
-    """Text format 0.0.4 of pages, a family at a time, sorted, each with its HELP and TYPE once."""
-    for name in sorted(set().union(*pages)):
+def exposition(families: Mapping[str, Sequence[str]]) -> Iterator[str]:
+    """Text format 0.0.4 of the lines of each metric: sorted, each with its HELP and TYPE once."""
+    for name in sorted(families):
         kind, help_text = METRICS[name]
         yield f"# HELP {name} {help_text}\n# TYPE {name} {kind}\n"
-        parts = [lines[name] for lines in pages if name in lines]
-        for at in range(0, len(parts), 64):  # a family of hundreds of devices is megabytes
-            yield "".join(parts[at : at + 64])
+        yield from families[name]
 
 
 STARTED = round(time.time(), 2)
@@ -1385,13 +1337,10 @@ class Store:
         max_devices: int = 256,
         batsignal: bool = False,
         clock: Clock = wall_clock,
-        rules_clock: Clock = lambda now: now,
+        rules_clock: Clock = float,
     ) -> None:
-        """clock: monotonic seconds to the time of day that is shown; rules_clock: to the time of the counter rules."""
         self.stale_after, self.max_devices, self.batsignal = stale_after, max_devices, batsignal
-        self.clock, self.rules_clock = clock, rules_clock
-        self._looked = datetime.min, 0.0  # the time of day at the last look, and what it was ahead of the rules' clock
-        self.window = Window()  # of what the house has used
+        self.days = Days(clock, rules_clock)
         self.devices: dict[tuple[str, str], Device] = {}
         self.names: dict[tuple[str, str, str], Device] = {}  # the devices that are shown, by their identities
         self.undecoded: dict[Device, None] = {}  # devices with waiting frames, in the order of the first
@@ -1400,6 +1349,10 @@ class Store:
         self.gauges: dict[str, Callable[[], float | None]] = {}  # asked at the scrape; None is absent
         self.strangers: dict[str, str] = {}  # hosts that connect and do not speak this protocol, and what they said
         self.troubles = Troubles()
+
+    def clock(self, now: float) -> float:
+        """The time of day that is shown, in seconds since 1970."""
+        return self.days.shown(now)
 
     def add(self, name: str, count: int = 1, labels: str = "") -> None:
         """Add to a counter of FIXED."""
@@ -1423,16 +1376,13 @@ class Store:
 
     def meet(self, where: Address, frame: bytes, now: float) -> None:
         """Count a good frame of a device, and keep it if it is to be decoded."""
-        device = self.devices.get(where.owner) or self._newcomer(where, now)
-        if device is None or not self._is_named(device, now):
+        device, function = self.devices.get(where.owner) or self._newcomer(where, now), where.function
+        if device is None or self.names.get(device.name) is not device and not self._is_named(device, now):
             self.add("sems_mitm_unlisted_device_packets_total")
             return
-        function = where.function
         device.last_frame = now
-        if function in PACKET_COUNTERS:
-            device.counts[PACKET_COUNTERS[function].format(device.kind)] += 1
-        if function == BUFFERED:
-            device.counts[BUFFERED_PACKETS] += 1
+        if function in FUNCTIONS:
+            device.packets[function] += 1
         if function == LIVE:
             if frame == device.last_live:  # the device repeats itself, which is no second reading
                 device.live.fresh = now
@@ -1453,16 +1403,14 @@ class Store:
     def _newcomer(self, where: Address, now: float) -> Device | None:
         """A device met for the first time; None if it gets no series."""
         device = Device(where, now)
-        if device.name in self.names:
-            self._is_named(device, now)  # says so
-            return None
-        if len(self.devices) >= self.max_devices:
+        if device.name not in self.names and len(self.devices) >= self.max_devices:
             text = f"more devices than --sems.max-devices={self.max_devices}: {where.serial} gets no metrics"
             self.troubles.say("max-devices", text, now)
-            return None
-        self.devices[where.owner] = self.names[device.name] = device
-        log.info("new device: %s %s", device.name[1], device.serial)
-        return device
+        elif self._is_named(device, now):
+            self.devices[where.owner] = device
+            log.info("new device: %s %s", device.name[1], device.serial)
+            return device
+        return None
 
     def _is_named(self, device: Device, now: float) -> bool:
         """Whether the device has the series of its name; if no other has, it gets them."""
@@ -1492,81 +1440,52 @@ class Store:
     def look(self, now: float) -> None:
         """Begin a day at midnight, and decode what waits. Called once a second, and before anything is shown. What
         takes longer than DECODING is left to the next look, since all connections wait."""
-        self._begin_day(now)
+        self.days.look(now, (device.live for device in self.devices.values()))
         end = time.monotonic() + DECODING
         while self.undecoded and time.monotonic() < end:
-            self._decode_waiting(now)
+            device = next(iter(self.undecoded))
+            del self.undecoded[device]
+            for waiting in device.waiting.values():
+                while waiting:
+                    self._decode(device, *waiting.pop(0))
 
-    def _decode_waiting(self, now: float) -> None:
-        """Decode what waits of one device. A reading that our own code cannot take is left out."""
-        device = next(iter(self.undecoded))
-        del self.undecoded[device]
-        for function, waiting in device.waiting.items():
-            frames = waiting[:]
-            waiting.clear()
-            for frame, came in frames:
-                try:
-                    self._decode(device, function, frame, came)
-                except ProtocolError as error:
-                    device.counts[UNREADABLE] += 1
-                    self.troubles.say("payload", f"a packet of {device.serial} cannot be read: {error}", now)
-                except Exception:
-                    self.broke("a reading")
-
-    def _decode(self, device: Device, function: int, frame: bytes, came: float) -> None:
-        packet = decode(frame, OUTBOUND)
-        words = registers(packet.clear)
-        if function == BUFFERED:
-            return
-        if function == SETTINGS:
-            return self._learn(device, info(words), came)
-        device.family = family(frame[10], device.serial)
-        self._take(device, reading(device.family, words), device_time(packet.time), came)
+    def _decode(self, device: Device, frame: bytes, came: float) -> None:
+        """Decode a device's frame. A reading that our own code cannot take is left out."""
+        try:
+            packet = decode(frame, OUTBOUND)
+            words, function = registers(packet.clear), frame[11]
+            if function == SETTINGS:
+                self._learn(device, info(words), came)
+            elif function == LIVE:
+                device.family = family(frame[10], device.serial)
+                found = reading(device.family, words)
+                self._take(device, found, device_time(packet.time), came)
+                self._learn(device, found.info, came)
+        except ProtocolError as error:
+            device.counts[UNREADABLE] += 1
+            self.troubles.say("payload", f"a packet of {device.serial} cannot be read: {error}", came)
+        except Exception:
+            self.broke("a reading")
 
     def _take(self, device: Device, found: Reading, stamp: datetime | None, came: float) -> None:
         """Take a device's reading of its own time `stamp`, which came at `came`."""
-        live, at, local = device.live, self.rules_clock(came), datetime.fromtimestamp(self.clock(came))
-        looked, own = self._looked[0], None
-        said, unsure = live.take(found, came, at)
+        live, days, own = device.live, self.days, None
+        at, local = days.rules(came), datetime.fromtimestamp(days.shown(came))
         if stamp:
             live.offset = (stamp - local).total_seconds()
-            agrees = abs(live.offset) <= CLOCK_AGREES and stamp.date() == looked.date()
-            own = live.gauges.get(OWN_DAY) if agrees else None
-        reasons = [*said.values()]
-        for reason, count in (*((why, reasons.count(why)) for why in HELD_BACK), ("not_finite", found.not_finite)):
-            if count:
-                self.add("sems_mitm_rejected_values_total", count, label("reason", reason))
-        for series in (series for series, why in said.items() if why == FALL):
-            last = live.held.counters[series].shown
-            if at - last.at >= DAY:
-                self._say_stuck(device, series, last.number, came)
-        if not live.day or unsure and not live.slept(own):
-            live.begin(looked, looked, at)
-        if said.get(OWN_TOTAL, FALL) not in HELD_BACK:
-            live.complete(own)
-        self._learn(device, found.info, came)
-
-    def _say_stuck(self, device: Device, series: Series, number: float, now: float) -> None:
-        """Log once a day that a counter has stayed held for a day."""
-        text = (
-            f"{series[0]} of {device.serial} stays at {number}: the device has counted less for a day; if that is right, "
-            "restart the exporter, which then shows the device's own value"
-        )
-        self.troubles.say(f"held {device.serial} {series}", text, now, DAY)
-
-    def _begin_day(self, now: float) -> None:
-        """Begin the day of all devices at midnight; anew, if the clock was set since the last look."""
-        wall, rules = self.clock(now), self.rules_clock(now)
-        (before, ahead), local = self._looked, datetime.fromtimestamp(wall)
-        self._looked = (local, wall - rules)
-        was_set = abs(wall - rules - ahead) > CLOCK_STEP
-        is_midnight = local.date() == before.date() + timedelta(days=1) and not was_set
-        if local.date() == before.date() and not was_set:
-            return
-        for device in self.devices.values():
-            day = device.live.day
-            if day and (day.date != local.date() or day.since):
-                device.live.begin(local, None if is_midnight else local, rules)
+            if abs(live.offset) <= CLOCK_AGREES and stamp.date() == days.looked.date():
+                own = found.values.get(OWN_DAY)
+        self.add("sems_mitm_rejected_values_total", found.not_finite, 'reason="not_finite"')
+        for (metric, labels), why in live.take(found, came, at, days.looked, own).items():
+            if why in HELD_BACK:
+                self.add("sems_mitm_rejected_values_total", 1, label("reason", why))
+            last = live.held.counters[metric, labels].shown
+            if why == FALL and at - last.at >= DAY:
+                text = (
+                    f"{metric} of {device.serial} stays at {last.number}: the device has counted less for a day; if that "
+                    "is right, restart the exporter, which then shows the device's own value"
+                )
+                self.troubles.say(f"held {device.serial} {metric} {labels}", text, came, DAY)
 
     def _learn(self, device: Device, found: dict[str, str], now: float) -> None:
         """Remember what a device says of itself; all its series move when its model becomes known."""
@@ -1580,16 +1499,19 @@ class Store:
 
     # A scrape
 
-    def collect(self, now: float) -> list[dict[str, str]]:
-        """Pages for `exposition`: the exporter's own, and one of each device."""
+    def collect(self, now: float) -> dict[str, list[str]]:
+        """The lines of each metric, for `exposition`: the exporter's own, and those of each device."""
         self.look(now)
-        pages = [page("", {**self._samples(now), **process_samples()})]
+        found: dict[str, list[str]] = collections.defaultdict(list)
+        for (metric, labels), number in {**self._samples(now), **process_samples()}.items():
+            found[metric].append(f"{metric}{{{labels}}} {number}\n" if labels else f"{metric} {number}\n")
         for device in self.names.values():
-            samples = device.samples(self.is_stale(device.live.fresh, now))
+            samples, own = device.samples(self.is_stale(device.live.fresh, now)), device_labels(device.name)
             samples["sems_mitm_device_up", ""] = int(not self.is_stale(device.last_frame, now))
             samples["sems_mitm_device_last_packet_timestamp_seconds", ""] = round(wall_clock(device.last_frame), 3)
-            pages.append(page(device_labels(device.name), samples))
-        return pages
+            for (metric, labels), number in samples.items():
+                found[metric].append(f"{metric}{{{own}{',' if labels else ''}{labels}}} {number}\n")
+        return found
 
     def _samples(self, now: float) -> dict[Series, float]:
         """What is no device's."""
@@ -1600,8 +1522,7 @@ class Store:
         asked = ((name, ask()) for name, ask in self.gauges.items())
         found.update(((name, ""), number) for name, number in asked if number is not None)
         if self.batsignal:
-            edges = bat(datetime.fromtimestamp(self.clock(now)))
-            found["batsignal_top", ""], found["batsignal_bottom", ""] = edges
+            found["batsignal_top", ""], found["batsignal_bottom", ""] = bat(datetime.fromtimestamp(self.clock(now)))
         return found
 
 
@@ -3892,7 +3813,7 @@ def house(members: Sequence[Member], window: Window | None = None, now: datetime
 
 def house_of(store: Store, members: Sequence[Member], now: float) -> dict:
     """The figures of the house of all devices. They remember what was shown of the day: it must not fall."""
-    return house(members, store.window, datetime.fromtimestamp(store.clock(now)))
+    return house(members, store.days.window, datetime.fromtimestamp(store.clock(now)))
 
 
 # A minute of the picture. time: seconds since 1970 of the shown time; watts: of PICTURED, None is not known.
