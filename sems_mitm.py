@@ -137,11 +137,7 @@ PERIOD, CLOCK_PERIOD = 60, 3600  # s in which the same trouble is one line; a cl
 
 
 class ProtocolError(ValueError):
-    """The peer sent nonsense; `data` is the bytes that failed. Any other exception on a peer's bytes is a bug."""
-
-    def __init__(self, reason: str, data: bytes = b"") -> None:
-        super().__init__(reason)
-        self.data = data
+    """The peer sent nonsense. Any other exception on a peer's bytes is a bug."""
 
 
 class UsageError(ValueError):
@@ -302,7 +298,7 @@ INFO = {
 SILENT = ((30034, 30039), (30100, 30102), (35000, 35032), (35100, 35102))
 
 # A series of a family as it is read. later: its registers behind the first; missing: the raw number that means "not
-# available"; series: (metric, labels); when: None, or (register, word), where None as a word is any but 0 and FFFF;
+# available"; series: (metric, labels); when: None, or a register and the words with which the value is there (not 0);
 # instead: it counts in place of an earlier value of the series while it is above 0.
 Value = collections.namedtuple("Value", "register later missing number multiply divide series counter when instead")
 
@@ -332,7 +328,7 @@ def row_values(row: Quantity, family: str) -> Iterator[Value]:
         words, signed, number = KINDS[kind]
         missing = (1 << 16 * words) - 1 if family == "GRID" or not signed else None  # elsewhere -1 is a value
         each = re.findall("([0-9]+)([=>])([0-9]+)", conditions)
-        when = [(int(at), int(word) if sign == "=" else None) for at, sign, word in each]
+        when = [(int(at), range(1, 0xFFFF) if sign == ">" else (int(word),)) for at, sign, word in each]
         for register, text, one in zip(registers, texts, itertools.cycle(when or [None])):
             if register != "-":
                 first = int(register.rstrip("?"))
@@ -625,8 +621,7 @@ LENGTH = struct.Struct(">I")
 
 
 class Framer:
-    """Cuts a stream into pieces, wherever its reads were cut. `rest` is the bytes of an unfinished frame, which wait
-    for its end.
+    """Cuts a stream into pieces, wherever its reads were cut.
 
     A frame with a bad CRC ends where another begins inside it, so that a good frame behind a torn one is found at once.
     The next one, if it is bad too, is taken whole, and so is one that claims more than may be checked again: claims
@@ -635,7 +630,7 @@ class Framer:
 
     def __init__(self, wire: Wire) -> None:
         self.wire = wire
-        self.rest = b""
+        self.rest = b""  # the bytes of an unfinished frame, which wait for its end
         self._since = 0.0  # when the wait for its end began
         self._is_torn = False  # the last frame was bad and ended where this one begins
         self._budget = wire.cap  # bytes that may be checked again
@@ -705,8 +700,7 @@ class Framer:
         return pieces, pos
 
     def _start(self, data: bytes, pos: int) -> int:
-        """Where a frame can begin from pos on: at a prefix whose length is possible, or at the first bytes of a
-        prefix at the end."""
+        """Where a frame can begin: at a prefix whose length is possible, or at the first bytes of one at the end."""
         prefix, cap, start = self.wire.prefix, self.wire.cap, pos
         while (pos := data.find(prefix, pos)) >= 0:
             at = pos + len(prefix)
@@ -755,14 +749,14 @@ def address(head: bytes, size: int, wire: Wire) -> Address:
     """
     at = 10 if wire is OUTBOUND else 6
     if size < at + 4:
-        raise ProtocolError("too short for a type", head)
+        raise ProtocolError("too short for a type")
     cls, function = head[at], head[at + 1]
     form = ANSWER if wire is INBOUND else _form(function, size)
     if form is None or size - 2 - form.cipher < 16 or (size - 2 - form.cipher) % 16:
-        raise ProtocolError("the envelope does not fit the length", head)
+        raise ProtocolError("the envelope does not fit the length")
     serial = head[form.serial : form.serial + 16]
     if not all(0x20 <= byte < 0x7F for byte in serial):
-        raise ProtocolError("a serial number that is not printable ASCII", head)
+        raise ProtocolError("a serial number that is not printable ASCII")
     text = serial.decode("ascii")
     return Address(f"{cls:02x}{function:02x}", cls, function, text, form, (kind_of(cls), text))
 
@@ -807,14 +801,14 @@ def blocks(clear: bytes) -> list[tuple[int, tuple[int, ...]]]:
         for _ in range(clear[0]):
             first, last = struct.unpack_from(">HH", clear, pos)
             if last < first:
-                raise ProtocolError("a block's last register is before its first", clear)
+                raise ProtocolError("a block's last register is before its first")
             words = struct.unpack_from(f">{last - first + 1}H", clear, pos + 4)
             found.append((first, words))
             pos += 4 + 2 * len(words)
     except (struct.error, IndexError):
-        raise ProtocolError("a block runs past the end", clear) from None
+        raise ProtocolError("a block runs past the end") from None
     if len(clear) - pos > 15 or clear[pos:].strip(b"\xff"):
-        raise ProtocolError("padding that is not FF", clear)
+        raise ProtocolError("padding that is not FF")
     return found
 
 
@@ -870,20 +864,11 @@ def info(words: dict[int, int]) -> dict[str, str]:
     """The texts of INFO that the registers hold, without the empty ones."""
     found = {}
     for name, ranges in INFO.items():
-        texts = [_text(words, first, last) for first, last in ranges if first in words]
-        text = " ".join(filter(None, texts)) if texts else ""
+        text = " ".join(filter(None, [_text(words, *ends) for ends in ranges if ends[0] in words]))
         if text:
             port, comma, host = text.partition(",")  # HomeKit: port,host
             found[name] = f"{host}:{port}" if name == "portal" and comma and port.isdigit() else text
     return found
-
-
-def _is_there(when: tuple[int, int | None] | None, words: dict[int, int]) -> bool:
-    """Whether a value's condition holds in a packet."""
-    if when is None:
-        return True
-    register, word = when
-    return words.get(register) == word if word is not None else words.get(register, 0) not in (0, 0xFFFF)
 
 
 def reading(name: str, words: dict[int, int]) -> Reading:
@@ -893,7 +878,7 @@ def reading(name: str, words: dict[int, int]) -> Reading:
         raw = words.get(register)
         for low in later:
             raw = raw << 16 | words[low] if raw is not None and low in words else None
-        if raw is None or raw == missing or instead and not raw or when and not _is_there(when, words):
+        if raw is None or raw == missing or instead and not raw or when and words.get(when[0], 0) not in when[1]:
             continue
         if number is not int:  # what is unsigned is its bits: finite, and not below 0
             raw = number(raw)
@@ -903,10 +888,8 @@ def reading(name: str, words: dict[int, int]) -> Reading:
                 not_finite += 1
                 continue
         values[series] = raw * multiply if divide == 1 else raw / divide
-    unknown = [
-        (register, word) for register, word in words.items() if register not in known and word not in (0, 0xFFFF)
-    ]
-    return Reading(values, not_finite, dict(sorted(unknown)), info(words))
+    unknown = sorted((at, word) for at, word in words.items() if at not in known and word not in (0, 0xFFFF))
+    return Reading(values, not_finite, dict(unknown), info(words))
 
 
 # ---------------------------------------------------------------------------------------------- identity and time
@@ -972,7 +955,7 @@ def bat(when: datetime) -> tuple[float, float]:
     return top, -wing
 
 
-EXPORT, GENERATION = 2105, 2107  # registers of a HomeKit 1000, s32
+EXPORT, GENERATION = 2105, 2107  # registers of a HomeKit 1000, s32, one behind the other
 
 
 def with_bat(frame: bytes) -> bytes | None:
@@ -985,18 +968,14 @@ def with_bat(frame: bytes) -> bytes | None:
     if when is None:
         return None
     top, bottom = bat(when)
-    drawn = {}
-    for register, kilowatts in ((GENERATION, top), (EXPORT, bottom)):
-        high, low = struct.unpack(">HH", struct.pack(">i", int(1000 * kilowatts)))
-        drawn.update({register: high, register + 1: low})
+    watts = struct.pack(">ii", int(1000 * bottom), int(1000 * top))
+    drawn = dict(zip(range(EXPORT, GENERATION + 2), struct.unpack(">4H", watts)))
     try:
         ranges = blocks(packet.clear)
     except ProtocolError:
         return None
-    clear = payload(
-        [(first, tuple(drawn.get(first + i, word) for i, word in enumerate(words))) for first, words in ranges]
-    )
-    return encode(packet._replace(clear=clear))
+    ranges = [(first, tuple(drawn.get(first + i, word) for i, word in enumerate(words))) for first, words in ranges]
+    return encode(packet._replace(clear=payload(ranges)))
 
 
 # -------------------------------------------------------------------------------------------------------- counters
@@ -1073,31 +1052,23 @@ class HeldCounter:
         return FALL
 
 
-class HeldCounters:
-    """The counters of a device, by series. Pure: times are handed in."""
+def judged(held: dict[Series, HeldCounter], values: Mapping[Series, float], now: float) -> dict[Series, str]:
+    """What became of each counter of a reading of a device with these counters, to which the new ones are added.
 
-    def __init__(self) -> None:
-        self.counters: dict[Series, HeldCounter] = {}
-
-    def take(self, values: Mapping[Series, float], now: float) -> dict[Series, str]:
-        """What became of each counter of a reading.
-
-        Where all of a group are 0 they are left out, and say nothing: so reads an inverter's controller while it boots.
-        The meter of a hybrid is a group of its own.
-        """
-        found: dict[Series, str] = {}
-        counted = {series: number for series, number in values.items() if metric_type(series[0]) == "counter"}
-        groups = {series[0].startswith("meter_") for series, number in counted.items() if number}
-        for series, number in counted.items():
-            if series in self.counters and series[0].startswith("meter_") in groups:
-                found[series] = self.counters[series].take(number, now)
-            elif series[0].startswith("meter_") in groups:
-                self.counters[series], found[series] = HeldCounter(series[0], number, now), TAKEN
-        return found
-
-    def shown(self) -> dict[Series, float]:
-        """The value of each counter that is shown."""
-        return {series: counter.shown.number for series, counter in self.counters.items()}
+    Where all of a group are 0 they are left out, and say nothing: so reads an inverter's controller while it boots.
+    The meter of a hybrid is a group of its own.
+    """
+    found: dict[Series, str] = {}
+    counted = {series: number for series, number in values.items() if metric_type(series[0]) == "counter"}
+    groups = {series[0].startswith("meter_") for series, number in counted.items() if number}
+    for series, number in counted.items():
+        if series[0].startswith("meter_") not in groups:
+            continue
+        if series in held:
+            found[series] = held[series].take(number, now)
+        else:
+            held[series], found[series] = HeldCounter(series[0], number, now), TAKEN
+    return found
 
 
 COUNTED = {  # energies that a house lives by: the counters of which the first that there is counts
@@ -1116,8 +1087,7 @@ CLOCK_STEP = 60  # s that this machine's clock can be off the monotonic one from
 CLOCK_AGREES = 600  # s between a device's clock and ours: its day is ours
 
 # A day of a device: its date; when counting began, None for midnight, and the same on the clock of the counter rules;
-# what the counters had gained at that time; and what an inverter itself counted of the day before it, None if not
-# known.
+# what the counters had gained at that time; what an inverter itself counted of the day before it, None if not known.
 Day = collections.namedtuple("Day", "date since at base before", defaults=(None,))
 
 
@@ -1127,7 +1097,7 @@ class Live:
     def __init__(self) -> None:
         self.gauges: dict[Series, float] = {}  # of the last reading
         self.counters: dict[Series, float] = {}  # as they are shown
-        self.held = HeldCounters()
+        self.held: dict[Series, HeldCounter] = {}
         self.unknown: dict[int, int] = {}
         self.fresh = -math.inf  # when the last reading came, monotonic
         self.at = -math.inf  # when the last one came that had a counter, on the clock of the counter rules
@@ -1143,14 +1113,14 @@ class Live:
         looked: the time of day; own: an inverter's own count of the day, if its day is ours. What the energies gained
         over a silence or by a confirmed jump can be of an earlier day: then counting begins anew.
         """
-        before = {series: self.held.counters[series].shown for series in self.energies()}
-        said = self.held.take(found.values, at)
+        before = {series: self.held[series].shown for series in self.energies()}
+        said = judged(self.held, found.values, at)
         is_new = not {RESET, RISEN, WRONG_FIRST}.isdisjoint(map(said.get, before))
         is_unsure = is_new or bool(said) and self._is_over_midnight(before, at)
         self.fresh, self.at = came, at if said else self.at
         self.unknown = dict(itertools.islice(found.unknown.items(), UNKNOWN_REGISTERS))
         self.gauges = {series: number for series, number in found.values.items() if metric_type(series[0]) == "gauge"}
-        self.counters = self.held.shown()
+        self.counters = {series: counter.shown.number for series, counter in self.held.items()}
         self.has_battery = self.has_battery or not BATTERIES.isdisjoint(self.gauges)
         if not self.day or is_unsure and not self._slept(own):
             self.begin(looked, looked, at)
@@ -1161,17 +1131,17 @@ class Live:
     def _is_over_midnight(self, before: dict[Series, Count], at: float) -> bool:
         """Whether the device, or a counter that has now gained much, was silent for an hour over the day's begin."""
         begun = min(self.day.at, at - LONGEST) if self.day else -math.inf
-        gained = ((self.held.counters[series], last) for series, last in before.items() if last.at < begun)
+        gained = ((self.held[series], last) for series, last in before.items() if last.at < begun)
         return self.at < begun or any(one.shown.number - last.number > one.could_make(0) for one, last in gained)
 
     def energies(self) -> set[Series]:
         """The counters of the energies that a house lives by, without those of a battery that is not there."""
-        return (ENERGIES if self.has_battery else WITHOUT_BATTERY) & self.held.counters.keys()
+        return (ENERGIES if self.has_battery else WITHOUT_BATTERY) & self.held.keys()
 
     def gained(self) -> dict[Series, float]:
         """What the energies have gained in the day."""
         base = self.day.base if self.day else {}
-        return {series: self.held.counters[series].gained - base.get(series, 0) for series in self.energies()}
+        return {series: self.held[series].gained - base.get(series, 0) for series in self.energies()}
 
     def _slept(self, own: float | None) -> bool:
         """Whether by its own count of the day all that it counted is today's: a grid-tied inverter sleeps at night."""
@@ -1179,7 +1149,7 @@ class Live:
 
     def begin(self, when: datetime, since: datetime | None, at: float) -> None:
         """Begin to count the day of `when` anew, at midnight or `since`, which is `at` for the counter rules."""
-        base = {series: counter.gained for series, counter in self.held.counters.items()}
+        base = {series: counter.gained for series, counter in self.held.items()}
         self.day = Day(when.date(), since, at, base)
 
     def _complete(self, own: float) -> None:
@@ -1219,7 +1189,7 @@ def wall_clock(now: float) -> float:
 
 
 class Days:
-    """The clocks by which days go: the time of day that is shown, in seconds since 1970, and that of the counter rules."""
+    """The clocks by which days go: the time of day that is shown, as seconds since 1970, and the counter rules'."""
 
     def __init__(self, shown: Clock, rules: Clock) -> None:
         self.shown, self.rules = shown, rules
@@ -1479,11 +1449,11 @@ class Store:
         for (metric, labels), why in live.take(found, came, at, days.looked, own).items():
             if why in HELD_BACK:
                 self.add("sems_mitm_rejected_values_total", 1, label("reason", why))
-            last = live.held.counters[metric, labels].shown
+            last = live.held[metric, labels].shown
             if why == FALL and at - last.at >= DAY:
                 text = (
-                    f"{metric} of {device.serial} stays at {last.number}: the device has counted less for a day; if that "
-                    "is right, restart the exporter, which then shows the device's own value"
+                    f"{metric} of {device.serial} stays at {last.number}: the device has counted less for a day; if "
+                    "that is right, restart the exporter, which then shows the device's own value"
                 )
                 self.troubles.say(f"held {device.serial} {metric} {labels}", text, came, DAY)
 
@@ -2167,7 +2137,7 @@ def dns_answer(data: bytes, query: bytes) -> list[str]:
     forged, cut."""
     is_answer = len(data) >= 12 and data[:2] == query[:2] and data[2] & 0x80
     if not is_answer or data[12 : len(query)].lower() != query[12:].lower():
-        raise ProtocolError("not the answer to the question", data)
+        raise ProtocolError("not the answer to the question")
     found, pos = [], len(query)
     try:
         for _ in range(struct.unpack_from(">H", data, 6)[0]):
@@ -2178,7 +2148,7 @@ def dns_answer(data: bytes, query: bytes) -> list[str]:
             pos += size
     except (struct.error, IndexError, OSError):
         if not found:
-            raise ProtocolError("a record runs past the end", data) from None
+            raise ProtocolError("a record runs past the end") from None
     return found
 
 
@@ -5047,7 +5017,7 @@ def register_words(name: str, told: dict) -> dict[int, int]:
             bits = int.from_bytes(struct.pack(">f", raw), "big") if is_float else round(raw)
             for place in reversed((value.register, *value.later)):
                 found[place], bits = bits & 0xFFFF, bits >> 16
-            found.update([value.when] if value.when and value.when[1] is not None else [])
+            found.update([(value.when[0], *value.when[1])] if value.when and len(value.when[1]) == 1 else [])
     return found
 
 
@@ -5233,7 +5203,7 @@ def pcap_packets(file: BinaryIO, notes: Notes) -> Iterator[RecordedPacket]:
     order, unit = PCAP[file.read(4)]
     header, record = file.read(20), struct.Struct(order + "4I")
     if len(header) < 20:
-        raise ProtocolError("a pcap file without a whole header", header)
+        raise ProtocolError("a pcap file without a whole header")
     link = struct.unpack_from(order + "I", header, 16)[0] & 0xFFFF  # above it: whether checksums follow the packets
     while len(head := file.read(16)) == 16:
         seconds, fraction, size, length = record.unpack(head)
@@ -5779,11 +5749,12 @@ def kept_values(readings: list[tuple[float, Reading]]) -> tuple[dict[float, dict
 
     The readings are in the order of their times.
     """
-    counters, held = HeldCounters(), 0
+    counters: dict[Series, HeldCounter] = {}
+    held = 0
     found: dict[float, dict[Series, float]] = {}
     first: dict[Series, float] = {}
     for seconds, one in readings:
-        said = counters.take(one.values, seconds)
+        said = judged(counters, one.values, seconds)
         shown = {series for series in one.values if metric_type(series[0]) == "gauge"}
         shown.update(series for series, why in said.items() if why not in HELD_BACK)
         found[seconds] = {series: number for series, number in one.values.items() if series in shown}
