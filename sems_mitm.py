@@ -1117,7 +1117,7 @@ class Live:
         said = judged(self.held, found.values, at)
         is_new = not {RESET, RISEN, WRONG_FIRST}.isdisjoint(map(said.get, before))
         is_unsure = is_new or bool(said) and self._is_over_midnight(before, at)
-        self.fresh, self.at = came, at if said else self.at
+        self.fresh, self.at = max(self.fresh, came), at if said else self.at  # a repeated frame can have come since
         self.unknown = dict(itertools.islice(found.unknown.items(), UNKNOWN_REGISTERS))
         self.gauges = {series: number for series, number in found.values.items() if metric_type(series[0]) == "gauge"}
         self.counters = {series: counter.shown.number for series, counter in self.held.items()}
