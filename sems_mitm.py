@@ -1007,8 +1007,7 @@ class HeldCounter:
         self.gained: float = 0  # from the first reading on
         self._doubted = False  # a fall went on from `sure`, so the shown value can be a wrong one
         self._wh, self._readings = watt_hours(metric), 1
-        # Held-back readings, one right after the other, that agree; of falls the first and the last of them.
-        self._row: list[Count] = []
+        self._row: list[Count] = []  # held-back readings in a row that agree: the first two and the last of them
 
     def could_make(self, seconds: float) -> float:
         """How much of the counter's unit is possible in a time; hours run twice as fast as the clock at most."""
@@ -1029,7 +1028,7 @@ class HeldCounter:
         is_fall = number < self.shown.number
         self._doubted |= is_fall and self._agree(self.sure, new)
         goes_on = row and is_fall == (row[-1].number < self.shown.number) and self._agree(row[-1], new)
-        self._row = [*row[: 1 if is_fall else 2], new] if goes_on else [new]
+        self._row = [*row[:2], new] if goes_on else [new]
         if is_fall:
             return self._fallen(new)
         return JUMP if len(self._row) < 3 else self._show(new, number - self.shown.number, RISEN, self._row[1])
@@ -1206,7 +1205,7 @@ class Days:
         today = self.looked.date()
         if today == before and not was_set:
             return
-        since = self.looked if was_set or today != before + timedelta(days=1) else None
+        since = self.looked if was_set else None
         for live in lives:
             if live.day and (live.day.date != today or live.day.since):
                 live.begin(self.looked, since, rules)
@@ -1373,7 +1372,7 @@ class Store:
     def _newcomer(self, where: Address, now: float) -> Device | None:
         """A device met for the first time; None if it gets no series."""
         device = Device(where, now)
-        if device.name not in self.names and len(self.devices) >= self.max_devices:
+        if len(self.devices) >= self.max_devices:
             text = f"more devices than --sems.max-devices={self.max_devices}: {where.serial} gets no metrics"
             self.troubles.say("max-devices", text, now)
         elif self._is_named(device, now):

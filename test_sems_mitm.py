@@ -1470,6 +1470,8 @@ class HeldCountersTest(unittest.TestCase):
             ("two wrong ones that could be", after(known, HOUR, apart(HOUR, 68200, 58111, 78200, 58112)), [68200] * 4, 10091),
             ("one, and the truth goes by", after(known, HOUR, minutes(68200, 68150, 68250, 68251, 68252)), [68200] * 4 + [68252], 10143),
             ("a confirmed jump, the last too high", after(known, HOUR, apart(HOUR, 80000, 80001, 90000, 80002, 99000, 80003)), [90000] * 4, 31891),
+            ("a reset to 40 %", after(minutes(999, 1000), HOUR, apart(HOUR, *range(400, 425))), [1000, 424], 1 + 424),
+            ("a reset that rises too much", after(known, 60, apart(HOUR, *range(0, 13000, 500))), [58110], 1),
             ("one that stands still for a day", after(known, 60, apart(HOUR, *[0] * 40)), [58110], 1),
             ("and comes back", after(known, 60, apart(HOUR, *[7] * 40, 58111)), [58110, 58111], 2),
             ("a reset too high to be true", after(known, 60, apart(HOUR, *range(300, 340))), [58110], 1),
@@ -1563,7 +1565,7 @@ class HeldCountersTest(unittest.TestCase):
                 self.assertEqual((values[-1], counter.gained), (history[-1][1], history[-1][1] - history[0][1]))
 
 
-class DayTest(unittest.TestCase):
+class DayTest(SocketCase):
     """Days begin at midnight where that was seen."""
 
     def test_days(self):
@@ -1578,6 +1580,7 @@ class DayTest(unittest.TestCase):
             ("a day without a reading", [(0, 0, 7), (11.9, 0, 9), (36.1, 0, 10)], 36.1, 0),
             ("two midnights", [(11.9, 0, 9), (12.1, 0, 10), (35.9, 0, 15), (36.1, 0, 16)], None, 1),
             ("a fall over midnight", [(0, 0, 7), *((at, 0, 6) for at in (11, 11.5, 12.1, 12.5)), (13, 0, 8)], None, 1),
+            ("a silence that ends in nothing but zeros", [(0, 0, 7), (11, 0, 9), (13, 0, 0)], None, 0),
             ("a silence that ends in zeros", [(0, 0, 7), (11, 0, 9), (13, 0, 0), (13.1, 0, 50)], 13.1, 0),
             ("a fall that ends in much", [(0, 0, 7), *((at, 0, 6) for at in (11, 11.5, 12.1)), (13, 0, 800)], 13, 0),
             ("a jump that is taken", [(0, 0, 7), *((i / 10, 0, 90006 + i) for i in (1, 2, 3, 4))], 0.3, 1),
@@ -1586,7 +1589,7 @@ class DayTest(unittest.TestCase):
             ("a clock set on over midnight", [(11.8, 0, 7), (11.9, 0.2, 9)], 12.1, 2),
             ("a clock set on by day", [(0, 0, 7), (0.1, 3, 9)], 3.1, 2),
             ("one of a day from midnight on", [(11.9, 0, 7), (12.1, 0, 8), (13, 3, 9)], None, 2),
-            ("a clock set on by half a minute", [(11.9, 0, 7), (11.99, 0.008, 8), (12.1, 0, 9)], None, 1),
+            ("a clock set on by half a minute", [(11.9, 0, 7), (11.998, 0.008, 9)], None, 2),
         ):
             with self.subTest(name), time_zone("UTC0"):
                 ahead, now = [0.0], -60.0
@@ -1612,11 +1615,13 @@ class DayTest(unittest.TestCase):
         for name, begin, steps, wanted in (  # hours after noon; (minutes, total, own count, hours, clock), kWh of the day
             ("a boot packet", 0, [(0, 1000, 130, 9), (1, 0, 0, 0), (2, 1002, 132, 9)], [13, 13, 13.2]),
             ("no own count", 0, [(0, 1000, 130, 9), (1, 1001, 0xFFFF, 9)], [13, 13.1]),
-            ("a wrong one", 0, [(0, 1000, 130, 9), (1, 1001, 65000, 9)], [13, 13.1]),
+            ("another one", 0, [(0, 1000, 130, 9), (1, 1001, 60, 9)], [13, 13.1]),
             ("a wrong one first", 0, [(0, 1000, 65000, 9), (1, 1001, 131, 9)], [0, 13.1]),
             ("its clock is off for a packet", 0, [(0, 1000, 130, 9), (1, 1001, 131, 9, "wrong")], [13, 13.1]),
             ("its clock is off at first", 0, [(0, 1000, 130, 9, "wrong"), (1, 1001, 131, 9)], [0, 13.1]),
-            ("its clock is ahead at midnight", 11.9, [(0, 1000, 130, 9), (4, 1001, 0, 9, "ahead")], [13, 13.1]),
+            ("less than was gained", 0, [(0, 1000, 130, 9, "wrong"), (1, 1002, 1, 9), (2, 1003, 133, 9)], [0, 0.2, 13.3]),
+            ("with a total that fell", 0, [(0, 1000, 130, 9, "wrong"), (1, 5, 0, 9), (2, 1001, 131, 9)], [0, 0, 13.1]),
+            ("its clock is ahead at midnight", 11.9, [(0, 1000, 130, 9, "wrong"), (4, 1001, 1, 9, "ahead"), (5, 1002, 132, 9)], [0, 0.1, 13.2]),
             ("a jump that is taken", 0, [(0, 1000, 130, 9), *((i, 9000 + i, 130 + i, 9) for i in (1, 2, 3))], [13, 13, 13, 13.3]),
             ("yesterday's", 11.9, [(0, 1000, 66, 9), (12.1 * 60, 1000, None, 9)], [6.6, 0]),
         ):  # fmt: skip
@@ -1682,7 +1687,7 @@ class StoreTest(SocketCase):
 
     def test_buffered_packets(self):
         """A buffered packet changes nothing but packet counters; a live one of an older time counts as any other."""
-        other = exports(minute(1), 9, (2107, (0, 7)))
+        other = exports(minute(1), 9, (2107, (0, 7)), (4864, sems.text_words("02053-05-000Me05", 8)))
         meet(self.store, exports(minute(9), 1, (2107, (0, 2600))))
         before = shown(self.store)
         meet(self.store, *[with_crc(other[:11] + b"\x45" + other[12:])] * 5)
@@ -1691,12 +1696,13 @@ class StoreTest(SocketCase):
         self.assertEqual({name for name in changed if not name.startswith("process_")}, counters)
         meet(self.store, other)
         self.assertEqual([value(self.store, name) for name in ("meter_power_generation_watts", ENERGY)], [7, 9])
+        self.assertEqual(only(self.store).info["firmware"], "02053-05-000Me05")
 
     def test_last_three(self):
         """Of the waiting live packets the last three are decoded, of the settings and buffered ones likewise, at the latest at a scrape."""
         kept, counts = (
             frame(sems.SETTINGS, ranges=[(4864, sems.text_words("02053-05-000Me05", 8))]),
-            (90000, 5, 5, 6, 4, 6),
+            (90000, 7, 7, 6, 4, 6),
         )
         meet(self.store, *(exports(minute(i), count, (2107, (0, i))) for i, count in enumerate(counts)), kept)
         self.assertEqual((only(self.store).live.counters, len(self.store.undecoded)), ({}, 1))
@@ -1753,6 +1759,7 @@ class StoreTest(SocketCase):
             self.assertEqual(value(store, "meter_power_generation_watts"), 9)
         self.assertEqual((value(store, "sems_mitm_internal_errors_total"), len(self.lines)), (2, 2))
         self.assertRegex(self.lines[1], r"(?s)an error of our own in a reading.*Traceback.*KeyError: 'ours'$")
+        meet(store, frame(sems.CONFIRMATION, 1, HYBRID))  # of another class, whose family would not read the next one
         meet(store, frame(cls=2, serial=HYBRID, ranges=[(36004, (1,)), (36015, (0x7FC0, 0, 0xC47A, 0))]))
         self.assertEqual((self.rejected("not_finite"), value(store, "sems_mitm_suppressed_log_lines_total")), (2, 2))
 
@@ -1820,7 +1827,9 @@ class StoreTest(SocketCase):
         self.store.look(0.0)
         meet(self.store, frame(**second))
         self.assertEqual([name for _, name, _ in self.store.names], ["GW-Y", "GW-X"])
+        meet(self.store, *(frame(sems.SETTINGS, clear=named(name), **first) for name in ("GW-X", "GW-Z")))
         self.assertEqual(len(serials(self.store)), 2)
+        self.assertEqual([name for _, name, _ in self.store.names], ["GW-X", "GW-Z"])
 
     def test_types(self):
         """packets_total has the known types, 32 others, then `other`; malformed, junk and keep-alives have their own names."""
@@ -1861,7 +1870,7 @@ class StoreTest(SocketCase):
             self.assertEqual(len(lines), len({line.rpartition(" ")[0] for line in lines}))
             for line in lines:
                 self.assertRegex(line, rf"^{names[-1]}({{{label}(,{label})*}})? -?[\d.e+-]+$")
-        self.assertEqual(names, sorted(set(names)))
+        self.assertEqual(names, sorted({series.partition("{")[0] for series in metrics_of(text)}))
 
     def test_answers(self):
         """A device's ACKs and NACKs are counted, and those of nobody are not."""
