@@ -1198,17 +1198,12 @@ class Days:
 
     def look(self, now: float, lives: Iterable[Live]) -> None:
         """Begin the day of all devices at midnight; anew, if the clock was set since the last look."""
-        wall, rules, before = self.shown(now), self.rules(now), self.looked.date()
-        self.looked = datetime.fromtimestamp(wall)
+        wall, rules = self.shown(now), self.rules(now)
         was_set = abs(wall - rules - self._ahead) > CLOCK_STEP
-        self._ahead = wall - rules
-        today = self.looked.date()
-        if today == before and not was_set:
-            return
-        since = self.looked if was_set else None
+        self.looked, self._ahead = datetime.fromtimestamp(wall), wall - rules
         for live in lives:
-            if live.day and (live.day.date != today or live.day.since):
-                live.begin(self.looked, since, rules)
+            if live.day and (live.day.date != self.looked.date() or was_set and live.day.since):
+                live.begin(self.looked, self.looked if was_set else None, rules)
 
 
 class Troubles:
@@ -1365,9 +1360,8 @@ class Store:
 
     def answered(self, owner: tuple[str, str], counter: str) -> None:
         """Count an ACK or NACK of a device."""
-        device = self.devices.get(owner)
-        if device:
-            device.counts[counter] += 1
+        if owner in self.devices:
+            self.devices[owner].counts[counter] += 1
 
     def _newcomer(self, where: Address, now: float) -> Device | None:
         """A device met for the first time; None if it gets no series."""
