@@ -729,13 +729,6 @@ LONG, SHORT, ANSWER = Form(14, 30, 46, 52), Form(12, 28, None, 44), Form(8, 24, 
 Address = collections.namedtuple("Address", "type cls function serial form owner")
 
 
-def _form(function: int, size: int) -> Form | None:
-    if function in DATA:
-        return LONG
-    body = size - 14  # from offset 12 to the CRC
-    return SHORT if function == CONFIRMATION or body % 16 == 0 else LONG if body % 16 == 40 % 16 else None
-
-
 def kind_of(cls: int) -> str:
     """The label `device` of a class."""
     return "meter" if cls == METER else "inverter"
@@ -751,8 +744,10 @@ def address(head: bytes, size: int, wire: Wire) -> Address:
     if size < at + 4:
         raise ProtocolError("too short for a type")
     cls, function = head[at], head[at + 1]
-    form = ANSWER if wire is INBOUND else _form(function, size)
-    if form is None or size - 2 - form.cipher < 16 or (size - 2 - form.cipher) % 16:
+    # Of an unknown function the length tells: what is behind the type of a short envelope is whole blocks.
+    is_short = function == CONFIRMATION or function not in DATA and (size - 14) % 16 == 0
+    form = ANSWER if wire is INBOUND else SHORT if is_short else LONG
+    if size - 2 - form.cipher < 16 or (size - 2 - form.cipher) % 16:
         raise ProtocolError("the envelope does not fit the length")
     serial = head[form.serial : form.serial + 16]
     if not all(0x20 <= byte < 0x7F for byte in serial):
@@ -1322,13 +1317,13 @@ class Store:
         """Add to a counter of FIXED."""
         self.totals[name, labels] += count
 
-    def count(self, wire: Wire, kind: str, verdict: str, count: int = 1) -> None:
-        """Count packets whose fate is decided; kind is a type, malformed, keepalive or junk."""
+    def count(self, wire: Wire, kind: str, verdict: str) -> None:
+        """Count a packet whose fate is decided; kind is a type, malformed, keepalive or junk."""
         key = (wire.name, kind, verdict)
         if key not in self.packets and kind not in LABELLED:
             others = {seen for _, seen, _ in self.packets} - LABELLED
             key = key if kind in others or len(others) < OTHER_TYPES else (wire.name, "other", verdict)
-        self.packets[key] += count
+        self.packets[key] += 1
 
     def broke(self, where: str) -> None:
         """Count and log the exception of our own that is being handled; `where` names the boundary that contains it."""
