@@ -610,7 +610,6 @@ decrypt_block = functools.lru_cache(maxsize=64)(decrypt)
 FRAME, MALFORMED, JUNK, KEEPALIVE = "frame", "malformed", "junk", "keepalive"
 Piece = tuple[str, bytes]
 
-
 # One direction on the wire. overhead: bytes that a frame has beside its length field's number; head: bytes that name
 # its type and serial; cap: of the length field; order: of the CRC's bytes; beat: a keep-alive, which can stand between
 # frames.
@@ -888,7 +887,6 @@ def reading(name: str, words: dict[int, int]) -> Reading:
 
 
 # ---------------------------------------------------------------------------------------------- identity and time
-
 
 FIXED_MODELS = {"91000HKU": "HomeKit 1000 Smart Meter", "53000DSC": "GW3000-DNS-30"}  # the original exporter's names
 
