@@ -886,6 +886,7 @@ STREAMS = (
     ("junk behind a bad one",              OUT, [("malformed", spoilt(SHORT)), ("junk", b"hello"), ("frame", SHORT)], []),
     ("a bad one behind junk",              OUT, [("junk", b"hello"), ("malformed", BAD), ("junk", b"hello"), ("malformed", BAD)], []),
     ("a prefix within a prefix",           OUT, [("junk", b"POSTPOST"), ("frame", FRAME)], []),
+    ("a frame in a good one",              OUT, [("frame", whole(300, b"x" * 9 + SHORT))], []),
     ("a good one in a bad one",            OUT, [("malformed", claim(300, b"x" * 9)), ("frame", FRAME), ("junk", b"y" * (281 - len(FRAME)))], []),
     ("a good one in two bad ones",         OUT, [("malformed", claim(300)), ("malformed", claim(200, b"x") + SHORT + b"y" * (189 - len(SHORT))), ("junk", b"y" * 90)], []),
     ("a good one in the third bad one",    OUT, [("malformed", claim(300)), ("malformed", claim(50, b"x" * 40)), ("malformed", claim(200, b"x")), ("frame", SHORT), ("junk", b"y" * 179)], []),
@@ -905,6 +906,7 @@ STREAMS = (
     ("keep-alives between",                IN,  [("keepalive", BEAT), ("frame", ACK), ("keepalive", BEAT), ("keepalive", BEAT), ("frame", CLOCK)], []),
     ("a keep-alive behind junk",           IN,  [("junk", b"\0" + BEAT), ("frame", ACK), ("keepalive", BEAT)], []),
     ("a keep-alive behind a bad one",      IN,  [("malformed", spoilt(ACK)), ("junk", BEAT), ("frame", ACK)], []),
+    ("a byte of junk",                     IN,  [("frame", ACK), ("junk", b"\0")], []),
     ("junk behind a keep-alive",           IN,  [("frame", ACK), ("keepalive", BEAT), ("junk", b"\2" + BEAT), ("frame", ACK)], []),
     ("half a keep-alive",                  IN,  [("frame", ACK)], [("junk", b"\1")]),
     ("half a keep-alive before a frame",   IN,  [("junk", b"\1"), ("frame", ACK)], []),
@@ -1220,6 +1222,8 @@ class Readings(unittest.TestCase):
             ("of a module", 4891, (0x5631, 0x380D, 0x0A56, 0x340D, 0x0A00), {"module_firmware": "V18 V4"}),
             ("a module of an inverter", 30054, text("V1.2", 8), {"module_firmware": "V1.2"}),
             ("the portal of a HomeKit", 4609, text("20001,tcp.goodwe-power.com", 14), {"portal": "tcp.goodwe-power.com:20001"}),
+            ("a port alone", 4609, text("20001", 14), {"portal": "20001"}),
+            ("a comma elsewhere", 30221, text("410,02065-04", 6), {"firmware": "410,02065-04"}),
             ("the portal of an inverter", 40075, text("tcp.goodwe-power.com", 26), {"portal": "tcp.goodwe-power.com"}),
             ("one with a comma", 40075, text("a.example,b.example", 26), {"portal": "a.example,b.example"}),
         ):  # fmt: skip
@@ -1236,7 +1240,7 @@ class Identity(unittest.TestCase):
             ("81000HKU00000042", "", "HomeKit 1000 Smart Meter"), ("92000HKU00000042", "", "GoodWe HKU 2000 W"),
             ("93000DSN00000042", "", "GoodWe DSN 3000 W"), ("93000DSN00000042", "GW3000D-NS", "GW3000D-NS"),
             ("9010KETU00000042", "", "GoodWe ETU 10 kW"), ("9100KMTU00000042", "", "GoodWe MTU 100 kW"), ("9X00KDSN00000042", "", "GoodWe DSN"),
-            ("9ABCDDSN00000042", "", "GoodWe DSN"), ("912.5DSN00000042", "", "GoodWe DSN"), ("90000DSN00000042", "", "GoodWe DSN"),
+            ("9300ADSN00000042", "", "GoodWe DSN"), ("912.5DSN00000042", "", "GoodWe DSN"), ("90000DSN00000042", "", "GoodWe DSN"),
             ("912 5 S 00000042", "", "GoodWe S"),
         ):  # fmt: skip
             self.assertEqual(sems.model(serial, told), wanted, (serial, told))
@@ -1409,6 +1413,7 @@ class HeldCountersTest(unittest.TestCase):
             # readings; the last values that are shown; the energy that increase() tells
             ("rising", minutes(5, 6, 6, 9), [5, 6, 6, 9], 4),
             ("a fall of one, for a while", minutes(58110, *[58109] * 5, 58111), [58110] * 6 + [58111], 1),
+            ("a fall of one behind 199 kWh", apart(HOUR, *range(0, 20000, 100), 19899, 19950), [19900, 19900, 19950], 19950),
             ("a fall of one, for ever", minutes(58110, *[58109] * 3000), [58110], 0),
             ("a fall to half, for a while", after(known, 60, minutes(*[29055] * 900, 58111)), [58111], 2),
             ("a fall to half, for ever", after(known, 60, apart(HOUR, *range(29055, 29155))), [58110], 1),
@@ -1684,13 +1689,15 @@ class StoreTest(SocketCase):
                 self.assertEqual(only(store).live.fresh, 63.0)
 
     def test_stuck(self):
-        """A counter that has been held for a day is said once a day, with what to do."""
-        for hour in range(80):
-            ranges = [(2069, (0, 0, 100 if hour else 900))]
-            meet(self.store, frame(when=minute(60 * hour), ranges=ranges), now=hour * 3600.0)
+        """A counter that is held for a day is said once a day, with what to do; a jump behind a silence is not."""
+        for hour in (*range(80), 200):
+            ranges = [(2048, (0, hour // 100, 5)), (2069, (0, 0, 100 if hour else 900))]
+            meet(self.store, frame(when=minute(60 * hour), ranges=ranges[: 1 if hour == 200 else 2]), now=hour * 3600.0)
             self.store.look(hour * 3600.0)
-        said = [line for line in self.lines if f"of {METER} stays at 900: " in line and "restart the exporter" in line]
+        self.assertEqual(self.rejected("jump"), 2)
+        said = [line for line in self.lines if "stays at" in line]
         self.assertEqual(len(said), 3)
+        self.assertRegex(said[0], f"of {METER} stays at 900: .*restart the exporter")
 
     def test_rules_clock(self):
         """The counter rules go by the clock that is handed in."""
