@@ -1413,7 +1413,7 @@ class HeldCountersTest(unittest.TestCase):
             # readings; the last values that are shown; the energy that increase() tells
             ("rising", minutes(5, 6, 6, 9), [5, 6, 6, 9], 4),
             ("a fall of one, for a while", minutes(58110, *[58109] * 5, 58111), [58110] * 6 + [58111], 1),
-            ("a fall of one behind 199 kWh", apart(HOUR, *range(0, 20000, 100), 19899, 19950), [19900, 19900, 19950], 19950),
+            ("a fall of one behind 100 kWh", apart(HOUR, *range(0, 10100, 100), 9999, 10150), [10000, 10000, 10150], 10150),
             ("a fall of one, for ever", minutes(58110, *[58109] * 3000), [58110], 0),
             ("a fall to half, for a while", after(known, 60, minutes(*[29055] * 900, 58111)), [58111], 2),
             ("a fall to half, for ever", after(known, 60, apart(HOUR, *range(29055, 29155))), [58110], 1),
