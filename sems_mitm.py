@@ -15,24 +15,18 @@ A frame from a device, here with live data, and one to it; numbers are big endia
 
 The file reads as a packet travels:
 
-    limits, errors               what is bounded, and why
-    registers, internal metrics  what there is to know, a row a quantity
-    checksum, cipher             CRC-16/MODBUS by folding, AES-128-CBC in matrix steps
-    frames                       Framer: bytes in, pieces out: a frame is the only unit, and nothing is lost
-    packets                      addresses, envelopes, registers; encode is the inverse of decode
-    readings, identity, bat      registers to values and texts; model, family, labels; the bat
-    counters                     protected from falls and jumps; what a device's live packets said, and its day
-    metrics                      devices, the store; its content as exposition text
-    rules                        what is let through, who answers, what waits: no socket, no thread
-    files                        capture and backfill; the spool, a table of SQLite
-    network                      names; Connection, Reader, Peer; Portal and PortalLink
-    modes                        Relay (forward), Answerer (local and spool), SpoolSender (a serial number's spool)
-    loop                         rounds: read, commit, answer, write files, send; a look at deadlines once a second
-    household, page, HTTP        what a house makes and takes; /, /api, /metrics, /home-assistant.yaml
-    settings, serve              the flags; how the parts above are put together
-    simulator, demo              a house without hardware
-    recordings                   packets, dumps and captures to the pieces of their streams
-    decode, backfill, doctor, metrics, command line
+    limits, errors; registers, internal metrics  what is bounded; what there is to know, a row a quantity
+    checksum, cipher; frames                     CRC-16/MODBUS, AES-128-CBC; Framer: bytes in, pieces out, none lost
+    packets                                      addresses, envelopes, registers; encode is the inverse of decode
+    readings; identity and time                  registers to values and texts; model, family, labels; the bat
+    counters; metrics                            protected from falls and jumps; devices, the store, exposition text
+    rules                                        what is let through, who answers, what waits: no socket, no thread
+    files                                        capture and backfill; the spool, a table of SQLite
+    network                                      names; Connection, Reader, Peer; Portal and PortalLink
+    modes; loop                                  Relay (forward), Answerer (local, spool), SpoolSender; the rounds
+    household; page, API, Home Assistant; HTTP   what a house makes and takes, and how it is shown
+    settings, serve; simulator; demo             the flags, how the parts are put together; a house without hardware
+    recordings; decode; backfill; doctor         captures and dumps to pieces, JSON, OpenMetrics; checks of a set-up
 
 One thread, that of Loop, does all of it but look names up. A round: owners (Relay, Answerer, SpoolSender, HttpClient) read
 and queue; the spool commits; answers are queued and files written; owners settle, which is where they send.
