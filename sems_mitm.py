@@ -50,6 +50,7 @@ import itertools
 import json
 import logging
 import math
+import operator
 import os
 import random
 import re
@@ -563,14 +564,15 @@ def _rounds(data: bytes, decrypting: bool, key: bytes) -> bytes:
     row, blocks = size // 4, size // 16
     first, *middle, last = _round_keys(key, blocks, decrypting)
     cuts = [(r * row, r * row + turn * blocks, (r + 1) * row) for r, turn in enumerate(turns)]
+    shifted = operator.itemgetter(*(slice(*ends) for start, cut, end in cuts for ends in ((cut, end), (start, cut))))
     own, next_row, third, fourth = mixed_boxes  # what a byte is multiplied by for its own row, and for those above
     state = (_int(memoryview(data).cast("B", (blocks, 4, 4)).tobytes("F")) ^ first).to_bytes(size, "little")
     for round_key in middle:
-        state = b"".join([part for start, cut, end in cuts for part in (state[cut:end], state[start:cut])])
+        state = b"".join(shifted(state))
         b, c, d = state.translate(next_row), state.translate(third), state.translate(fourth)
         mixed = _int(b[row:] + b[:row]) ^ _int(c[2 * row :] + c[: 2 * row]) ^ _int(d[3 * row :] + d[: 3 * row])
         state = (_int(state.translate(own)) ^ mixed ^ round_key).to_bytes(size, "little")
-    state = b"".join([part for start, cut, end in cuts for part in (state[cut:end], state[start:cut])])
+    state = b"".join(shifted(state))
     state = (_int(state.translate(box)) ^ last).to_bytes(size, "little")
     return memoryview(state).cast("B", (4, 4, blocks)).tobytes("F")
 
