@@ -15,24 +15,18 @@ A frame from a device, here with live data, and one to it; numbers are big endia
 
 The file reads as a packet travels:
 
-    limits, errors               what is bounded, and why
-    registers, internal metrics  what there is to know, a row a quantity
-    checksum, cipher             CRC-16/MODBUS by folding, AES-128-CBC in matrix steps
-    frames                       Framer: bytes in, pieces out: a frame is the only unit, and nothing is lost
-    packets                      addresses, envelopes, registers; encode is the inverse of decode
-    readings, identity, bat      registers to values and texts; model, family, labels; the bat
-    counters                     protected from falls and jumps; what a device's live packets said, and its day
-    metrics                      devices, the store; its content as exposition text
-    rules                        what is let through, who answers, what waits: no socket, no thread
-    files                        capture and backfill; the spool, a table of SQLite
-    network                      names; Connection, Reader, Peer; Portal and PortalLink
-    modes                        Relay (forward), Answerer (local and spool), SpoolSender (a serial number's spool)
-    loop                         rounds: read, commit, answer, write files, send; a look at deadlines once a second
-    household, page, HTTP        what a house makes and takes; /, /api, /metrics, /home-assistant.yaml
-    settings, serve              the flags; how the parts above are put together
-    simulator, demo              a house without hardware
-    recordings                   packets, dumps and captures to the pieces of their streams
-    decode, backfill, doctor, metrics, command line
+    limits, errors; registers, internal metrics  what is bounded; what there is to know, a row a quantity
+    checksum, cipher; frames                     CRC-16/MODBUS, AES-128-CBC; Framer: bytes in, pieces out, none lost
+    packets                                      addresses, envelopes, registers; encode is the inverse of decode
+    readings; identity and time                  registers to values and texts; model, family, labels; the bat
+    counters; metrics                            protected from falls and jumps; devices, the store, exposition text
+    rules                                        what is let through, who answers, what waits: no socket, no thread
+    files                                        capture and backfill; the spool, a table of SQLite
+    network                                      names; Connection, Reader, Peer; Portal and PortalLink
+    modes; loop                                  Relay (forward), Answerer (local, spool), SpoolSender; the rounds
+    household; page, API, Home Assistant; HTTP   what a house makes and takes, and how it is shown
+    settings, serve; simulator; demo             the flags, how the parts are put together; a house without hardware
+    recordings; decode; backfill; doctor         captures and dumps to pieces, JSON, OpenMetrics; checks of a set-up
 
 One thread, that of Loop, does all of it but look names up. A round: owners (Relay, Answerer, SpoolSender, HttpClient) read
 and queue; the spool commits; owners settle, which is where they answer and send; files are written.
@@ -56,6 +50,7 @@ import itertools
 import json
 import logging
 import math
+import operator
 import os
 import random
 import re
@@ -137,11 +132,7 @@ PERIOD, CLOCK_PERIOD = 60, 3600  # s in which the same trouble is one line; a cl
 
 
 class ProtocolError(ValueError):
-    """The peer sent nonsense; `data` is the bytes that failed. Any other exception on a peer's bytes is a bug."""
-
-    def __init__(self, reason: str, data: bytes = b"") -> None:
-        super().__init__(reason)
-        self.data = data
+    """The peer sent nonsense. Any other exception on a peer's bytes is a bug."""
 
 
 class UsageError(ValueError):
@@ -266,21 +257,11 @@ TABLES = (
 
 FAMILIES = ("HK1000", "HK3000", "GRID", "HYBRID")
 Quantity = collections.namedtuple("Quantity", "metric labels help read")  # read: family to how it is read there
-
-
-def quantities(tables: Iterable[tuple[Sequence[str], Sequence[Sequence[str]]]]) -> tuple[Quantity, ...]:
-    """The rows of tables. Raises ValueError for a row with other columns than its head."""
-    found = []
-    for heads, rows in tables:
-        for metric, labels, *reads, text in rows:
-            if len(reads) != len(heads):
-                raise ValueError(f"{metric}: {len(reads)} columns under {len(heads)} heads")
-            read = {family: how for head, how in zip(heads, reads) if how for family in head.split()}
-            found.append(Quantity(metric, labels, text, read))
-    return tuple(found)
-
-
-QUANTITIES = quantities(TABLES)
+QUANTITIES = tuple(
+    Quantity(metric, labels, text, {family: how for head, how in zip(heads, reads) if how for family in head.split()})
+    for heads, rows in TABLES
+    for metric, labels, *reads, text in rows
+)
 
 # number: of the raw bits, None if they mean "not available"; int is the bits as they are
 Kind = collections.namedtuple("Kind", "words signed number")
@@ -312,76 +293,49 @@ INFO = {
 SILENT = ((30034, 30039), (30100, 30102), (35000, 35032), (35100, 35102))
 
 # A series of a family as it is read. later: its registers behind the first; missing: the raw number that means "not
-# available"; series: (metric, labels); when: None, or (register, word), where None as a word is any but 0 and FFFF;
+# available"; series: (metric, labels); when: None, or a register and the words with which the value is there (not 0);
 # instead: it counts in place of an earlier value of the series while it is above 0.
 Value = collections.namedtuple("Value", "register later missing number multiply divide series counter when instead")
 
 
+@functools.cache
 def metric_type(metric: str) -> str:
     """The type of a register's metric, by its name."""
     return "counter" if metric.endswith("_total") else "gauge"
 
 
-def _condition(text: str) -> tuple[int, int | None]:
-    """A condition of a row: REG=WORD, or REG>0."""
-    register, sign, word = re.split("([=>])", text)
-    return int(register), int(word) if sign == "=" else None
-
-
-def _parts(how: str) -> tuple[str, int, int, list[str], list[tuple[int, int | None] | None]]:
-    """How one place of a quantity is read: kind, multiply, divide, registers, a condition for each of them."""
-    how, _, conditions = how.partition(" if ")
-    form, *registers = how.split()
-    kind, _, divide = form.partition("/")
-    kind, _, multiply = kind.partition("*")  # two numbers, since 66 / 10 is 6.6 and 66 * 0.1 is not
-    when: list[tuple[int, int | None] | None] = [*map(_condition, conditions.split())] or [None]
-    when = when * len(registers) if len(when) == 1 else when
-    if len(when) != len(registers):
-        raise ValueError(f"{len(when)} conditions for {len(registers)} registers")
-    return kind, int(multiply or 1), int(divide or 1), registers, when
-
-
 def evidence(row: Quantity, family: str) -> list[str]:
     """Where each register that a row has in a family is known from."""
     known = GUESS if family == "HK3000" else SEEN
-    registers = [register for place in row.read[family].split(", ") for register in _parts(place)[3]]
-    return [MAP if register.endswith("?") else known for register in registers if register != "-"]
+    return [MAP if mark else known for mark in re.findall(r" \d+(\??)(?![\d?=>])", row.read[family])]
 
 
 def row_values(row: Quantity, family: str) -> Iterator[Value]:
-    """A row's values in a family that reads it. Raises ValueError for a row that makes no sense."""
+    """A row's values in a family that reads it."""
     name, *labels = row.labels.split() or [""]
     texts = [f'{name}="{label}"' for label in labels] or [""]
     counter = metric_type(row.metric) == "counter"
     for place, how in enumerate(row.read[family].split(", ")):
-        kind, multiply, divide, registers, conditions = _parts(how)
-        if kind not in KINDS:
-            raise ValueError(f"there is no kind {kind}")
-        if len(registers) != len(texts):
-            raise ValueError(f"{len(registers)} registers for {len(texts)} labels")
+        how, _, conditions = how.partition(" if ")
+        form, *registers = how.split()
+        kind, _, divide = form.partition("/")
+        kind, _, multiply = kind.partition("*")  # two numbers, since 66 / 10 is 6.6 and 66 * 0.1 is not
         words, signed, number = KINDS[kind]
         missing = (1 << 16 * words) - 1 if family == "GRID" or not signed else None  # elsewhere -1 is a value
-        for register, text, when in zip(registers, texts, conditions):
+        each = re.findall("([0-9]+)([=>])([0-9]+)", conditions)
+        when = [(int(at), range(1, 0xFFFF) if sign == ">" else (int(word),)) for at, sign, word in each]
+        for register, text, one in zip(registers, texts, itertools.cycle(when or [None])):
             if register != "-":
                 first = int(register.rstrip("?"))
                 later, series = tuple(range(first + 1, first + words)), (row.metric, text)
-                yield Value(first, later, missing, number, multiply, divide, series, counter, when, place > 0)
+                scale = int(multiply or 1), int(divide or 1)
+                yield Value(first, later, missing, number, *scale, series, counter, one, place > 0)
 
 
-def family_values(family: str, rows: Sequence[Quantity] = QUANTITIES) -> tuple[Value, ...]:
-    """All values of a family. Raises ValueError for rows that make no sense or contradict one another."""
-    found: dict[tuple[tuple[str, str], bool], Value] = {}
-    for row in rows:
-        try:
-            for value in row_values(row, family) if family in row.read else ():
-                if found.setdefault((value.series, value.instead), value) is not value:
-                    raise ValueError(f"the series {value.series[1]!r} stands twice")
-        except ValueError as error:
-            raise ValueError(f"{row.metric} in {family}: {error}") from None
-    return tuple(found.values())
-
-
-VALUES = {family: family_values(family) for family in FAMILIES}
+VALUES = {
+    family: tuple(value for row in QUANTITIES if family in row.read for value in row_values(row, family))
+    for family in FAMILIES
+}
 NO_METRIC = {at for first, last in itertools.chain(SILENT, *INFO.values()) for at in range(first, last + 1)}
 KNOWN = {
     family: NO_METRIC.union(*((value.register, *value.later) for value in values)) for family, values in VALUES.items()
@@ -458,19 +412,8 @@ UNITS = {
 # fmt: on
 
 FIXED = tuple((name, label, values) for name, _, label, values, _ in INTERNALS if values)  # what starts at 0
-
-
-def all_metrics(rows: Sequence[Quantity] = QUANTITIES) -> dict[str, tuple[str, str]]:
-    """Name of every metric to (type, help). Raises ValueError if two rows disagree."""
-    found = {name: (kind, meaning) for name, kind, _, _, meaning in INTERNALS}
-    for row in rows:
-        told = metric_type(row.metric), row.help
-        if found.setdefault(row.metric, told) != told:
-            raise ValueError(f"{row.metric}: another row has another type or help")
-    return found
-
-
-METRICS = all_metrics()
+METRICS = {name: (kind, meaning) for name, kind, _, _, meaning in INTERNALS}  # every metric to its type and help
+METRICS.update((row.metric, (metric_type(row.metric), row.help)) for row in QUANTITIES)
 
 
 @functools.cache  # there are so many metrics and no more; a page of 256 devices asks 40,000 times
@@ -600,9 +543,8 @@ def _unmixed(key: bytes) -> bytes:
     mixed = bytearray(16)
     for i in range(16):
         for j in range(4):
-            mixed[i] ^= _direction(True)[0][j][
-                SBOX[key[i & 12 | (i + j) & 3]]
-            ]  # SBOX undoes the substitution in the table
+            place = SBOX[key[i & 12 | (i + j) & 3]]  # undoes the substitution in the table
+            mixed[i] ^= _direction(True)[0][j][place]
     return bytes(mixed)
 
 
@@ -611,9 +553,8 @@ def _round_keys(key: bytes, blocks: int, decrypting: bool) -> list[int]:
     keys = _expanded(key)
     if decrypting:
         keys = [keys[10], *map(_unmixed, keys[9:0:-1]), keys[0]]
-    return [
-        _int(b"".join(bytes([k[4 * column + row]]) * blocks for row in range(4) for column in range(4))) for k in keys
-    ]
+    order = [4 * column + row for row in range(4) for column in range(4)]
+    return [_int(b"".join(key[at : at + 1] * blocks for at in order)) for key in keys]
 
 
 def _rounds(data: bytes, decrypting: bool, key: bytes) -> bytes:
@@ -623,14 +564,15 @@ def _rounds(data: bytes, decrypting: bool, key: bytes) -> bytes:
     row, blocks = size // 4, size // 16
     first, *middle, last = _round_keys(key, blocks, decrypting)
     cuts = [(r * row, r * row + turn * blocks, (r + 1) * row) for r, turn in enumerate(turns)]
+    shifted = operator.itemgetter(*(slice(*ends) for start, cut, end in cuts for ends in ((cut, end), (start, cut))))
     own, next_row, third, fourth = mixed_boxes  # what a byte is multiplied by for its own row, and for those above
     state = (_int(memoryview(data).cast("B", (blocks, 4, 4)).tobytes("F")) ^ first).to_bytes(size, "little")
     for round_key in middle:
-        state = b"".join([part for start, cut, end in cuts for part in (state[cut:end], state[start:cut])])
+        state = b"".join(shifted(state))
         b, c, d = state.translate(next_row), state.translate(third), state.translate(fourth)
         mixed = _int(b[row:] + b[:row]) ^ _int(c[2 * row :] + c[: 2 * row]) ^ _int(d[3 * row :] + d[: 3 * row])
         state = (_int(state.translate(own)) ^ mixed ^ round_key).to_bytes(size, "little")
-    state = b"".join([part for start, cut, end in cuts for part in (state[cut:end], state[start:cut])])
+    state = b"".join(shifted(state))
     state = (_int(state.translate(box)) ^ last).to_bytes(size, "little")
     return memoryview(state).cast("B", (4, 4, blocks)).tobytes("F")
 
@@ -664,7 +606,6 @@ decrypt_block = functools.lru_cache(maxsize=64)(decrypt)
 FRAME, MALFORMED, JUNK, KEEPALIVE = "frame", "malformed", "junk", "keepalive"
 Piece = tuple[str, bytes]
 
-
 # One direction on the wire. overhead: bytes that a frame has beside its length field's number; head: bytes that name
 # its type and serial; cap: of the length field; order: of the CRC's bytes; beat: a keep-alive, which can stand between
 # frames.
@@ -675,8 +616,7 @@ LENGTH = struct.Struct(">I")
 
 
 class Framer:
-    """Cuts a stream into pieces, wherever its reads were cut. `rest` is the bytes of an unfinished frame, which wait
-    for its end.
+    """Cuts a stream into pieces, wherever its reads were cut.
 
     A frame with a bad CRC ends where another begins inside it, so that a good frame behind a torn one is found at once.
     The next one, if it is bad too, is taken whole, and so is one that claims more than may be checked again: claims
@@ -685,7 +625,7 @@ class Framer:
 
     def __init__(self, wire: Wire) -> None:
         self.wire = wire
-        self.rest = b""
+        self.rest = b""  # the bytes of an unfinished frame, which wait for its end
         self._since = 0.0  # when the wait for its end began
         self._is_torn = False  # the last frame was bad and ended where this one begins
         self._budget = wire.cap  # bytes that may be checked again
@@ -757,8 +697,7 @@ class Framer:
         return pieces, pos
 
     def _start(self, data: bytes, pos: int) -> int:
-        """Where a frame can begin from pos on: at a prefix whose length is possible, or at the first bytes of a
-        prefix at the end."""
+        """Where a frame can begin: at a prefix whose length is possible, or at the first bytes of one at the end."""
         wire, start = self.wire, pos
         prefix = wire.prefix
         while (pos := data.find(prefix, pos)) >= 0:
@@ -788,13 +727,6 @@ LONG, SHORT, ANSWER = Form(14, 30, 46, 52), Form(12, 28, None, 44), Form(8, 24, 
 Address = collections.namedtuple("Address", "type cls function serial form owner")
 
 
-def _form(function: int, size: int) -> Form | None:
-    if function in DATA:
-        return LONG
-    body = size - 14  # from offset 12 to the CRC
-    return SHORT if function == CONFIRMATION or body % 16 == 0 else LONG if body % 16 == 40 % 16 else None
-
-
 def kind_of(cls: int) -> str:
     """The label `device` of a class."""
     return "meter" if cls == METER else "inverter"
@@ -808,14 +740,16 @@ def address(head: bytes, size: int, wire: Wire) -> Address:
     """
     at = 10 if wire is OUTBOUND else 6
     if size < at + 4:
-        raise ProtocolError("too short for a type", head)
+        raise ProtocolError("too short for a type")
     cls, function = head[at], head[at + 1]
-    form = ANSWER if wire is INBOUND else _form(function, size)
-    if form is None or size - 2 - form.cipher < 16 or (size - 2 - form.cipher) % 16:
-        raise ProtocolError("the envelope does not fit the length", head)
+    # Of an unknown function the length tells: what is behind the type of a short envelope is whole blocks.
+    is_short = function == CONFIRMATION or function not in DATA and (size - 14) % 16 == 0
+    form = ANSWER if wire is INBOUND else SHORT if is_short else LONG
+    if size - 2 - form.cipher < 16 or (size - 2 - form.cipher) % 16:
+        raise ProtocolError("the envelope does not fit the length")
     serial = head[form.serial : form.serial + 16]
     if not all(0x20 <= byte < 0x7F for byte in serial):
-        raise ProtocolError("a serial number that is not printable ASCII", head)
+        raise ProtocolError("a serial number that is not printable ASCII")
     text = serial.decode("ascii")
     return Address(f"{cls:02x}{function:02x}", cls, function, text, form, (kind_of(cls), text))
 
@@ -860,14 +794,14 @@ def blocks(clear: bytes) -> list[tuple[int, tuple[int, ...]]]:
         for _ in range(clear[0]):
             first, last = struct.unpack_from(">HH", clear, pos)
             if last < first:
-                raise ProtocolError("a block's last register is before its first", clear)
+                raise ProtocolError("a block's last register is before its first")
             words = struct.unpack_from(f">{last - first + 1}H", clear, pos + 4)
             found.append((first, words))
             pos += 4 + 2 * len(words)
     except (struct.error, IndexError):
-        raise ProtocolError("a block runs past the end", clear) from None
+        raise ProtocolError("a block runs past the end") from None
     if len(clear) - pos > 15 or clear[pos:].strip(b"\xff"):
-        raise ProtocolError("padding that is not FF", clear)
+        raise ProtocolError("padding that is not FF")
     return found
 
 
@@ -923,20 +857,11 @@ def info(words: dict[int, int]) -> dict[str, str]:
     """The texts of INFO that the registers hold, without the empty ones."""
     found = {}
     for name, ranges in INFO.items():
-        texts = [_text(words, first, last) for first, last in ranges if first in words]
-        text = " ".join(filter(None, texts)) if texts else ""
+        text = " ".join(filter(None, [_text(words, *ends) for ends in ranges if ends[0] in words]))
         if text:
             port, comma, host = text.partition(",")  # HomeKit: port,host
             found[name] = f"{host}:{port}" if name == "portal" and comma and port.isdigit() else text
     return found
-
-
-def _is_there(when: tuple[int, int | None] | None, words: dict[int, int]) -> bool:
-    """Whether a value's condition holds in a packet."""
-    if when is None:
-        return True
-    register, word = when
-    return words.get(register) == word if word is not None else words.get(register, 0) not in (0, 0xFFFF)
 
 
 def reading(name: str, words: dict[int, int]) -> Reading:
@@ -946,7 +871,7 @@ def reading(name: str, words: dict[int, int]) -> Reading:
         raw = words.get(register)
         for low in later:
             raw = raw << 16 | words[low] if raw is not None and low in words else None
-        if raw is None or raw == missing or instead and not raw or when and not _is_there(when, words):
+        if raw is None or raw == missing or instead and not raw or when and words.get(when[0], 0) not in when[1]:
             continue
         if number is not int:  # what is unsigned is its bits: finite, and not below 0
             raw = number(raw)
@@ -956,14 +881,11 @@ def reading(name: str, words: dict[int, int]) -> Reading:
                 not_finite += 1
                 continue
         values[series] = raw * multiply if divide == 1 else raw / divide
-    unknown = [
-        (register, word) for register, word in words.items() if register not in known and word not in (0, 0xFFFF)
-    ]
-    return Reading(values, not_finite, dict(sorted(unknown)), info(words))
+    unknown = sorted((at, word) for at, word in words.items() if at not in known and word not in (0, 0xFFFF))
+    return Reading(values, not_finite, dict(unknown), info(words))
 
 
 # ---------------------------------------------------------------------------------------------- identity and time
-
 
 FIXED_MODELS = {"91000HKU": "HomeKit 1000 Smart Meter", "53000DSC": "GW3000-DNS-30"}  # the original exporter's names
 
@@ -1025,7 +947,7 @@ def bat(when: datetime) -> tuple[float, float]:
     return top, -wing
 
 
-EXPORT, GENERATION = 2105, 2107  # registers of a HomeKit 1000, s32
+EXPORT, GENERATION = 2105, 2107  # registers of a HomeKit 1000, s32, one behind the other
 
 
 def with_bat(frame: bytes) -> bytes | None:
@@ -1038,18 +960,14 @@ def with_bat(frame: bytes) -> bytes | None:
     if when is None:
         return None
     top, bottom = bat(when)
-    drawn = {}
-    for register, kilowatts in ((GENERATION, top), (EXPORT, bottom)):
-        high, low = struct.unpack(">HH", struct.pack(">i", int(1000 * kilowatts)))
-        drawn.update({register: high, register + 1: low})
+    watts = struct.pack(">ii", int(1000 * bottom), int(1000 * top))
+    drawn = dict(zip(range(EXPORT, GENERATION + 2), struct.unpack(">4H", watts)))
     try:
         ranges = blocks(packet.clear)
     except ProtocolError:
         return None
-    clear = payload(
-        [(first, tuple(drawn.get(first + i, word) for i, word in enumerate(words))) for first, words in ranges]
-    )
-    return encode(packet._replace(clear=clear))
+    ranges = [(first, tuple(drawn.get(first + i, word) for i, word in enumerate(words))) for first, words in ranges]
+    return encode(packet._replace(clear=payload(ranges)))
 
 
 # -------------------------------------------------------------------------------------------------------- counters
@@ -1078,11 +996,10 @@ class HeldCounter:
     def __init__(self, metric: str, number: float, now: float) -> None:
         self.shown = Count(number, now)  # the last reading that was taken
         self.sure = self.shown  # the last taken one that was right: the reading right after it was not below it
-        self._doubted = False  # a fall went on from `sure`, so the shown value can be a wrong one
         self.gained: float = 0  # from the first reading on
+        self._doubted = False  # a fall went on from `sure`, so the shown value can be a wrong one
         self._wh, self._readings = watt_hours(metric), 1
-        # Held-back readings, one right after the other, that agree; of falls the first and the last of them.
-        self._row: list[Count] = []
+        self._row: list[Count] = []  # held-back readings in a row that agree: the first two and the last of them
 
     def could_make(self, seconds: float) -> float:
         """How much of the counter's unit is possible in a time; hours run twice as fast as the clock at most."""
@@ -1103,12 +1020,10 @@ class HeldCounter:
         is_fall = number < self.shown.number
         self._doubted |= is_fall and self._agree(self.sure, new)
         goes_on = row and is_fall == (row[-1].number < self.shown.number) and self._agree(row[-1], new)
-        self._row = [*row[: 1 if is_fall else 2], new] if goes_on else [new]
+        self._row = [*row[:2], new] if goes_on else [new]
         if is_fall:
             return self._fallen(new)
-        if len(self._row) < 3:
-            return JUMP
-        return self._show(new, number - self.shown.number, RISEN, self._row[1])
+        return JUMP if len(self._row) < 3 else self._show(new, number - self.shown.number, RISEN, self._row[1])
 
     def _show(self, new: Count, gained: float, why: str, sure: Count) -> str:
         self.gained += gained
@@ -1128,37 +1043,23 @@ class HeldCounter:
         return FALL
 
 
-class HeldCounters:
-    """The counters of a device. Pure: times are handed in."""
+def judged(held: dict[Series, HeldCounter], values: Mapping[Series, float], now: float) -> dict[Series, str]:
+    """What became of each counter of a reading of a device with these counters, to which the new ones are added.
 
-    def __init__(self) -> None:
-        self.counters: dict[Series, HeldCounter] = {}
-
-    def take(self, values: Mapping[Series, float], now: float) -> dict[Series, str]:
-        """What became of each counter of a reading.
-
-        Where all of a group are 0 they are left out, and say nothing: so reads an inverter's controller while it boots.
-        The meter of a hybrid is a group of its own.
-        """
-        found: dict[Series, str] = {}
-        counted = {series: number for series, number in values.items() if metric_type(series[0]) == "counter"}
-        groups = {series[0].startswith("meter_") for series, number in counted.items() if number}
-        for series, number in counted.items():
-            if series[0].startswith("meter_") not in groups:
-                continue
-            if series in self.counters:
-                found[series] = self.counters[series].take(number, now)
-            else:
-                self.counters[series], found[series] = HeldCounter(series[0], number, now), TAKEN
-        return found
-
-    def shown(self) -> dict[Series, float]:
-        """The value of each counter that is shown."""
-        return {series: counter.shown.number for series, counter in self.counters.items()}
-
-    def gained(self) -> dict[Series, float]:
-        """What each counter has gained from its first reading on."""
-        return {series: counter.gained for series, counter in self.counters.items()}
+    Where all of a group are 0 they are left out, and say nothing: so reads an inverter's controller while it boots.
+    The meter of a hybrid is a group of its own.
+    """
+    found: dict[Series, str] = {}
+    counted = {series: number for series, number in values.items() if metric_type(series[0]) == "counter"}
+    groups = {series[0].startswith("meter_") for series, number in counted.items() if number}
+    for series, number in counted.items():
+        if series[0].startswith("meter_") not in groups:
+            continue
+        if series in held:
+            found[series] = held[series].take(number, now)
+        else:
+            held[series], found[series] = HeldCounter(series[0], number, now), TAKEN
+    return found
 
 
 COUNTED = {  # energies that a house lives by: the counters of which the first that there is counts
@@ -1177,8 +1078,7 @@ CLOCK_STEP = 60  # s that this machine's clock can be off the monotonic one from
 CLOCK_AGREES = 600  # s between a device's clock and ours: its day is ours
 
 # A day of a device: its date; when counting began, None for midnight, and the same on the clock of the counter rules;
-# what the counters had gained at that time; and what an inverter itself counted of the day before it, None if not
-# known.
+# what the counters had gained at that time; what an inverter itself counted of the day before it, None if not known.
 Day = collections.namedtuple("Day", "date since at base before", defaults=(None,))
 
 
@@ -1188,7 +1088,7 @@ class Live:
     def __init__(self) -> None:
         self.gauges: dict[Series, float] = {}  # of the last reading
         self.counters: dict[Series, float] = {}  # as they are shown
-        self.held = HeldCounters()
+        self.held: dict[Series, HeldCounter] = {}
         self.unknown: dict[int, int] = {}
         self.fresh = -math.inf  # when the last reading came, monotonic
         self.at = -math.inf  # when the last one came that had a counter, on the clock of the counter rules
@@ -1198,57 +1098,57 @@ class Live:
         # but one whose battery is silent for a packet has it still.
         self.has_battery = False
 
-    def take(self, found: Reading, came: float, at: float) -> tuple[dict[Series, str], bool]:
-        """Take a reading that came at `came`, which is `at` for the counter rules.
+    def take(self, found: Reading, came: float, at: float, looked: datetime, own: float | None) -> dict[Series, str]:
+        """Take a reading that came at `came`, which is `at` for the counter rules; what became of its counters.
 
-        What became of its counters, and whether what its energies gained can be of an earlier day: behind a silence
-        over midnight, or a confirmed jump.
+        looked: the time of day; own: an inverter's own count of the day, if its day is ours. What the energies gained
+        over a silence or by a confirmed jump can be of an earlier day: then counting begins anew.
         """
-        before = {series: self.held.counters[series].shown for series in self.energies()}
-        said = self.held.take(found.values, at)
+        before = {series: self.held[series].shown for series in self.energies()}
+        said = judged(self.held, found.values, at)
         is_new = not {RESET, RISEN, WRONG_FIRST}.isdisjoint(map(said.get, before))
-        unsure = is_new or bool(said) and self._is_over_midnight(before, at)
-        self.fresh, self.at = came, at if said else self.at
+        is_unsure = is_new or bool(said) and self._is_over_midnight(before, at)
+        self.fresh, self.at = max(self.fresh, came), at if said else self.at  # a repeated frame can have come since
         self.unknown = dict(itertools.islice(found.unknown.items(), UNKNOWN_REGISTERS))
         self.gauges = {series: number for series, number in found.values.items() if metric_type(series[0]) == "gauge"}
-        self.counters = self.held.shown()
+        self.counters = {series: counter.shown.number for series, counter in self.held.items()}
         self.has_battery = self.has_battery or not BATTERIES.isdisjoint(self.gauges)
-        return said, unsure
+        if not self.day or is_unsure and not self._slept(own):
+            self.begin(looked, looked, at)
+        if said.get(OWN_TOTAL, FALL) not in HELD_BACK and own is not None:
+            self._complete(own)
+        return said
 
     def _is_over_midnight(self, before: dict[Series, Count], at: float) -> bool:
         """Whether the device, or a counter that has now gained much, was silent for an hour over the day's begin."""
         begun = min(self.day.at, at - LONGEST) if self.day else -math.inf
-        gained = ((self.held.counters[series], last) for series, last in before.items() if last.at < begun)
+        gained = ((self.held[series], last) for series, last in before.items() if last.at < begun)
         return self.at < begun or any(one.shown.number - last.number > one.could_make(0) for one, last in gained)
 
     def energies(self) -> set[Series]:
         """The counters of the energies that a house lives by, without those of a battery that is not there."""
-        return (ENERGIES if self.has_battery else WITHOUT_BATTERY) & self.held.counters.keys()
+        return (ENERGIES if self.has_battery else WITHOUT_BATTERY) & self.held.keys()
 
     def gained(self) -> dict[Series, float]:
         """What the energies have gained in the day."""
         base = self.day.base if self.day else {}
-        return {series: self.held.counters[series].gained - base.get(series, 0) for series in self.energies()}
+        return {series: self.held[series].gained - base.get(series, 0) for series in self.energies()}
 
-    def slept(self, own: float | None) -> bool:
-        """Whether the device, by its own count of the day, counted nothing but today's over a silence, and nothing
-        else.
-
-        So does a grid-tied inverter, which sleeps at night.
-        """
+    def _slept(self, own: float | None) -> bool:
+        """Whether by its own count of the day all that it counted is today's: a grid-tied inverter sleeps at night."""
         return self.energies() == {OWN_TOTAL} and own is not None and self.gained()[OWN_TOTAL] <= own + 1
 
     def begin(self, when: datetime, since: datetime | None, at: float) -> None:
         """Begin to count the day of `when` anew, at midnight or `since`, which is `at` for the counter rules."""
-        self.day = Day(when.date(), since, at, self.held.gained())
+        base = {series: counter.gained for series, counter in self.held.items()}
+        self.day = Day(when.date(), since, at, base)
 
-    def complete(self, own: float | None) -> None:
+    def _complete(self, own: float) -> None:
         """Add what the inverter itself counted of the day before counting began, once: it must not come and go."""
-        day = self.day
-        if day and day.since and day.before is None and own is not None:
+        if self.day and self.day.since and self.day.before is None:
             before = own - self.gained()[OWN_TOTAL]
-            if 0 <= before <= STRONGEST * (day.since.hour + 1) / watt_hours(OWN_DAY[0]):
-                self.day = day._replace(before=before)
+            if 0 <= before <= STRONGEST * (self.day.since.hour + 1) / watt_hours(OWN_DAY[0]):
+                self.day = self.day._replace(before=before)
 
 
 class Window:
@@ -1271,12 +1171,31 @@ class Window:
 # --------------------------------------------------------------------------------------------------------- metrics
 
 log = logging.getLogger("sems_mitm")
-Clock = Callable[[float], float]  # monotonic seconds to the seconds since 1970 of the time of day that is shown
+Clock = Callable[[float], float]  # of monotonic seconds
 
 
 def wall_clock(now: float) -> float:
     """The real clock: monotonic seconds to seconds since 1970."""
     return time.time() - time.monotonic() + now
+
+
+class Days:
+    """The clocks by which days go: the time of day that is shown, as seconds since 1970, and the counter rules'."""
+
+    def __init__(self, shown: Clock, rules: Clock) -> None:
+        self.shown, self.rules = shown, rules
+        self.looked = datetime.min  # the time of day at the last look
+        self.window = Window()  # of what the house has used
+        self._ahead = 0.0  # s that the time of day was ahead of the rules' clock then
+
+    def look(self, now: float, lives: Iterable[Live]) -> None:
+        """Begin the day of all devices at midnight; anew, if the clock was set since the last look."""
+        wall, rules = self.shown(now), self.rules(now)
+        was_set = abs(wall - rules - self._ahead) > CLOCK_STEP
+        self.looked, self._ahead = datetime.fromtimestamp(wall), wall - rules
+        for live in lives:
+            if live.day and (live.day.date != self.looked.date() or was_set and live.day.since):
+                live.begin(self.looked, self.looked if was_set else None, rules)
 
 
 class Troubles:
@@ -1297,15 +1216,7 @@ class Troubles:
         last[:] = [now + period, 0]
 
 
-PACKET_COUNTERS = {  # by function; the original's names, of a kind of device but for the confirmations
-    SETTINGS: "{}_time_sync_packets_total",
-    LIVE: "{}_metrics_packets_total",
-    BUFFERED: "{}_metrics_packets_total",
-    CONFIRMATION: "meter_time_sync_ack_packets_total",
-}
-ACKS, NACKS, BUFFERED_PACKETS, UNREADABLE = DEVICE_COUNTERS = [
-    f"sems_mitm_{name}_total" for name in ("acks", "nacks", "buffered_packets", "unreadable_packets")
-]
+ACKS, NACKS, UNREADABLE = (f"sems_mitm_{name}_total" for name in ("acks", "nacks", "unreadable_packets"))
 
 
 class Device:
@@ -1316,8 +1227,8 @@ class Device:
         self.family = family(where.cls, where.serial)
         self.name = identity(self.kind, self.serial)  # tells its series from those of others
         self.info = {"firmware": "", "module_firmware": "", "portal": ""}
-        packets = [name.format(self.kind) for name in PACKET_COUNTERS.values()]
-        self.counts = dict.fromkeys([*packets, *DEVICE_COUNTERS], 0)
+        self.packets = dict.fromkeys(FUNCTIONS, 0)  # how many of a function
+        self.counts = dict.fromkeys((ACKS, NACKS, UNREADABLE), 0)
         self.last_frame = now  # when the last good frame came
         self.last_live = b""  # the last live frame
         self.live = Live()
@@ -1325,10 +1236,16 @@ class Device:
 
     def samples(self, stale: bool) -> dict[Series, float]:
         """What the device said; gauges only while it is not silent."""
-        live, texts = self.live, {"full_serial": label_text(self.serial), **self.info}
-        found: dict[Series, float] = {(name, ""): number for name, number in self.counts.items()}
-        found["sems_mitm_device_info", ",".join(map(label, texts, texts.values()))] = 1
-        found.update(live.counters)
+        live, packets, texts = self.live, self.packets, {"full_serial": label_text(self.serial), **self.info}
+        found: dict[Series, float] = {
+            ("sems_mitm_device_info", ",".join(map(label, texts, texts.values()))): 1,
+            (f"{self.kind}_time_sync_packets_total", ""): packets[SETTINGS],
+            (f"{self.kind}_metrics_packets_total", ""): packets[LIVE] + packets[BUFFERED],
+            ("sems_mitm_buffered_packets_total", ""): packets[BUFFERED],
+            ("meter_time_sync_ack_packets_total", ""): packets[CONFIRMATION],  # of inverters, too
+            **{(name, ""): number for name, number in self.counts.items()},
+            **live.counters,
+        }
         if not stale:
             found.update(live.gauges)
             unknown = f"{self.kind}_unknown_register"
@@ -1338,23 +1255,12 @@ class Device:
         return found
 
 
-def page(labels: str, samples: Mapping[Series, float]) -> dict[str, str]:
-    """Metric name to its lines, for samples that share labels."""
-    lines: dict[str, list[str]] = {}
-    for (metric, more), number in samples.items():
-        both = f"{labels},{more}" if labels and more else labels or more
-        lines.setdefault(metric, []).append(f"{metric}{{{both}}} {number}\n" if both else f"{metric} {number}\n")
-    return {metric: "".join(parts) for metric, parts in lines.items()}
-
-
-def exposition(pages: list[dict[str, str]]) -> Iterator[str]:
-    """Text format 0.0.4 of pages, a family at a time, sorted, each with its HELP and TYPE once."""
-    for name in sorted(set().union(*pages)):
+def exposition(families: Mapping[str, Sequence[str]]) -> Iterator[str]:
+    """Text format 0.0.4 of the lines of each metric: sorted, each with its HELP and TYPE once."""
+    for name in sorted(families):
         kind, help_text = METRICS[name]
         yield f"# HELP {name} {help_text}\n# TYPE {name} {kind}\n"
-        parts = [lines[name] for lines in pages if name in lines]
-        for at in range(0, len(parts), 64):  # a family of hundreds of devices is megabytes
-            yield "".join(parts[at : at + 64])
+        yield from families[name]
 
 
 STARTED = round(time.time(), 2)
@@ -1387,13 +1293,10 @@ class Store:
         max_devices: int = 256,
         batsignal: bool = False,
         clock: Clock = wall_clock,
-        rules_clock: Clock = lambda now: now,
+        rules_clock: Clock = float,
     ) -> None:
-        """clock: monotonic seconds to the time of day that is shown; rules_clock: to the time of the counter rules."""
         self.stale_after, self.max_devices, self.batsignal = stale_after, max_devices, batsignal
-        self.clock, self.rules_clock = clock, rules_clock
-        self._looked = datetime.min, 0.0  # the time of day at the last look, and what it was ahead of the rules' clock
-        self.window = Window()  # of what the house has used
+        self.days = Days(clock, rules_clock)
         self.devices: dict[tuple[str, str], Device] = {}
         self.names: dict[tuple[str, str, str], Device] = {}  # the devices that are shown, by their identities
         self.undecoded: dict[Device, None] = {}  # devices with waiting frames, in the order of the first
@@ -1403,17 +1306,21 @@ class Store:
         self.strangers: dict[str, str] = {}  # hosts that connect and do not speak this protocol, and what they said
         self.troubles = Troubles()
 
+    def clock(self, now: float) -> float:
+        """The time of day that is shown, in seconds since 1970."""
+        return self.days.shown(now)
+
     def add(self, name: str, count: int = 1, labels: str = "") -> None:
         """Add to a counter of FIXED."""
         self.totals[name, labels] += count
 
-    def count(self, wire: Wire, kind: str, verdict: str, count: int = 1) -> None:
-        """Count packets whose fate is decided; kind is a type, malformed, keepalive or junk."""
+    def count(self, wire: Wire, kind: str, verdict: str) -> None:
+        """Count a packet whose fate is decided; kind is a type, malformed, keepalive or junk."""
         key = (wire.name, kind, verdict)
         if key not in self.packets and kind not in LABELLED:
             others = {seen for _, seen, _ in self.packets} - LABELLED
             key = key if kind in others or len(others) < OTHER_TYPES else (wire.name, "other", verdict)
-        self.packets[key] += count
+        self.packets[key] += 1
 
     def broke(self, where: str) -> None:
         """Count and log the exception of our own that is being handled; `where` names the boundary that contains it."""
@@ -1425,16 +1332,13 @@ class Store:
 
     def meet(self, where: Address, frame: bytes, now: float) -> None:
         """Count a good frame of a device, and keep it if it is to be decoded."""
-        device = self.devices.get(where.owner) or self._newcomer(where, now)
-        if device is None or not self._is_named(device, now):
+        device, function = self.devices.get(where.owner) or self._newcomer(where, now), where.function
+        if device is None or self.names.get(device.name) is not device and not self._is_named(device, now):
             self.add("sems_mitm_unlisted_device_packets_total")
             return
-        function = where.function
         device.last_frame = now
-        if function in PACKET_COUNTERS:
-            device.counts[PACKET_COUNTERS[function].format(device.kind)] += 1
-        if function == BUFFERED:
-            device.counts[BUFFERED_PACKETS] += 1
+        if function in FUNCTIONS:
+            device.packets[function] += 1
         if function == LIVE:
             if frame == device.last_live:  # the device repeats itself, which is no second reading
                 device.live.fresh = now
@@ -1448,23 +1352,20 @@ class Store:
 
     def answered(self, owner: tuple[str, str], counter: str) -> None:
         """Count an ACK or NACK of a device."""
-        device = self.devices.get(owner)
-        if device:
-            device.counts[counter] += 1
+        if owner in self.devices:
+            self.devices[owner].counts[counter] += 1
 
     def _newcomer(self, where: Address, now: float) -> Device | None:
         """A device met for the first time; None if it gets no series."""
         device = Device(where, now)
-        if device.name in self.names:
-            self._is_named(device, now)  # says so
-            return None
         if len(self.devices) >= self.max_devices:
             text = f"more devices than --sems.max-devices={self.max_devices}: {where.serial} gets no metrics"
             self.troubles.say("max-devices", text, now)
-            return None
-        self.devices[where.owner] = self.names[device.name] = device
-        log.info("new device: %s %s", device.name[1], device.serial)
-        return device
+        elif self._is_named(device, now):
+            self.devices[where.owner] = device
+            log.info("new device: %s %s", device.name[1], device.serial)
+            return device
+        return None
 
     def _is_named(self, device: Device, now: float) -> bool:
         """Whether the device has the series of its name; if no other has, it gets them."""
@@ -1494,81 +1395,52 @@ class Store:
     def look(self, now: float) -> None:
         """Begin a day at midnight, and decode what waits. Called once a second, and before anything is shown. What
         takes longer than DECODING is left to the next look, since all connections wait."""
-        self._begin_day(now)
+        self.days.look(now, (device.live for device in self.devices.values()))
         end = time.monotonic() + DECODING
         while self.undecoded and time.monotonic() < end:
-            self._decode_waiting(now)
+            device = next(iter(self.undecoded))
+            del self.undecoded[device]
+            for waiting in device.waiting.values():
+                while waiting:
+                    self._decode(device, *waiting.pop(0))
 
-    def _decode_waiting(self, now: float) -> None:
-        """Decode what waits of one device. A reading that our own code cannot take is left out."""
-        device = next(iter(self.undecoded))
-        del self.undecoded[device]
-        for function, waiting in device.waiting.items():
-            frames = waiting[:]
-            waiting.clear()
-            for frame, came in frames:
-                try:
-                    self._decode(device, function, frame, came)
-                except ProtocolError as error:
-                    device.counts[UNREADABLE] += 1
-                    self.troubles.say("payload", f"a packet of {device.serial} cannot be read: {error}", now)
-                except Exception:
-                    self.broke("a reading")
-
-    def _decode(self, device: Device, function: int, frame: bytes, came: float) -> None:
-        packet = decode(frame, OUTBOUND)
-        words = registers(packet.clear)
-        if function == BUFFERED:
-            return
-        if function == SETTINGS:
-            return self._learn(device, info(words), came)
-        device.family = family(frame[10], device.serial)
-        self._take(device, reading(device.family, words), device_time(packet.time), came)
+    def _decode(self, device: Device, frame: bytes, came: float) -> None:
+        """Decode a device's frame. A reading that our own code cannot take is left out."""
+        try:
+            packet = decode(frame, OUTBOUND)
+            words, function = registers(packet.clear), frame[11]
+            if function == SETTINGS:
+                self._learn(device, info(words), came)
+            elif function == LIVE:
+                device.family = family(frame[10], device.serial)
+                found = reading(device.family, words)
+                self._take(device, found, device_time(packet.time), came)
+                self._learn(device, found.info, came)
+        except ProtocolError as error:
+            device.counts[UNREADABLE] += 1
+            self.troubles.say("payload", f"a packet of {device.serial} cannot be read: {error}", came)
+        except Exception:
+            self.broke("a reading")
 
     def _take(self, device: Device, found: Reading, stamp: datetime | None, came: float) -> None:
         """Take a device's reading of its own time `stamp`, which came at `came`."""
-        live, at, local = device.live, self.rules_clock(came), datetime.fromtimestamp(self.clock(came))
-        looked, own = self._looked[0], None
-        said, unsure = live.take(found, came, at)
+        live, days, own = device.live, self.days, None
+        at, local = days.rules(came), datetime.fromtimestamp(days.shown(came))
         if stamp:
             live.offset = (stamp - local).total_seconds()
-            agrees = abs(live.offset) <= CLOCK_AGREES and stamp.date() == looked.date()
-            own = live.gauges.get(OWN_DAY) if agrees else None
-        reasons = [*said.values()]
-        for reason, count in (*((why, reasons.count(why)) for why in HELD_BACK), ("not_finite", found.not_finite)):
-            if count:
-                self.add("sems_mitm_rejected_values_total", count, label("reason", reason))
-        for series in (series for series, why in said.items() if why == FALL):
-            last = live.held.counters[series].shown
-            if at - last.at >= DAY:
-                self._say_stuck(device, series, last.number, came)
-        if not live.day or unsure and not live.slept(own):
-            live.begin(looked, looked, at)
-        if said.get(OWN_TOTAL, FALL) not in HELD_BACK:
-            live.complete(own)
-        self._learn(device, found.info, came)
-
-    def _say_stuck(self, device: Device, series: Series, number: float, now: float) -> None:
-        """Log once a day that a counter has stayed held for a day."""
-        text = (
-            f"{series[0]} of {device.serial} stays at {number}: the device has counted less for a day; if that is right, "
-            "restart the exporter, which then shows the device's own value"
-        )
-        self.troubles.say(f"held {device.serial} {series}", text, now, DAY)
-
-    def _begin_day(self, now: float) -> None:
-        """Begin the day of all devices at midnight; anew, if the clock was set since the last look."""
-        wall, rules = self.clock(now), self.rules_clock(now)
-        (before, ahead), local = self._looked, datetime.fromtimestamp(wall)
-        self._looked = (local, wall - rules)
-        was_set = abs(wall - rules - ahead) > CLOCK_STEP
-        is_midnight = local.date() == before.date() + timedelta(days=1) and not was_set
-        if local.date() == before.date() and not was_set:
-            return
-        for device in self.devices.values():
-            day = device.live.day
-            if day and (day.date != local.date() or day.since):
-                device.live.begin(local, None if is_midnight else local, rules)
+            if abs(live.offset) <= CLOCK_AGREES and stamp.date() == days.looked.date():
+                own = found.values.get(OWN_DAY)
+        self.add("sems_mitm_rejected_values_total", found.not_finite, 'reason="not_finite"')
+        for (metric, labels), why in live.take(found, came, at, days.looked, own).items():
+            if why in HELD_BACK:
+                self.add("sems_mitm_rejected_values_total", 1, label("reason", why))
+            last = live.held[metric, labels].shown
+            if why == FALL and at - last.at >= DAY:
+                text = (
+                    f"{metric} of {device.serial} stays at {last.number}: the device has counted less for a day; if "
+                    "that is right, restart the exporter, which then shows the device's own value"
+                )
+                self.troubles.say(f"held {device.serial} {metric} {labels}", text, came, DAY)
 
     def _learn(self, device: Device, found: dict[str, str], now: float) -> None:
         """Remember what a device says of itself; all its series move when its model becomes known."""
@@ -1582,16 +1454,19 @@ class Store:
 
     # A scrape
 
-    def collect(self, now: float) -> list[dict[str, str]]:
-        """Pages for `exposition`: the exporter's own, and one of each device."""
+    def collect(self, now: float) -> dict[str, list[str]]:
+        """The lines of each metric, for `exposition`: the exporter's own, and those of each device."""
         self.look(now)
-        pages = [page("", {**self._samples(now), **process_samples()})]
+        found: dict[str, list[str]] = collections.defaultdict(list)
+        for (metric, labels), number in {**self._samples(now), **process_samples()}.items():
+            found[metric].append(f"{metric}{{{labels}}} {number}\n" if labels else f"{metric} {number}\n")
         for device in self.names.values():
-            samples = device.samples(self.is_stale(device.live.fresh, now))
+            samples, own = device.samples(self.is_stale(device.live.fresh, now)), device_labels(device.name)
             samples["sems_mitm_device_up", ""] = int(not self.is_stale(device.last_frame, now))
             samples["sems_mitm_device_last_packet_timestamp_seconds", ""] = round(wall_clock(device.last_frame), 3)
-            pages.append(page(device_labels(device.name), samples))
-        return pages
+            for (metric, labels), number in samples.items():
+                found[metric].append(f"{metric}{{{own}{',' if labels else ''}{labels}}} {number}\n")
+        return found
 
     def _samples(self, now: float) -> dict[Series, float]:
         """What is no device's."""
@@ -1602,8 +1477,7 @@ class Store:
         asked = ((name, ask()) for name, ask in self.gauges.items())
         found.update(((name, ""), number) for name, number in asked if number is not None)
         if self.batsignal:
-            edges = bat(datetime.fromtimestamp(self.clock(now)))
-            found["batsignal_top", ""], found["batsignal_bottom", ""] = edges
+            found["batsignal_top", ""], found["batsignal_bottom", ""] = bat(datetime.fromtimestamp(self.clock(now)))
         return found
 
 
@@ -2243,7 +2117,7 @@ def dns_answer(data: bytes, query: bytes) -> list[str]:
     forged, cut."""
     is_answer = len(data) >= 12 and data[:2] == query[:2] and data[2] & 0x80
     if not is_answer or data[12 : len(query)].lower() != query[12:].lower():
-        raise ProtocolError("not the answer to the question", data)
+        raise ProtocolError("not the answer to the question")
     addresses, pos = [], len(query)
     try:
         for _ in range(struct.unpack_from(">H", data, 6)[0]):
@@ -2254,7 +2128,7 @@ def dns_answer(data: bytes, query: bytes) -> list[str]:
             pos += size
     except (struct.error, IndexError, OSError):
         if not addresses:
-            raise ProtocolError("a record runs past the end", data) from None
+            raise ProtocolError("a record runs past the end") from None
     return addresses
 
 
@@ -3473,8 +3347,7 @@ class Loop:
 
     def device_connections(self) -> int:
         """How many devices are connected."""
-        devices = (owner.device for owner in self.owners if isinstance(owner, (Relay, Answerer)))
-        return sum(not device.connection.ended for device in devices)
+        return sum(isinstance(owner, (Relay, Answerer)) for owner in self.owners)
 
     def _queue_bytes(self) -> int:
         """Bytes that wait for the portal."""
@@ -3852,7 +3725,7 @@ def household(store: Store, now: float) -> tuple[dict[Device, Member], dict]:
     """All devices, and the figures of their house, which remember what was shown of the day: it must not fall."""
     store.look(now)
     members = {device: member(device, store, now) for device in store.names.values()}
-    return members, house([*members.values()], store.window, datetime.fromtimestamp(store.clock(now)))
+    return members, house([*members.values()], store.days.window, datetime.fromtimestamp(store.clock(now)))
 
 
 # A minute of the picture. time: seconds since 1970 of the shown time; watts: of PICTURED, None is not known.
@@ -4970,7 +4843,7 @@ def register_words(name: str, says: dict) -> dict[int, int]:
             bits = int.from_bytes(struct.pack(">f", raw), "big") if is_float else round(raw)
             for place in reversed((value.register, *value.later)):
                 words[place], bits = bits & 0xFFFF, bits >> 16
-            words.update([value.when] if value.when and value.when[1] is not None else [])
+            words.update([(value.when[0], *value.when[1])] if value.when and len(value.when[1]) == 1 else [])
     return words
 
 
@@ -5137,7 +5010,7 @@ def pcap_packets(file: BinaryIO, notes: Notes) -> Iterator[RecordedPacket]:
     order, unit = PCAP[file.read(4)]
     header, record = file.read(20), struct.Struct(order + "4I")
     if len(header) < 20:
-        raise ProtocolError("a pcap file without a whole header", header)
+        raise ProtocolError("a pcap file without a whole header")
     link = struct.unpack_from(order + "I", header, 16)[0] & 0xFFFF  # above it: whether checksums follow the packets
     while len(head := file.read(16)) == 16:
         seconds, fraction, size, length = record.unpack(head)
@@ -5683,11 +5556,12 @@ def kept_values(readings: list[tuple[float, Reading]]) -> tuple[dict[float, dict
 
     The readings are in the order of their times.
     """
-    counters, held = HeldCounters(), 0
+    counters: dict[Series, HeldCounter] = {}
+    held = 0
     found: dict[float, dict[Series, float]] = {}
     first: dict[Series, float] = {}
     for seconds, one in readings:
-        said = counters.take(one.values, seconds)
+        said = judged(counters, one.values, seconds)
         shown = {series for series in one.values if metric_type(series[0]) == "gauge"}
         shown.update(series for series, why in said.items() if why not in HELD_BACK)
         found[seconds] = {series: number for series, number in one.values.items() if series in shown}
