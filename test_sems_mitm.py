@@ -16,6 +16,7 @@ import collections
 import contextlib
 import ctypes
 import functools
+import gc
 import gzip
 import hashlib
 import html
@@ -44,6 +45,7 @@ import tempfile
 import threading
 import time
 import unittest
+import warnings
 import zlib
 from datetime import datetime, timedelta, timezone
 from unittest import mock
@@ -3803,214 +3805,176 @@ class LimitsTest(SocketCase):
 
     def test_out_of_descriptors(self) -> None:
         """Connections wait on both families and on HTTP: those there are go on, nothing spins, and accepting resumes."""
-        portal, data = self.portal(), frame()
+        portal = self.portal()
         limit = "import resource; resource.setrlimit(resource.RLIMIT_NOFILE, (32, 32)); sems.TICK = 0.1"
         process = self.serving(portal, "--sems.listen-address=:0", before=limit)
-        device = process.device(data)
-        leg = portal.accept()
-        leg.read(len(data))
-        hosts = [LOCAL, "::1"] if socket.has_ipv6 and os.path.exists("/proc/net/if_inet6") else [LOCAL]
-        idle = [process.device(host=host) for host in hosts for _ in range(20)]
-        idle += [process.client() for _ in range(20)]
+        device, leg = process.device(frame()), portal.receives(frame())
+        idle = [process.device(host=host) for host in FAMILIES for _ in range(15)]
+        idle += [process.client() for _ in range(15)]
         until(lambda: len(os.listdir(f"/proc/{process.popen.pid}/fd")) >= 31)
-        begin, before = time.monotonic(), process.cpu()
-        while time.monotonic() < begin + 0.4:
-            device.send(data)
-            self.assertEqual(leg.read(len(data)), data)
+        before = process.cpu()
+        for _ in range(8):
+            device.send(frame())
+            leg.expect(frame())
             time.sleep(0.05)
         self.assertLess(process.cpu() - before, 0.2)
         for peer in idle:
             peer.reset()
-        for i, host in enumerate(hosts):
-            data = frame(serial=METER[:-1] + str(i))
-            process.device(data, host=host)
-            self.assertEqual(portal.accept().read(len(data)), data)
+        for serial, host in zip((OTHER, INVERTER), FAMILIES):
+            process.device(frame(serial=serial), host=host)
+            portal.receives(frame(serial=serial))
         self.assertEqual(process.value("process_max_fds"), 32)
-        self.assertNotIn("Traceback", process.stderr())
         self.assertEqual(process.value("sems_mitm_internal_errors_total"), 0)
-        self.assertEqual(process.stop(), 0)
+        self.assertEqual((process.stop(), "Traceback" in process.stderr()), (0, False))
 
     def test_hardly_a_descriptor(self) -> None:
         """With 5 to 12 descriptors it ends in one line, or serves."""
-        path = os.path.join(self.directory(), "spool")
-        started = {}
-        for number, mode in itertools.product(range(5, 13), ("local", "spool")):
+        path, started = os.path.join(self.directory(), "spool"), {}
+        for number in range(5, 13):
             limit = f"import resource; resource.setrlimit(resource.RLIMIT_NOFILE, ({number}, {number}))"
-            flags = [f"--sems.mode={mode}", *[f"--sems.spool-file={path}{number}"] * (mode == "spool"), *PORTS]
-            started[number, mode] = self.process(*flags, before=limit)
-        for (number, mode), process in started.items():
-            with self.subTest(descriptors=number, mode=mode):
+            flags = ("--sems.mode=spool", f"--sems.spool-file={path}{number}", *PORTS)
+            started[number] = self.process(*flags, before=limit)
+        for number, process in started.items():
+            with self.subTest(descriptors=number):
                 until(lambda: process.popen.poll() is not None or "devices connect" in process.stderr())
-                if process.popen.poll() is not None:
-                    lines = [line for line in process.stderr().splitlines() if " WARNING " not in line]
-                    self.assertEqual((process.popen.poll(), len(lines)), (1, 1), process.stderr())
-                else:
+                if process.popen.poll() is None:
                     process.device(frame())
                     self.assertEqual(process.stop(), 0)
+                else:
+                    lines = [line for line in process.stderr().splitlines() if " WARNING " not in line]
+                    self.assertEqual((process.popen.poll(), len(lines)), (1, 1), process.stderr())
                 self.assertNotRegex(process.stderr(), "Traceback|Warning|Exception")
 
-    def latencies(self, *works, times: int = 5) -> list:
-        """Of each work the seconds of the best of several times: the machine has other things to do, too."""
+    def all_quick(self, *works) -> None:
+        """Each work takes less than a second, in the best of several times: the machine has other things to do, too."""
         took = [math.inf] * len(works)
-        for _ in range(times):
+        for _ in range(5):
             for i, work in enumerate(works):
                 begin = time.monotonic()
                 work()
                 took[i] = min(took[i], time.monotonic() - begin)
             if max(took) < 1:
-                break
-        return took
+                return
+        self.assertLess(max(took), 1)
+
+    @contextlib.contextmanager
+    def meanwhile(self, work):
+        """A thread does work again and again."""
+        over = threading.Event()
+
+        def run() -> None:
+            while not over.is_set():
+                work()
+
+        thread = threading.Thread(target=run, daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            over.set()
+            thread.join(PATIENCE)
 
     def test_a_flood_delays_no_other(self) -> None:
         """While one peer floods and 100 are connected, another device's packet and a scrape take less than a second each."""
-        empty = with_crc(with_length(b"POSTGW....\x03.."))
+        portal, pairs, number = self.portal(), [], itertools.count()
+        process = self.serving(portal, f"--sems.capture={self.directory()}/capture", "--sems.max-devices=512")
+        for i in range(102):
+            data = frame(serial=f"91000HKU{i:08d}")
+            pairs.append((process.device(data), portal.receives(data)))
+        (probe, leg), (device, other) = pairs[:2]
+        nameless = with_crc(with_length(b"POSTGW....\x03.."))
         several = b"".join(frame(serial=f"91000HKU{i:08d}", when=minute(1)) for i in range(200))
-        capture = os.path.join(self.directory(), "capture")
-        portal = self.portal()
-        process = self.serving(portal, f"--sems.capture={capture}", "--sems.max-devices=512")
-        for i in range(100, 200):
-            process.device(frame(serial=f"91000HKU{i:08d}"))
-            portal.accept()
-        probe, flooded = process.device(frame(serial=OTHER)), process.device(frame(when=minute(-1)))
-        legs = [portal.accept(), portal.accept()]
-        leg, other = sorted(legs, key=lambda leg: leg.read(len(frame()))[14:30] != OTHER.encode())
-        over = threading.Event()
-        self.addCleanup(over.set)
-        waiting = select.poll()
-        for peer in portal.peers:
-            if peer is not leg:
-                waiting.register(peer.sock, select.POLLIN)
-        waiting.register(flooded.sock, select.POLLIN)
-        waiting.register(portal.sock, select.POLLIN)
-
-        def take() -> None:
-            """Take what comes on all other connections of the portal."""
-            socks = {peer.sock.fileno(): peer.sock for peer in [*portal.peers, flooded]}
-            while not over.is_set():
-                for number, _ in waiting.poll(50):
-                    if number == portal.sock.fileno():
-                        peer = portal.accept()
-                        socks[peer.sock.fileno()] = peer.sock
-                        waiting.register(peer.sock, select.POLLIN)
-                    elif not socks[number].recv(1 << 20):
-                        waiting.unregister(number)
-
-        taker = threading.Thread(target=take, daemon=True)
-        taker.start()
-        rows = (  # what, who floods, with what
-            ("frames without a serial number", flooded, empty * 5000),
-            ("200 serial numbers", process.device(), several * 2),
-            ("keep-alives of a portal", other, BEAT * 30_000),
-        )
-        number = itertools.count()
 
         def packet() -> None:
-            data = frame(serial=OTHER, when=NOON + timedelta(seconds=next(number)))
+            data = frame(when=NOON + timedelta(seconds=next(number)))
             probe.send(data)
-            self.assertEqual(leg.read(len(data)), data)
+            leg.expect(data)
 
-        for name, peer, block in rows:
-            with self.subTest(name):
-                dry = threading.Event()
-                flood = threading.Thread(target=self.flood, args=(peer, block, dry), daemon=True)
-                flood.start()
-                self.assertLess(max(self.latencies(packet, lambda: process.get("/metrics"))), 1)
-                dry.set()
-                flood.join(PATIENCE)
-        over.set()
-        taker.join(PATIENCE)
+        for name, sender, receiver, block in (
+            ("frames without a serial number", device, other, nameless * 5000),
+            ("200 serial numbers", device, other, several),
+            ("keep-alives of a portal", other, device, BEAT * 30_000),
+        ):
+            position = 0
 
-    @staticmethod
-    def flood(peer: Peer, block: bytes, over: threading.Event) -> None:
-        peer.sock.settimeout(0.1)
-        while not over.is_set():
-            with contextlib.suppress(socket.timeout):
-                peer.sock.sendall(block)
+            def flood() -> None:
+                nonlocal position
+                readable, writable, _ = select.select([receiver.sock], [sender.sock], [], 0.1)
+                if readable:
+                    receiver.sock.recv(1 << 20)
+                if writable:
+                    position = (position + sender.sock.send(block[position:])) % len(block)
+
+            with self.subTest(name), self.meanwhile(flood):
+                self.all_quick(packet, lambda: process.get("/metrics"))
+
+    def local(self) -> tuple:
+        """An exporter of mode local as a process, and what its users want: that a packet is answered, and a scrape."""
+        process = self.serving(None, "--sems.mode=local")
+        device = process.device()
+        packet = lambda: device.send(frame(serial=OTHER)) or device.packets(1)
+        return process, packet, lambda: self.assertEqual(process.get("/metrics")[0], 200)
 
     def test_long_frames_to_decode(self) -> None:
         """256 serial numbers with three live frames of 8 KiB each, then a scrape: nobody waits longer than a second."""
-        process = self.serving(None, "--sems.mode=local")
-        clear = sems.payload([(first, range(1, 1001)) for first in (0, 1000, 2000, 3000)])
-        data = frame(clear=clear[: 8192 - 64])
+        process, packet, scrape = self.local()
+        data = frame(clear=sems.payload([(first, range(1, 1001)) for first in (0, 1000, 2000, 3000)])[: 8192 - 64])
         frames = [with_crc(data[:14] + b"91000HKU%08d" % i + data[30:]) for i in range(256)]
-        probe = process.device(frame(serial=OTHER))
-        probe.packets(1)
         crowd = [process.device() for _ in range(8)]
 
-        def packet() -> None:
-            probe.send(frame(serial=OTHER))
-            probe.packets(1)
-
-        def scrape() -> None:
-            self.assertEqual(process.get("/metrics")[0], 200)
-
-        for _ in range(3):  # each wave is to be decoded anew
+        def wave() -> None:  # to be decoded anew
             for i, data in enumerate(frames):
                 crowd[i % 8].send(data * 3)
                 crowd[i % 8].packets(3)
-            took = self.latencies(scrape, packet, times=1)
-            if max(took) < 1:
+
+        packet()
+        for _ in range(3):
+            wave()
+            begin = time.monotonic()
+            scrape()
+            packet()
+            if (took := time.monotonic() - begin) < 1:
                 break
-        self.assertLess(max(took), 1)
+        self.assertLess(took, 1)
 
     def test_crowd_of_http_clients(self) -> None:
         """200 silent clients, 200 that send a byte now and then, 100 that come back at once, 40 slow readers hold up nobody."""
-        process = self.serving(None, "--sems.mode=local")
-        device = process.device(frame())
-        device.packets(1)
+        process, packet, scrape = self.local()
+        packet()
         for _ in range(200):
             process.client()
-        dribblers = [process.client(b"G") for _ in range(200)]
+        dribblers, returning = [process.client(b"G") for _ in range(200)], []
         for _ in range(40):
             process.client(b"GET /metrics HTTP/1.0\r\n\r\n", 2048)
-        over = threading.Event()
-        self.addCleanup(over.set)
 
-        def dribble() -> None:
-            while not over.wait(0.5):
-                for peer in dribblers:
-                    with contextlib.suppress(OSError):
-                        peer.send(b"E")
-
-        def come_back() -> None:
-            peers: list = []
-            while not over.wait(0.01):
-                for peer in [peer for peer in peers if not peer.silent(0)]:
-                    peer.close()
-                    peers.remove(peer)
-                with contextlib.suppress(OSError):
-                    peers += [connected(process.web_port) for _ in range(100 - len(peers))]
-            for peer in peers:
+        def crowd() -> None:
+            for peer in [peer for peer in returning if not peer.silent(0)]:
                 peer.close()
+                returning.remove(peer)
+            with contextlib.suppress(OSError):
+                returning.extend(connected(process.web_port) for _ in range(100 - len(returning)))
+            for peer in random.sample(dribblers, 5):
+                with contextlib.suppress(OSError):
+                    peer.send(b"E")
+            time.sleep(0.01)
 
-        threads = [threading.Thread(target=work, daemon=True) for work in (dribble, come_back)]
-        for thread in threads:
-            thread.start()
-
-        def packet() -> None:
-            device.send(frame())
-            device.packets(1)
-
-        def scrape() -> None:
-            self.assertEqual(process.get("/metrics")[0], 200)
-
-        for _ in range(3):
-            self.assertLess(max(self.latencies(scrape, packet)), 1)
-        over.set()
-        for thread in threads:
-            thread.join(PATIENCE)
+        with self.meanwhile(crowd):
+            for _ in range(3):
+                self.all_quick(scrape, packet)
+        for peer in returning:
+            peer.close()
         self.assertGreater(process.value("sems_mitm_http_closed_connections_total"), 100)
 
     def test_idle_with_a_backlog(self) -> None:
         """Idle with much to deliver and the portal away, it does next to nothing. TEST_SLOW=1 measures a minute."""
         path = os.path.join(self.directory(), "spool")
-        count, seconds = (2000, 60) if os.environ.get("TEST_SLOW") else (500, 1)
+        count, seconds = (2000, 60) if os.environ.get("TEST_SLOW") else (300, 1)
         process = self.serving(self.portal(listening=False), "--sems.mode=spool", f"--sems.spool-file={path}")
         frames = cheap_frames(count, 8000)
         for i in range(0, count, 100):
             process.device(b"".join(frames[i : i + 100])).packets(100)
         self.assertGreater(process.queued(), 7e3 * count)
-        time.sleep(0.5)
+        time.sleep(0.2)
         before = process.cpu()
         time.sleep(seconds)
         used = (process.cpu() - before) / seconds
@@ -4020,18 +3984,17 @@ class LimitsTest(SocketCase):
 
     def test_memory_at_worst(self) -> None:
         """256 connections, the portal away, queues full, an unfinished frame in each, 16 slow readers of the page: under 80 MB."""
-        portal = self.portal(listening=False)
-        process = self.serving(portal, before="sems.BACKOFF = (5, 60)", MALLOC_ARENA_MAX="2")
+        process = self.serving(self.portal(listening=False), before="sems.BACKOFF = (5, 60)", MALLOC_ARENA_MAX="2")
         data = next(bytes.fromhex(row["hex"]) for row in VECTORS if row["hex"][20:24] == "0204")
         clear, unfinished = sems.decode(data, OUT).clear, b"POSTGW\0\0\x1f\xf0\x03\x04" + bytes(8000)
         for i in range(256):
             process.device(frame(sems.LIVE, 2, f"9010KETU{i:08d}", clear=clear))
-        until(lambda: process.value("sems_mitm_upstream_connect_failures_total") >= 256, pause=0.1)
+        until(lambda: process.value("sems_mitm_upstream_connect_failures_total") >= 256, pause=0.3)
         for i, device in enumerate(process.devices):
             device.send(cheap_frames(1, 1024, f"91000HKU{i:08d}")[0] * 64 + unfinished)
         for _ in range(16):
             process.client(b"GET / HTTP/1.0\r\n\r\n", SMALL)
-        until(lambda: process.value("sems_mitm_packets_total", type="0345") == 256 * 64, 2 * PATIENCE, 0.2)
+        until(lambda: process.value("sems_mitm_packets_total", type="0345") == 256 * 64, 2 * PATIENCE, 0.3)
         self.assertGreater(process.queued(), sems.QUEUES - sems.HTTP_ANSWERS)
         self.assertLess(process.status("VmHWM"), 80 << 10)
 
@@ -4042,77 +4005,94 @@ class LimitsTest(SocketCase):
 class RecordedFilesTest(SocketCase):
     """--sems.capture and --sems.backfill."""
 
+    def setUp(self) -> None:
+        super().setUp()
+        folder = self.directory()
+        self.paths = self.capture, self.backfill = f"{folder}/capture", f"{folder}/backfill"
+        self.flags = (f"--sems.capture={self.capture}", f"--sems.backfill={self.backfill}")
+
     def test_written_at_once(self) -> None:
-        """Every frame is in the capture before the device can know of it, buffered readings in the other file; decode reads both."""
-        capture, backfill = (os.path.join(self.directory(), name) for name in ("capture", "backfill"))
-        running = self.exporter(None, "--sems.mode=local", f"--sems.capture={capture}", f"--sems.backfill={backfill}")
-        rows = [frame(sems.SETTINGS), frame(), frame(sems.BUFFERED)]
-        device = running.device(spoilt(frame()) + b"".join(rows))
-        device.packets(4)
-        until(lambda: len(open_lines(capture)) == 4 and open_lines(backfill))
-        outward = [line for line in map(json.loads, open_lines(capture)) if line["direction"] == "outbound"]
-        self.assertEqual([line["hex"] for line in outward], [data.hex() for data in (spoilt(frame()), *rows)])
-        self.assertEqual([line["verdict"] for line in outward], ["dropped", *["answered"] * 3])
-        self.assertEqual({line["peer"] for line in outward}, {"%s:%d" % device.sock.getsockname()})
-        self.assertEqual([json.loads(line)["hex"] for line in open_lines(backfill)], [rows[2].hex()])
-        code, out, _ = called("decode", capture)
-        good = [line["hex"] for line in map(json.loads, out.splitlines()) if line["crc_ok"]]
-        self.assertEqual((code, good[:3]), (0, [data.hex() for data in rows]))
+        """Every frame is in the capture before its answer comes, a device's buffered readings in the other file; a torn line is ended."""
+        frames = [frame(sems.SETTINGS), frame(), frame(sems.BUFFERED)]
+        for before in ("", "old\n", "torn"):
+            with self.subTest(before):
+                for path in self.paths:
+                    with open(path, "w") as file:
+                        file.write(before)
+                device = self.exporter(self.portal(habit=ack_of), *self.flags).device(
+                    spoilt(frame()) + b"".join(frames)
+                )
+                device.packets(3)
+                lines, buffered = (
+                    [json.loads(line) for line in open_lines(path)[bool(before) :]] for path in self.paths
+                )
+                outward = [line for line in lines if line["direction"] == "outbound"]
+                self.assertEqual([line["hex"] for line in outward], [data.hex() for data in (spoilt(frame()), *frames)])
+                self.assertEqual([line["hex"] for line in buffered], [frames[2].hex()])
+                self.assertEqual({line["verdict"] for line in lines}, {"forwarded"})
+                self.assertEqual({line["peer"] for line in outward}, {"%s:%d" % device.sock.getsockname()})
+                when = datetime.fromisoformat(lines[0]["time"])
+                self.assertEqual(when.utcoffset(), timedelta(0))
+                self.assertLess(abs(when.timestamp() - time.time()), PATIENCE)
 
     def test_trouble_with_a_file(self) -> None:
-        """A full disk, a bad path, a FIFO that nobody reads: counted, a log line a minute, and nothing else changes."""
-        fifo = os.path.join(self.directory(), "fifo")
-        os.mkfifo(fifo)
-        rows = (("/dev/full", 5, 5), ("/nonexistent/capture", 5, 5), (self.directory(), 5, 5), (fifo, 300, 1))
+        """A full disk, a bad path, a FIFO that nobody reads: counted, a log line a minute, nothing else changes, and tried again."""
+        folder = self.directory()
+        os.mkfifo(f"{folder}/fifo")
+        rows = (("/dev/full", 5, 5), (f"{folder}/later/file", 5, 5), (folder, 5, 5), (f"{folder}/fifo", 300, 1))
         for path, count, errors in rows:
             with self.subTest(path):
                 self.lines.clear()
-                portal = self.portal()
-                running = self.exporter(portal, f"--sems.capture={path}", f"--sems.backfill={path}")
-                stream = b"".join(frames_of(count, function=sems.BUFFERED))
-                device = running.device(stream)
-                leg = portal.accept()
-                self.assertEqual(leg.read(len(stream)), stream)
-                leg.send(ack_of(stream))
-                self.assertEqual(device.read(ACK_SIZE), ack_of(stream))
+                running = self.exporter(None, "--sems.mode=local", f"--sems.capture={path}", f"--sems.backfill={path}")
+                device = running.device(b"".join(frames_of(count, function=sems.BUFFERED)))
+                device.packets(count)
                 for file in ("capture", "backfill"):
                     until(lambda: running.value("sems_mitm_file_errors_total", file=file) >= errors)
                 self.assertEqual(running.value("sems_mitm_buffered_packets_total"), count)
                 self.assertEqual(sum("--sems.capture" in line for line in self.lines), 1, self.lines)
+                if "later" in path:
+                    os.mkdir(f"{folder}/later")
+                    device.send(frame(sems.BUFFERED, serial=OTHER))
+                    device.packets(1)
+                    self.assertEqual(len(open_lines(path)), 2)
+
+    def test_torn_line(self) -> None:
+        """A line that a full disk tears is counted, and the next begins on a line of its own."""
+        device, write = self.exporter(None, "--sems.mode=local", self.flags[0]).device(), os.write
+        for take in (lambda file, data: write(file, data[:30]), write):
+            with mock.patch.object(os, "write", take):
+                device.send(frame())
+                device.packets(1)
+        torn, line = open_lines(self.capture)
+        self.assertEqual((len(torn), json.loads(line)["hex"]), (30, frame().hex()))
 
     def test_opened_anew(self) -> None:
         """SIGHUP opens capture and backfill anew, for the rotation of logs, and ends nothing."""
-        where = self.directory()
-        names = ["capture", "backfill"]
-        process = self.serving(None, "--sems.mode=local", *(f"--sems.{name}={where}/{name}" for name in names))
-        device = process.device(frame(sems.BUFFERED))
+        process = self.serving(None, "--sems.mode=local", *self.flags)
+        device, data = process.device(frame(sems.BUFFERED)), frame(sems.BUFFERED, when=minute(1))
         device.packets(1)
-        until(lambda: all(open_lines(f"{where}/{name}") for name in names))
-        for name in names:
-            os.rename(f"{where}/{name}", f"{where}/{name}.1")
+        for path in self.paths:
+            os.rename(path, f"{path}.1")
         process.popen.send_signal(signal.SIGHUP)
-        data = frame(sems.BUFFERED, when=minute(1))
 
         def is_written() -> bool:
             device.send(data)
             device.packets(1)
-            return all(data.hex() in "".join(open_lines(f"{where}/{name}")) for name in names)
+            return all(data.hex() in "".join(open_lines(path)) for path in self.paths)
 
         until(is_written)
-        for name in names:
-            self.assertEqual(json.loads(open_lines(f"{where}/{name}.1")[0])["hex"], frame(sems.BUFFERED).hex())
+        for path in self.paths:
+            self.assertEqual(json.loads(open_lines(f"{path}.1")[0])["hex"], frame(sems.BUFFERED).hex())
         self.assertEqual(process.stop(), 0)
 
     def test_slow_disk(self) -> None:
         """A disk that holds all up is named once."""
         self.limits(SLOW=0.02)
-        capture = os.path.join(self.directory(), "capture")
-        running = self.exporter(None, "--sems.mode=local", f"--sems.capture={capture}")
-        write = os.write
-        self.patch(os, "write", lambda file, data: time.sleep(0.05) or write(file, data))
+        device, write = self.exporter(None, "--sems.mode=local", *self.flags).device(), os.write
+        self.patch(os, "write", lambda file, data: time.sleep(0.03) or write(file, data))
         for data in frames_of(3):
-            running.device(data).packets(1)
-        until(lambda: len(open_lines(capture)) >= 3)
+            device.send(data)
+            device.packets(1)
         (line,) = (line for line in self.lines if "disk" in line)
         self.assertIn("--sems.capture", line)
 
@@ -4122,30 +4102,26 @@ class LifeTest(SocketCase):
 
     def test_signals(self) -> None:
         """SIGTERM and SIGINT end it with 0 and soon, whatever the portal does; what is queued for one that reads goes out."""
-        rows = (  # state, mode, signal
-            ("connected", "forward", signal.SIGINT),
-            ("queue waiting", "spool", signal.SIGTERM),
-            ("black hole", "forward", signal.SIGINT),
-        )
         started = []
-        for state, mode, number in rows:
+        for state, mode, number in (
+            ("connected", "forward", signal.SIGINT),
+            ("away", "spool", signal.SIGTERM),
+            ("swallows SYNs", "forward", signal.SIGINT),
+        ):
             portal = self.portal(listening=state == "connected")
-            if state == "black hole":
-                portal.black_hole()
+            portal.black_hole() if state == "swallows SYNs" else None
             process = self.serving(portal, f"--sems.mode={mode}", before="sems.SHUTDOWN = 0.3")
             started.append((state, portal, process, number))
-        for state, portal, process, _ in started:
+        for *_, process, number in started:
             process.client()  # one that says nothing
             process.device(frame())
-            until(lambda: process.value("meter_metrics_packets_total"))
-            portal.accept() if state == "connected" else None
-        for _, _, process, number in started:
+            process.becomes(1, "meter_metrics_packets_total")
             process.popen.send_signal(number)
         for state, portal, process, _ in started:
             with self.subTest(state):
                 self.assertEqual(process.popen.wait(PATIENCE), 0, process.stderr())
                 self.assertNotRegex(process.stderr(), "Traceback|Warning")
-                self.assertTrue(state != "connected" or portal.peers[0].rest() == frame())
+                self.assertEqual(portal.accept().rest() if state == "connected" else frame(), frame())
 
     def test_stop_sends_what_is_queued(self) -> None:
         """What is queued for a portal that takes its time goes out before the end."""
@@ -4155,7 +4131,7 @@ class LifeTest(SocketCase):
         stream = b"".join(cheap_frames(150))
         running.device().send(stream)
         leg = portal.accept()
-        until(lambda: running.value("sems_mitm_bytes_total", direction="outbound") == len(stream))
+        running.becomes(len(stream), "sems_mitm_bytes_total", direction="outbound")
         running.loop.stop()
         self.assertEqual(leg.rest(), stream)
         running.thread.join(PATIENCE)
@@ -4171,13 +4147,10 @@ class LifeTest(SocketCase):
 
     def test_without_sqlite(self) -> None:
         """A Python without sqlite3 ends mode spool in one line, and serves in all others."""
-        for mode, code in (("spool", 1), ("local", 0)):
-            process = self.process(f"--sems.mode={mode}", *PORTS, before="sys.modules['sqlite3'] = None")
-            if code:
-                self.assertEqual((process.popen.wait(PATIENCE), process.stderr().count("\n")), (1, 1), process.stderr())
-                self.assertIn("sqlite3", process.stderr())
-            else:
-                process.device(frame()).packets(1)
+        before = "sys.modules['sqlite3'] = None"
+        self.serving(None, "--sems.mode=local", before=before).device(frame()).packets(1)
+        code, err = self.process("--sems.mode=spool", *PORTS, before=before).ended()
+        self.assertEqual((code, err.count("\n"), "sqlite3" in err), (1, 1, True), err)
 
 
 # -------------------------------------------------------------------------------------------------------- containment
@@ -4186,9 +4159,33 @@ class LifeTest(SocketCase):
 class ContainmentTest(NamedCase):
     """An error of our own ends what it happened in, is counted, is in the log once a minute, and nothing else changes."""
 
+    CALLBACKS = (  # mode, class or module, functions
+        ("forward", "Relay", "ready settle look close"),
+        ("local", "Answerer", "ready settle look close answer"),
+        ("spool", "SpoolSender", "ready settle look"),
+        ("local", "HttpClient", "ready settle look close"),
+        ("local", "Request", "do_GET"),
+        ("forward", "PortalLink", "addressed"),
+        ("local", "Listener", "ready open"),
+        ("local", "Loop", "_admit _bound"),
+        ("local", "Web", "_admit"),
+        ("local", "Files", "flush"),
+        ("spool", "Spools", "commit look take"),
+        ("spool", "SpoolTable", "tend"),
+        ("local", "Store", "look meet"),
+        ("local", "History", "note"),
+        ("local", "Framer", "feed expire"),
+        ("local", "Connection", "send watch close"),
+        ("local", "", "address answer tuned reading"),
+        ("forward", "", "with_small_buffers allowed"),
+    )
+
     def setUp(self) -> None:
         super().setUp()
-        self.faults = 1  # said; twice it happens each time
+        ignoring = warnings.catch_warnings()
+        ignoring.__enter__()
+        warnings.simplefilter("ignore", ResourceWarning)  # a connection whose end fails is left to the collector
+        self.addCleanup(lambda: (gc.collect(), ignoring.__exit__(None, None, None)))
 
     def fault(self, where, name: str) -> dict:
         """Let a function of the program raise as often as the dictionary's `left` says, which is 0."""
@@ -4205,35 +4202,21 @@ class ContainmentTest(NamedCase):
 
     def test_every_callback(self) -> None:
         """Whatever the loop calls can fail, twice: it is counted, the process lives, and the next frame of another device is answered."""
-        rows = (  # mode, class, method; for an owner: it alone is hit
-            ("forward", sems.Relay, "ready"), ("forward", sems.Relay, "settle"), ("forward", sems.Relay, "look"),
-            ("local", sems.Answerer, "ready"), ("local", sems.Answerer, "settle"), ("spool", sems.Answerer, "answer"), ("local", sems.Answerer, "look"),
-            ("spool", sems.SpoolSender, "ready"), ("spool", sems.SpoolSender, "settle"), ("spool", sems.SpoolSender, "look"),
-            ("local", sems.HttpClient, "ready"), ("local", sems.HttpClient, "settle"), ("local", sems.HttpClient, "look"),
-            ("local", sems.Request, "do_GET"), ("forward", sems.PortalLink, "addressed"),
-            ("local", sems.Listener, "ready"), ("local", sems.Listener, "open"), ("local", sems.Loop, "_admit"), ("local", sems.Web, "_admit"),
-            ("local", sems.Files, "flush"), ("spool", sems.Spools, "commit"), ("spool", sems.Spools, "look"), ("spool", sems.SpoolTable, "tend"),
-            ("spool", sems.Spools, "take"), ("local", sems.Loop, "_bound"), ("local", sems.Store, "look"), ("local", sems.History, "note"),
-            ("local", sems.Store, "meet"), ("local", sems.Framer, "feed"), ("local", sems.Framer, "expire"), ("local", sems.Connection, "send"),
-            ("local", sems.Connection, "watch"), ("local", sems.Connection, "close"), ("local", sems, "address"), ("local", sems, "answer"),
-            ("forward", sems.Relay, "close"), ("local", sems.Answerer, "close"), ("local", sems.HttpClient, "close"),
-            ("local", sems, "tuned"), ("forward", sems, "with_small_buffers"), ("forward", sems, "allowed"), ("local", sems, "reading"),
-        )  # fmt: skip
         self.limits(BACKOFF=(0.01, 0.01), PATIENCE={"outbound": 0.1, "inbound": 0.1}, ANSWER_TIMEOUT=0.2, LINGER=0.05)
-        self.faults = 0
-        for mode, where, name in rows:
-            with self.subTest(mode=mode, callback=f"{getattr(where, '__name__', 'sems')}.{name}"):
-                self.fail_twice(mode, self.fault(where, name))
-                self.assertTrue(self.tracebacks())
-            self.lines.clear()
+        for mode, where, names in self.CALLBACKS:
+            for name in names.split():
+                with self.subTest(mode=mode, callback=f"{where}.{name}"):
+                    self.fail_twice(mode, self.fault(getattr(sems, where) if where else sems, name))
+                    self.assertTrue(self.tracebacks())
+                self.lines.clear()
 
     def fail_twice(self, mode: str, state: dict) -> None:
         """Have a callback of a running exporter fail twice, and see that it lives."""
         running = self.named(self.portal(habit=ack_of), f"--sems.mode={mode}")
         with contextlib.closing(running.device(frame(serial=INVERTER, cls=sems.GRID_TIED))) as first:
             first.packets(1)
-        serials = (f"91000HKU{number:08d}" for number in itertools.count(100))
-        state["left"], visitors = 2, []
+        serials, visitors = (f"91000HKU{number:08d}" for number in itertools.count(100)), []
+        state["left"] = 2
 
         def errors() -> float:
             with contextlib.suppress(OSError, http.client.HTTPException, ValueError):
@@ -4266,28 +4249,15 @@ class ContainmentTest(NamedCase):
 
     def test_what_was_spooled_stays(self) -> None:
         """An event of a spool's connection fails: the connection ends, and what was spooled is delivered later."""
-        portal, frames = self.portal(habit=ack_of), frames_of(5)
+        portal, frames, self.faults = self.portal(habit=ack_of), frames_of(5), 1
         running = self.exporter(portal, "--sems.mode=spool")
         self.fault(sems, "allowed")["left"] = 2
         device = running.device(b"".join(frames))
         device.packets(5)
-        until(lambda: running.queued() == 0)
+        running.emptied()
         self.assertEqual(portal.firsts(), frames)
         running.becomes(2, "sems_mitm_internal_errors_total")
         self.assertTrue(device.silent(0.01))
-
-    def test_a_reading(self) -> None:
-        """A reading, also while a scrape decodes: it is left out; its packet is counted and goes on."""
-        portal, frames = self.portal(habit=ack_of), frames_of(3)
-        running = self.exporter(portal)
-        self.fault(sems, "reading")["left"] = 2
-        device = running.device()
-        for count, data in enumerate(frames):
-            device.send(data)
-            device.packets(1)
-            running.becomes(min(count + 1, 2), "sems_mitm_internal_errors_total")
-        self.assertEqual(portal.got, frames)
-        self.assertEqual(running.value("meter_power_generation_watts"), 2600)
 
 
 # -------------------------------------------------------------------------------------------------- network namespaces
@@ -4295,18 +4265,18 @@ class ContainmentTest(NamedCase):
 
 def inside(name: str, make):
     """What make() gives when called in a network namespace: a socket keeps the one that it was made in."""
-    found: list = []
+    made: list = []
 
     def run() -> None:
         with open(f"/run/netns/{name}") as file:
             if ctypes.CDLL(None, use_errno=True).setns(file.fileno(), 0x40000000):
                 raise OSError(ctypes.get_errno(), "setns")
-        found.append(make())
+        made.append(make())
 
     thread = threading.Thread(target=run)
     thread.start()
     thread.join()
-    return found[0]
+    return made[0]
 
 
 class NamespaceTest(SocketCase):
@@ -4316,24 +4286,22 @@ class NamespaceTest(SocketCase):
 
     def setUp(self) -> None:
         super().setUp()
-        self.here, self.there = (f"sems{os.getpid()}{end}" for end in "ab")
         if not shutil.which("ip") or os.geteuid():
             self.skipTest("needs root and `ip` for network namespaces")
-        made = self.ip("-batch", "-", text=f"netns add {self.here}\nnetns add {self.there}\n")
-        self.addCleanup(self.ip, "-force", "-batch", "-", text=f"netns del {self.here}\nnetns del {self.there}\n")
-        made = made or self.ip(
-            "-n", self.here, "link", "add", "v0", "type", "veth", "peer", "name", "v0", "netns", self.there
-        )
+        self.here, self.there = ends = [f"sems{os.getpid()}{end}" for end in "ab"]
+        self.addCleanup(self.ip, *(f"netns del {name}" for name in ends))
+        trouble = self.ip(*(f"netns add {name}" for name in ends))
+        trouble += self.ip(f"link add v0 netns {self.here} type veth peer name v0 netns {self.there}")
         for name, address in ((self.here, self.HERE), (self.there, self.THERE)):
-            text = f"link set lo up\naddr add {address}/30 dev v0\nlink set v0 up\n"
-            made = made or self.ip("-n", name, "-batch", "-", text=text)
-        if made:
-            self.skipTest(f"no network namespaces here: {made}")
+            trouble += self.ip("link set lo up", f"addr add {address}/30 dev v0", "link set v0 up", inside=name)
+        if trouble:
+            self.skipTest(f"no network namespaces here: {trouble}")
 
     @staticmethod
-    def ip(*arguments: str, text: str = "") -> str:
-        """What `ip` has to complain about."""
-        return subprocess.run(["ip", *arguments], input=text, capture_output=True, text=True).stderr.strip()
+    def ip(*lines: str, inside: str = "") -> str:
+        """What `ip` has to complain about, on this host or inside a namespace."""
+        command = ["ip", *(["-n", inside] if inside else []), "-force", "-batch", "-"]
+        return subprocess.run(command, input="\n".join(lines), capture_output=True, text=True).stderr.strip()
 
     def device(self, running: Running, data: bytes) -> Peer:
         running.devices.append(inside(self.here, lambda: connected(running.port, data)))
@@ -4347,13 +4315,12 @@ class NamespaceTest(SocketCase):
 
     def test_nonlocal_bind(self) -> None:
         """On a host with net.ipv4.ip_nonlocal_bind=1 the real portal, on our own port, is not taken for ourselves; we are."""
-        subprocess.run(
-            ["ip", "netns", "exec", self.here, "sh", "-c", "echo 1 > /proc/sys/net/ipv4/ip_nonlocal_bind"], check=True
-        )
+        setting = "echo 1 > /proc/sys/net/ipv4/ip_nonlocal_bind"
+        subprocess.run(["ip", "netns", "exec", self.here, "sh", "-c", setting], check=True)
         portal = inside(self.there, lambda: self.portal(host=self.THERE))
         running = self.exporter_here(portal, f"--sems.listen-address=:{portal.port}")
         self.device(running, frame())
-        self.assertEqual(portal.accept().read(6), b"POSTGW")
+        portal.receives(frame())
         running.close()
         portal.host = self.HERE
         running = self.exporter_here(portal, f"--sems.listen-address=:{portal.port}")
@@ -4375,36 +4342,33 @@ class NamespaceTest(SocketCase):
         self.patch(socket.socket, "setsockopt", scaled)
         self.limits(CONNECT_TIMEOUT=10 if slow else 0.2, BACKOFF=(1, 60) if slow else (0.02, 0.05))
         started = []
-        for mode, talks in (("forward", False), ("forward", True), ("spool", False), ("spool", True)):
+        for mode, talks in itertools.product(("forward", "spool"), (False, True)):
             portal = inside(self.there, lambda: self.portal(host=self.THERE))
             running = self.exporter_here(portal, f"--sems.mode={mode}")
             device = self.device(running, frame())
-            leg = portal.accept()
-            leg.read(len(frame()))
-            leg.send(ack_of(frame()))
+            portal.receives(frame()).send(ack_of(frame()))
             device.packets(1)
-            until(lambda: running.queued() == 0)
+            running.emptied()
             started.append((mode, talks, portal, running, device))
-        self.ip("-n", self.there, "link", "set", "v0", "down")
+        self.ip("link set v0 down", inside=self.there)
         begin = time.monotonic()
         for mode, talks, *_, device in started:
             device.send(frame(when=minute(1)) * talks)
-            device.packets(1) if mode == "spool" and talks else None
+            device.packets(mode == "spool" and talks)
         for *_, running, _ in started:
             until(lambda: running.value("sems_mitm_upstream_up") == 0, 100, 0.05)
         took = time.monotonic() - begin
         self.assertLess(took, 90 if slow else PATIENCE)
         for mode, *_, running, device in started:
             device.send(frame(when=minute(2)))
-            device.packets(1) if mode == "spool" else None
+            device.packets(mode == "spool")
             until(running.queued)
-        self.ip("-n", self.there, "link", "set", "v0", "up")
+        self.ip("link set v0 up", inside=self.there)
         for mode, talks, portal, *_ in started:
             with self.subTest(mode, talks=talks):
                 portal.sock.settimeout(100)
-                expected = frame(when=minute(1)) * (talks and mode == "spool") + frame(when=minute(2))
-                self.assertEqual(portal.accept().read(len(expected)), expected)
-        self.assertEqual({name: max(values) for name, values in asked.items()}["TCP_USER_TIMEOUT"], 60_000)
+                portal.receives(frame(when=minute(1)) * (talks and mode == "spool") + frame(when=minute(2)))
+        self.assertEqual(max(asked["TCP_USER_TIMEOUT"]), 60_000)
         self.assertTrue(asked["TCP_KEEPIDLE"] >= {20} and asked["TCP_KEEPINTVL"] >= {10}, asked)
         if slow:
             print(f"line cut: noticed by all four after {took:.0f} s")
