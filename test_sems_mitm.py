@@ -2214,9 +2214,8 @@ class RelayTest(NamedCase):
             self.go.clear() if early else None
             flags = ("--sems.listen-address=:0",)
             running = self.named(portal, *flags) if early else self.exporter(portal, *flags)
-            devices = [
-                running.device(host=FAMILIES[-1]) for _ in cuts
-            ]  # no end of ours towards the portal has its name
+            # From another family than the portal's: else a device can have the port of an end of ours, which is a loop.
+            devices = [running.device(host=FAMILIES[-1]) for _ in cuts]
             for parts in itertools.zip_longest(*cuts, fillvalue=b""):
                 for device, part in zip(devices, parts):
                     device.send(part)
@@ -2249,11 +2248,11 @@ class RelayTest(NamedCase):
 
     def test_inbound_filter(self) -> None:
         """Only what `allowed` and keep-alives in their place pass; all else is dropped and counted, and the next good frame found."""
-        clock = struct.pack(">HH6s6x", 0x1216, 0x1218, sems.time_stamp(NOON))
+        elsewhere = struct.pack(">HH6s6x", 0x9D16, 0x1218, sems.time_stamp(NOON))
         rows = (  # name, bytes, passes
             ("keep-alives behind a frame", BEAT * 2, True),
             ("NACK", portal_frame("0304", b"\x02" + bytes(15)), True),
-            ("a write elsewhere", portal_frame("0116", b"\x9d" + clock[1:]), False),
+            ("a write elsewhere", portal_frame("0116", elsewhere), False),
             ("bad CRC", spoilt(portal_frame("0304")), False),
             ("junk", b"HTTP/1.1 200 OK\r\n\r\n", False),
             ("keep-alive behind junk", b"\0" + BEAT, False),
@@ -2320,16 +2319,15 @@ class RelayTest(NamedCase):
 
     def test_much_in_one_wakeup(self) -> None:
         """A device's last frame with its end or reset, and the portal's answer or reset, seen at once: the frame is read, and nothing stays."""
-        habits = (
-            (lambda leg, data: leg.send(ack_of(data))),
-            (lambda leg, data: leg.send(ack_of(data)[:50]) or leg.reset()),
-        )
+        answers = lambda leg, data: leg.send(ack_of(data))
+        resets = lambda leg, data: leg.send(ack_of(data)[:50]) or leg.reset()
         for mode in ("forward", "spool", "local"):
             portal = self.portal()
             process = self.serving(portal, f"--sems.mode={mode}")
-            rows = itertools.product(habits[: 1 + (mode == "forward")], (Peer.close, Peer.reset), (True, False))
+            habits = [answers, resets] if mode == "forward" else [answers]
+            rows = itertools.product(habits, (Peer.close, Peer.reset), (True, False))
             for number, (habit, end, portal_first) in enumerate(rows):
-                with self.subTest(mode, end=end.__name__, answers=habit is habits[0], portal_first=portal_first):
+                with self.subTest(mode, end=end.__name__, answers=habit is answers, portal_first=portal_first):
                     first, last = frames_of(2, serial=f"91000HKU{number:08d}")
                     device = process.device(first)
                     leg = portal.receives(first) if mode != "local" else mock.Mock()
@@ -2339,11 +2337,11 @@ class RelayTest(NamedCase):
                         device.send(last)
                         end(device)
                         habit(leg, first) if not portal_first else None
-                    leg.expect(last) if habit is habits[0] else None
+                    leg.expect(last) if habit is answers else None
                     process.becomes(2 * (number + 1), "meter_metrics_packets_total")
                     leg.close()
                     process.becomes(0, "sems_mitm_device_connections")
-            self.assertEqual(process.queued(), 0 if mode != "spool" else process.queued())
+            self.assertTrue(mode == "spool" or not process.queued())
 
 
 class BackPressureTest(SocketCase):
@@ -2479,6 +2477,7 @@ class PortalAwayTest(NamedCase):
 
     def test_queues_are_bounded(self) -> None:
         """So much of a device, and of all, waits; above it the longest queue loses its oldest whole frames, which is counted."""
+        self.limits(BACKOFF=(0.3, 0.3))
         frames, other = cheap_frames(100), frame(serial=OTHER)
         for limit in ("QUEUE", "QUEUES"):
             with self.subTest(limit), mock.patch.object(sems, limit, 50_000):
@@ -2777,12 +2776,17 @@ class SpoolTest(SpoolCase):
                 running = self.spooling(portal, file)
                 device = running.device()
             scenes.append((name, portal, running, device, frames))
-        while waiting := [scene for scene in scenes if not self.undelivered(scene[2])]:
+
+        def all_have_given_up() -> bool:
+            waiting = [scene for scene in scenes if not self.undelivered(scene[2])]
             for *_, device, frames in waiting:
                 frames.append(frame(when=minute(len(frames))))
                 device.send(frames[-1])
                 device.packets(1)
             until(lambda: all(frames[-1] in portal.got for _, portal, _, _, frames in waiting))
+            return not waiting
+
+        until(all_have_given_up)
         for name, portal, running, _, frames in scenes:
             with self.subTest(name):
                 running.emptied()
@@ -3764,7 +3768,7 @@ class LimitsTest(SocketCase):
             print(f"idle with a backlog: {100 * used:.3f} % of a core")
 
     def test_memory_at_worst(self) -> None:
-        """256 connections, the portal away, queues full, an unfinished frame in each, 16 slow readers of the page: under 80 MB."""
+        """256 connections, the portal away, queues full, an unfinished frame in each, ten slow readers of the page: under 80 MB."""
         process = self.serving(self.portal(listening=False), before="sems.BACKOFF = (5, 60)", MALLOC_ARENA_MAX="2")
         data = next(bytes.fromhex(row["hex"]) for row in VECTORS if row["hex"][20:24] == "0204")
         clear, unfinished = sems.decode(data, OUT).clear, b"POSTGW\0\0\x1f\xf0\x03\x04" + bytes(8000)
@@ -3772,7 +3776,7 @@ class LimitsTest(SocketCase):
             process.device(frame(sems.LIVE, 2, f"9010KETU{i:08d}", clear=clear))
         for i, device in enumerate(process.devices):
             device.send(cheap_frames(1, 1024, f"91000HKU{i:08d}")[0] * 64 + unfinished)
-        for _ in range(16):
+        for _ in range(10):
             process.client(b"GET / HTTP/1.0\r\n\r\n", SMALL)
         until(lambda: process.value("sems_mitm_packets_total", type="0345") == 256 * 64, 2 * PATIENCE, 0.5)
         self.assertGreater(process.queued(), sems.QUEUES - sems.HTTP_ANSWERS)
