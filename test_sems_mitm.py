@@ -2483,6 +2483,8 @@ class PortalAwayTest(NamedCase):
         leg = portal.accept()
         device.send(frames[-1][-30:])
         leg.expect(b"".join(frames))
+        device.send(b"junk")
+        leg.expect(b"junk")
         running.becomes(20, "sems_mitm_packets_total", type="0304", verdict="forwarded")
 
     def test_queues_are_bounded(self) -> None:
@@ -3582,7 +3584,7 @@ class NameTest(NamedCase):
 
     def test_look_up_that_comes_late(self) -> None:
         """A name service that answers each time after the attempt has ended still leads to the portal."""
-        self.limits(CONNECT_TIMEOUT=0.05)
+        self.limits(CONNECT_TIMEOUT=0.05, BACKOFF=(0.3, 0.3))
         system = self.look_up
         self.numeric.side_effect = lambda host, *rest, **more: (
             time.sleep(0.15 if str(host).endswith(".test") else 0) or system(host, *rest, **more)
