@@ -651,6 +651,20 @@ class SocketCase(unittest.TestCase):
         upstream = [f"--sems.upstream={portal.host}:{portal.port}"] if portal else []
         return self.process(*upstream, *PORTS, *flags, **more)
 
+    def again_and_again(self, work):
+        """Have a thread do work until the test ends, or calls what is returned."""
+        over = threading.Event()
+
+        def run() -> None:
+            while not over.is_set():
+                work()
+
+        thread = threading.Thread(target=run, daemon=True)
+        thread.start()
+        stop = lambda: over.set() or thread.join(PATIENCE)
+        self.addCleanup(stop)
+        return stop
+
     def directory(self) -> str:
         path = tempfile.mkdtemp()
         self.addCleanup(shutil.rmtree, path, ignore_errors=True)
@@ -2965,32 +2979,25 @@ class SpoolTest(SpoolCase):
             self.assertTrue(device.silent(0.02))
 
 
-class Insistent(threading.Thread):
+class Insistent:
     """A device that sends bursts, frame after frame, and again what was not answered; `acked` is how many were."""
 
-    def __init__(self, serial: str, port: int, seed: int, count: int) -> None:
-        super().__init__(daemon=True)
-        self.chance, self.port, self.serial = random.Random(seed), port, serial
+    def __init__(self, serial: str, port: int, chance: random.Random, count: int) -> None:
+        self.serial, self.port, self.chance, self.acked = serial, port, chance, 0
         self.frames = frames_of(count, serial=serial, clear=b"\0" + b"\xff" * 15)
-        self.acked, self.over = 0, False
-        self.start()
 
-    def run(self) -> None:
-        while not self.over:
-            with contextlib.suppress(OSError, EOFError), contextlib.closing(connected(self.port)) as peer:
-                peer.sock.settimeout(2)
-                while self.acked < len(self.frames) and not self.over:
-                    burst = self.frames[self.acked : self.acked + self.chance.choice((1, 1, 3, 40))]
-                    peer.send(b"".join(burst))
-                    for _ in burst:
-                        peer.read(ACK_SIZE)
-                        self.acked += 1
-                    time.sleep(self.chance.random() * 0.02)
-            time.sleep(0.005)
-
-    def close(self) -> None:
-        self.over = True
-        self.join()
+    def speak(self) -> None:
+        """On one connection, until it is lost."""
+        with contextlib.suppress(OSError, EOFError), contextlib.closing(connected(self.port)) as peer:
+            peer.sock.settimeout(2)
+            for _ in range(20):
+                burst = self.frames[self.acked : self.acked + self.chance.choice((1, 1, 3, 40))]
+                peer.send(b"".join(burst))
+                for _ in burst:
+                    peer.read(ACK_SIZE)
+                    self.acked += 1
+                time.sleep(self.chance.random() * 0.02)
+        time.sleep(0.005)
 
 
 QUICK = "sems.BACKOFF = (0.02, 0.05); sems.TICK = 0.02; sems.RETURN_WINDOW = 0.05"
@@ -3137,8 +3144,8 @@ class SpoolFileTest(SpoolCase):
         kills, seed = int(os.environ.get("TEST_KILLS", "5")), int(os.environ.get("TEST_SEED", "1"))
         chance, moods, port = random.Random(seed), random.Random(seed), self.unused_port()
         portal = self.portal(habit=lambda data: moods.choice([*[ack_of(data)] * 30, b"", Peer.reset, Peer.close]))
-        devices = [Insistent(f"91000HKU{i:08d}", port, seed + i, 300 * kills) for i in range(4)]
-        self.addCleanup(lambda: [device.close() for device in devices])
+        devices = [Insistent(f"91000HKU{i:08d}", port, random.Random(seed + i), 300 * kills) for i in range(4)]
+        stops = [self.again_and_again(device.speak) for device in devices]
         acked = lambda: sum(device.acked for device in devices)
         for number in range(kills + 1):
             before, was = f"{QUICK}; sems.ANSWER_TIMEOUT = 0.2", acked()
@@ -3150,8 +3157,8 @@ class SpoolFileTest(SpoolCase):
             if chance.random() < 0.3:
                 portal.die()
                 portal.listen()
-        for device in devices:
-            device.close()
+        for stop in stops:
+            stop()
         portal.habit = ack_of
         for device in devices:
             until(lambda: set(portal.firsts(device.serial)) >= set(device.frames[: device.acked]), pause=0.05)
@@ -3664,23 +3671,6 @@ class LimitsTest(SocketCase):
             work()
             self.assertLess(time.monotonic() - begin, PATIENCE / 6)
 
-    @contextlib.contextmanager
-    def meanwhile(self, work):
-        """A thread does work again and again."""
-        over = threading.Event()
-
-        def run() -> None:
-            while not over.is_set():
-                work()
-
-        thread = threading.Thread(target=run, daemon=True)
-        thread.start()
-        try:
-            yield
-        finally:
-            over.set()
-            thread.join(PATIENCE)
-
     def test_a_flood_delays_no_other(self) -> None:
         """While one peer floods and 100 are connected, another device's packet and a scrape have their turn soon."""
         portal, pairs, number = self.portal(), [], itertools.count()
@@ -3712,8 +3702,10 @@ class LimitsTest(SocketCase):
                 if writable:
                     position = (position + sender.sock.send(block[position:])) % len(block)
 
-            with self.subTest(name), self.meanwhile(flood):
+            with self.subTest(name):
+                stop = self.again_and_again(flood)
                 self.all_soon(packet, lambda: process.get("/metrics"))
+                stop()
 
     def local(self) -> tuple:
         """An exporter of mode local as a process, and what its users want: that a packet is answered, and a scrape."""
@@ -3756,9 +3748,10 @@ class LimitsTest(SocketCase):
                     peer.send(b"E")
             time.sleep(0.01)
 
-        with self.meanwhile(crowd):
-            for _ in range(3):
-                self.all_soon(scrape, packet)
+        stop = self.again_and_again(crowd)
+        for _ in range(10):
+            self.all_soon(scrape, packet)
+        stop()
         for peer in returning:
             peer.close()
         self.assertGreater(process.value("sems_mitm_http_closed_connections_total"), 100)
@@ -3815,13 +3808,10 @@ class RecordedFilesTest(SocketCase):
             with self.subTest(before):
                 for path in self.paths:
                     pathlib.Path(path).write_text(before)
-                device = self.exporter(self.portal(habit=ack_of), *self.flags).device(
-                    spoilt(frame()) + b"".join(frames)
-                )
+                running = self.exporter(self.portal(habit=ack_of), *self.flags)
+                device = running.device(spoilt(frame()) + b"".join(frames))
                 device.packets(3)
-                lines, buffered = (
-                    [json.loads(line) for line in open_lines(path)[bool(before) :]] for path in self.paths
-                )
+                lines, buffered = (list(map(json.loads, open_lines(path)[bool(before) :])) for path in self.paths)
                 outward = [line for line in lines if line["direction"] == "outbound"]
                 self.assertEqual([line["hex"] for line in outward], [data.hex() for data in (spoilt(frame()), *frames)])
                 self.assertEqual([line["hex"] for line in buffered], [frames[2].hex()])
