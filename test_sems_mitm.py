@@ -3625,7 +3625,7 @@ class LimitsTest(SocketCase):
     def test_out_of_descriptors(self) -> None:
         """Connections wait on both families and on HTTP: those there are go on, nothing spins, and accepting resumes."""
         portal = self.portal()
-        limit = "import resource; resource.setrlimit(resource.RLIMIT_NOFILE, (32, 32)); sems.TICK = 0.1"
+        limit = "import resource; resource.setrlimit(resource.RLIMIT_NOFILE, (32, 32)); sems.TICK = 0.1; sems.BACKOFF = (0.05, 0.1)"
         process = self.serving(portal, "--sems.listen-address=:0", before=limit)
         device, leg = process.device(frame()), portal.receives(frame())
         idle = [process.device(host=host) for host in FAMILIES for _ in range(15)]
