@@ -1957,38 +1957,35 @@ class StoreTest(SocketCase):
 class Rules(unittest.TestCase):
     def test_allowed(self):
         """What may pass to a device: ACK, NACK and the clock, each with its hostile neighbours."""
-        zeros, write = bytes(16), lambda first, last, rest: struct.pack(">HH", first, last) + rest
+        zeros, meter, grid, hybrid = bytes(16), 0x1216, 0x9D79, 0xB090
         day, no_date = bytes((26, 3, 21, 12, 0, 0)), bytes((26, 2, 30, 12, 0, 0))
-        meter, grid, hybrid = 0x1216, 0x9D79, 0xB090
-        for name, kind, clear, classes, wanted in (
-            ("ACK", "0304", zeros, {3}, "ack"), ("ACK of settings", "0303", zeros, {3}, "ack"), ("ACK of buffered data", "0245", zeros, {2}, "ack"),
-            ("ACK of an unknown class", "0904", zeros, {9}, "ack"), ("NACK", "0304", b"\2" + bytes(15), {3}, "nack"),
-            ("neither", "0304", b"\1" + bytes(15), {3}, ""), ("a NACK with more", "0304", b"\2" + bytes(14) + b"\1", {3}, ""),
-            ("an ACK with more", "0304", bytes(15) + b"\1", {3}, ""), ("an ACK with a second byte", "0304", b"\0\1" + bytes(14), {3}, ""),
-            ("an ACK of two blocks", "0304", bytes(32), {3}, ""), ("an ACK of a class not sent", "0104", zeros, {3}, ""),
-            ("an ACK before anything", "0304", zeros, set(), ""), ("an ACK of a confirmation", "0310", zeros, {3}, ""),
-            ("an ACK of another function", "0316", zeros, {3}, ""),
-            ("a meter's clock", "0116", write(meter, meter + 2, day + bytes(6)), {3}, "clock"),
-            ("a grid-tied one's clock", "0116", write(grid, grid + 2, day + bytes(6)), {1}, "clock"),
-            ("a hybrid's clock", "0116", write(hybrid, hybrid + 2, day + bytes(6)), {2}, "clock"),
-            ("two classes", "0116", write(grid, grid + 2, day + bytes(6)), {3, 1}, "clock"),
-            ("the clock of a class not sent", "0116", write(grid, grid + 2, day + bytes(6)), {3}, ""),
-            ("the clock of an unknown class", "0116", write(grid, grid + 2, day + bytes(6)), {9}, ""),
-            ("the clock in another type", "0316", write(meter, meter + 2, day + bytes(6)), {3}, ""),
-            ("the clock in an ACK's type", "0304", write(meter, meter + 2, day + bytes(6)), {3}, ""),
-            ("a register more", "0116", write(meter, meter + 3, day + bytes(6)), {3}, ""),
-            ("a register less", "0116", write(meter, meter + 1, day + bytes(6)), {3}, ""),
-            ("from a register before", "0116", write(meter - 1, meter + 2, day + bytes(6)), {3}, ""),
-            ("last before first", "0116", write(meter + 2, meter, day + bytes(6)), {3}, ""),
-            ("another register", "0116", write(meter + 1, meter + 3, day + bytes(6)), {3}, ""),
-            ("from one class's to another's", "0116", write(meter, grid + 2, day + bytes(6)), {3, 1}, ""),
-            ("no date", "0116", write(meter, meter + 2, no_date + bytes(6)), {3}, ""),
-            ("zeros for a date", "0116", write(meter, meter + 2, bytes(12)), {3}, ""),
-            ("more behind the date", "0116", write(meter, meter + 2, day + bytes(5) + b"\1"), {3}, ""),
-            ("more at once behind the date", "0116", write(meter, meter + 2, day + b"\1" + bytes(5)), {3}, ""),
-            ("two blocks", "0116", write(meter, meter + 2, day + bytes(22)), {3}, ""), ("all zeros", "0116", zeros, {1, 2, 3}, ""),
-            ("an ACK in the clock's type", "0116", b"\2" + bytes(15), {1}, ""), ("a firmware upgrade", "0120", bytes(range(16)), {1, 2, 3}, ""),
-        ):  # fmt: skip
+        clock, noon = struct.pack(">HH", meter, meter + 2) + day + bytes(6), day + bytes(6)
+        answers = (  # name, type, clear text, classes that the device has sent, what it is
+            ("ACK", "0304", zeros, {3}, "ack"), ("ACK of settings", "0303", zeros, {3}, "ack"),
+            ("ACK of buffered data", "0245", zeros, {2}, "ack"), ("ACK of an unknown class", "0904", zeros, {9}, "ack"),
+            ("NACK", "0304", b"\2" + bytes(15), {3}, "nack"), ("neither", "0304", b"\1" + bytes(15), {3}, ""),
+            ("a NACK with more", "0304", b"\2" + bytes(14) + b"\1", {3}, ""), ("an ACK with more", "0304", bytes(15) + b"\1", {3}, ""),
+            ("an ACK with a second byte", "0304", b"\0\1" + bytes(14), {3}, ""), ("an ACK of two blocks", "0304", bytes(32), {3}, ""),
+            ("an ACK of a class not sent", "0104", zeros, {3}, ""), ("an ACK before anything", "0304", zeros, set(), ""),
+            ("an ACK of a confirmation", "0310", zeros, {3}, ""), ("an ACK of another function", "0316", zeros, {3}, ""),
+            ("the clock in another type", "0316", clock, {3}, ""), ("the clock in an ACK's type", "0304", clock, {3}, ""),
+            ("all zeros in the clock's type", "0116", zeros, {1, 2, 3}, ""), ("a NACK there", "0116", b"\2" + bytes(15), {1}, ""),
+            ("a firmware upgrade", "0120", bytes(range(16)), {1, 2, 3}, ""),
+        )  # fmt: skip
+        writes = (  # name, first and last register, what is written, classes, what it is
+            ("a meter's clock", meter, meter + 2, noon, {3}, "clock"), ("a hybrid's", hybrid, hybrid + 2, noon, {2}, "clock"),
+            ("a grid-tied one's", grid, grid + 2, noon, {1}, "clock"), ("one of two's", grid, grid + 2, noon, {3, 1}, "clock"),
+            ("of a class not sent", grid, grid + 2, noon, {3}, ""), ("of an unknown class", grid, grid + 2, noon, {9}, ""),
+            ("a register more", meter, meter + 3, noon, {3}, ""), ("a register less", meter, meter + 1, noon, {3}, ""),
+            ("from a register before", meter - 1, meter + 2, noon, {3}, ""), ("last before first", meter + 2, meter, noon, {3}, ""),
+            ("another register", meter + 1, meter + 3, noon, {3}, ""), ("to another class's", meter, grid + 2, noon, {3, 1}, ""),
+            ("no date", meter, meter + 2, no_date + bytes(6), {3}, ""), ("zeros for a date", meter, meter + 2, bytes(12), {3}, ""),
+            ("more behind the date", meter, meter + 2, day + bytes(5) + b"\1", {3}, ""),
+            ("more at once behind it", meter, meter + 2, day + b"\1" + bytes(5), {3}, ""),
+            ("two blocks", meter, meter + 2, day + bytes(22), {3}, ""),
+        )  # fmt: skip
+        packed = ((row[0], "0116", struct.pack(">HH", *row[1:3]) + row[3], *row[4:]) for row in writes)
+        for name, kind, clear, classes, wanted in (*answers, *packed):
             with self.subTest(name):
                 where = sems.address_of(portal_frame(kind, clear), IN)
                 self.assertEqual(sems.allowed(where, clear, classes), wanted)
@@ -2951,32 +2948,26 @@ class SpoolTest(SpoolCase):
         self.assertEqual(portal.got, frames[::2])
 
     def test_portal_that_dies_at_random(self) -> None:
-        """It gets every frame at least once, and the device one ACK a frame, also when the exporter ends and starts meanwhile."""
+        """It gets every frame of every device and type at least once, and the device one ACK a frame."""
         self.limits(ANSWER_TIMEOUT=0.2)
-        for restarts in (False, True):
-            chance = random.Random(3)
-            moody = lambda data: chance.choice([*[ack_of(data)] * 12, b"", Peer.reset, Peer.close])
-            kinds = [(serial, function) for serial in (METER, OTHER) for function in (sems.LIVE, sems.BUFFERED)]
-            frames = [frame(kinds[i % 4][1], serial=kinds[i % 4][0], when=minute(i)) for i in range(120)]
-            portal, flags = self.portal(habit=moody), self.flags if restarts else ("--sems.mode=spool",)
-            running, sent = self.exporter(portal, *flags), 0
-            device = running.device()
-            while sent < len(frames):
-                some = frames[sent : sent + chance.randint(1, 12)]
-                device.send(b"".join(some))
-                device.packets(len(some))
-                sent += len(some)
-                if chance.random() < 0.3:
-                    portal.die()
-                    portal.listen()
-                if restarts and chance.random() < 0.3:
-                    running.close()
-                    running = self.exporter(portal, *flags)
-                    device = running.device()
-            portal.habit = ack_of
-            running.emptied()
-            self.assertEqual((sorted(portal.firsts()), self.undelivered(running)), (sorted(frames), 0))
-            self.assertTrue(device.silent(0.02))
+        chance, kinds = random.Random(3), list(itertools.product((METER, OTHER), (sems.LIVE, sems.BUFFERED)))
+        moody = lambda data: chance.choice([*[ack_of(data)] * 12, b"", Peer.reset, Peer.close])
+        frames = [frame(kinds[i % 4][1], serial=kinds[i % 4][0], when=minute(i)) for i in range(120)]
+        portal, sent = self.portal(habit=moody), 0
+        running = self.spooling(portal)
+        device = running.device()
+        while sent < len(frames):
+            some = frames[sent : sent + chance.randint(1, 12)]
+            device.send(b"".join(some))
+            device.packets(len(some))
+            sent += len(some)
+            if chance.random() < 0.3:
+                portal.die()
+                portal.listen()
+        portal.habit = ack_of
+        running.emptied()
+        self.assertEqual((sorted(portal.firsts()), self.undelivered(running)), (sorted(frames), 0))
+        self.assertTrue(device.silent(0.02))
 
 
 class Insistent:
@@ -2984,7 +2975,8 @@ class Insistent:
 
     def __init__(self, serial: str, port: int, chance: random.Random, count: int) -> None:
         self.serial, self.port, self.chance, self.acked = serial, port, chance, 0
-        self.frames = frames_of(count, serial=serial, clear=b"\0" + b"\xff" * 15)
+        clear, kinds = b"\0" + b"\xff" * 15, (sems.LIVE, sems.BUFFERED)
+        self.frames = [frame(kinds[i % 2], serial=serial, when=minute(i), clear=clear) for i in range(count)]
 
     def speak(self) -> None:
         """On one connection, until it is lost."""
