@@ -2433,7 +2433,7 @@ class BackPressureTest(SocketCase):
         with contextlib.suppress(ConnectionError):
             running.device().fill(b"".join(frames_of(100, clear=b"\0" + b"\xff" * 15)))
         running.becomes(0, "sems_mitm_device_connections")
-        self.assertEqual(running.queued(), 0)
+        self.assertLess(running.value("sems_mitm_bytes_total", direction="outbound"), 10 * sems.ANSWERS)
 
     def test_nothing_spins(self) -> None:
         """Whatever waits, and though the portal refuses everything, the loop sleeps."""
@@ -3205,13 +3205,6 @@ class DiskTest(SocketCase):
         until(lambda: dropped() > before or not device.silent(0))
         return device.silent(0.02)
 
-    def answered_at_last(self, device: Peer, data: bytes) -> None:
-        """The device sends its frame again and again, until it is answered."""
-        until(lambda: device.send(data) or not device.silent(0.1))
-        device.packets(1)
-        while not device.silent(0.15):
-            device.packets(1)
-
     def test_disk_trouble(self) -> None:
         """No ACK that is not on the disk; the exporter serves, delivers what it has, says so once, and recovers by itself."""
         free, limit = "$(df --output=avail -B1 . | tail -n 1)", "prlimit --pid {pid} --fsize="
@@ -3250,7 +3243,9 @@ class DiskTest(SocketCase):
                 self.assertEqual(portal.firsts(), acked)
                 self.inside(process, cure)
                 portal.die()
-                self.answered_at_last(device, later[0])
+                until(lambda: device.send(later[0]) or not device.silent(0.1))  # again and again, until it is answered
+                while not device.silent(0.15):
+                    device.packets(1)
                 device.send(b"".join(later[1:]))
                 device.packets(4)
                 process = self.again(process, portal) if trouble else process
