@@ -161,7 +161,7 @@ LOCAL = "127.0.0.1"
 PORTS = ("--sems.listen-address=127.0.0.1:0", "--web.listen-address=127.0.0.1:0")
 FAILURES = "sems_mitm_upstream_connect_failures_total"
 FAMILIES = [LOCAL, *(["::1"] if os.path.exists("/proc/net/if_inet6") and socket.has_ipv6 else [])]
-PATIENCE = float(os.environ.get("TEST_PATIENCE", "30"))  # how long a test waits for a state; nothing else depends on it
+PATIENCE = float(os.environ.get("TEST_PATIENCE", "30"))  # how long a test waits for a state
 
 
 def until(condition, seconds: float = PATIENCE, pause: float = 0.005):
@@ -196,17 +196,15 @@ def open_lines(path: str) -> list:
 
 def metrics_of(text: str) -> dict:
     """Series to value of an exposition."""
-    return {
-        series: float(value) for series, value in (line.rsplit(" ", 1) for line in text.splitlines() if line[0] != "#")
-    }
+    samples = (line.rsplit(" ", 1) for line in text.splitlines() if line[0] != "#")
+    return {series: float(value) for series, value in samples}
 
 
 def summed(metrics: dict, series: str, **labels: str) -> float:
     """Sum of a metric's samples that have these labels."""
     wanted = [f'{name}="{text}"' for name, text in labels.items()]
-    return sum(
-        n for name, n in metrics.items() if name.partition("{")[0] == series and all(one in name for one in wanted)
-    )
+    names = (name for name in metrics if name.partition("{")[0] == series)
+    return sum(metrics[name] for name in names if all(one in name for one in wanted))
 
 
 class Peer:
