@@ -16,6 +16,7 @@ import collections
 import contextlib
 import ctypes
 import functools
+import gc
 import gzip
 import hashlib
 import html
@@ -25,8 +26,8 @@ import ipaddress
 import itertools
 import json
 import logging
-import math
 import os
+import pathlib
 import py_compile
 import random
 import re
@@ -44,6 +45,7 @@ import tempfile
 import threading
 import time
 import unittest
+import warnings
 import zlib
 from datetime import datetime, timedelta, timezone
 from unittest import mock
@@ -53,12 +55,7 @@ import sems_mitm as sems
 # --------------------------------------------------------------------------------------------------------- frames
 
 OUT, IN = sems.OUTBOUND, sems.INBOUND
-METER, OTHER, INVERTER, HYBRID = (
-    "91000HKU00000042",
-    "91000HKU00000043",
-    "53000DSC00000042",
-    "9010KETU00000042",
-)  # made up
+METER, OTHER, INVERTER, HYBRID = "91000HKU00000042", "91000HKU00000043", "53000DSC00000042", "9010KETU00000042"
 NOON = datetime(2026, 3, 21, 12, 0, 0)
 BERLIN = "CET-1CEST,M3.5.0,M10.5.0/3"
 METER_RANGES = [
@@ -162,7 +159,9 @@ VECTORS = json.loads(r"""[
 SMALL = 16 << 10  # socket buffers of tests that fill them
 LOCAL = "127.0.0.1"
 PORTS = ("--sems.listen-address=127.0.0.1:0", "--web.listen-address=127.0.0.1:0")
-PATIENCE = float(os.environ.get("TEST_PATIENCE", "30"))  # how long a test waits for a state; nothing else depends on it
+FAILURES = "sems_mitm_upstream_connect_failures_total"
+FAMILIES = [LOCAL, *(["::1"] if os.path.exists("/proc/net/if_inet6") and socket.has_ipv6 else [])]
+PATIENCE = float(os.environ.get("TEST_PATIENCE", "30"))  # how long a test waits for a state
 
 
 def until(condition, seconds: float = PATIENCE, pause: float = 0.005):
@@ -195,24 +194,17 @@ def open_lines(path: str) -> list:
     return []
 
 
-def content_of(path: str) -> bytes:
-    with open(path, "rb") as file:
-        return file.read()
-
-
 def metrics_of(text: str) -> dict:
     """Series to value of an exposition."""
-    return {
-        series: float(value) for series, value in (line.rsplit(" ", 1) for line in text.splitlines() if line[0] != "#")
-    }
+    samples = (line.rsplit(" ", 1) for line in text.splitlines() if line[0] != "#")
+    return {series: float(value) for series, value in samples}
 
 
 def summed(metrics: dict, series: str, **labels: str) -> float:
     """Sum of a metric's samples that have these labels."""
     wanted = [f'{name}="{text}"' for name, text in labels.items()]
-    return sum(
-        n for name, n in metrics.items() if name.partition("{")[0] == series and all(one in name for one in wanted)
-    )
+    names = (name for name in metrics if name.partition("{")[0] == series)
+    return sum(metrics[name] for name in names if all(one in name for one in wanted))
 
 
 class Peer:
@@ -244,6 +236,11 @@ class Peer:
                 raise EOFError(f"{len(data)} of {count} bytes: {bytes(data[-64:]).hex()}")
             data += part
         return bytes(data)
+
+    def expect(self, data: bytes) -> None:
+        """Just these bytes come next."""
+        if (got := self.read(len(data))) != data:
+            raise AssertionError(f"{got.hex()} and not {data.hex()}")
 
     def rest(self) -> bytes:
         """What comes until the end, which may be a reset."""
@@ -291,43 +288,26 @@ def connected(port: int, data: bytes = b"", buffer: int = 0, host: str = LOCAL) 
     return peer
 
 
-def nack(data: bytes) -> bytes:
-    """The portal refuses a device's frame."""
-    return ack_of(data, 2)
+# Habits of a portal, what it does with a frame: it gives what is sent back, or what is done with the connection.
+nack, silence = (lambda data: ack_of(data, 2)), (lambda data: b"")
+closes, resets = (lambda data: Peer.close), (lambda data: Peer.reset)
 
 
-def silence(data: bytes) -> bytes:
-    """The portal says nothing to a device's frame."""
-    return b""
-
-
-def closes(data: bytes):
-    """The portal closes the connection at a frame."""
-    return Peer.close
-
-
-def resets(data: bytes):
-    """The portal resets the connection at a frame."""
-    return Peer.reset
-
-
-def but_for(one: bytes, habit, other=None):
-    """A portal's habit for one frame; to all others it says ACK, or has the other habit."""
-    return lambda data: habit(data) if data == one else (other or ack_of)(data)
+def but_for(one: bytes, habit):
+    """A portal's habit for one frame; to all others it says ACK."""
+    return lambda data: habit(data) if data == one else ack_of(data)
 
 
 class Portal:
     """A portal on a port of its own, in the test's hand (`accept`), or served by a thread according to its habit.
 
-    While it does not listen, connections are refused. A habit is what the portal does with a frame: it gives what is
-    sent back, or what is done with the connection (Peer.close, Peer.reset). `got` has all frames in the order in which
-    they came, `legs` says how many connections there were.
+    While it does not listen, connections are refused. `got` has all frames in the order in which they came, `legs` says
+    how many connections there were. While a test holds the lock, the thread does nothing.
     """
 
-    def __init__(self, listening: bool = True, buffer: int = 0, host: str = LOCAL, port: int = 0, habit=None) -> None:
-        self.buffer, self.host, self.port, self.peers = buffer, host, port, []
-        self.habit, self.got, self.legs, self.over = habit, [], 0, threading.Event()
-        self._listens, self._work = listening, collections.deque()
+    def __init__(self, listening: bool = True, host: str = LOCAL, habit=None) -> None:
+        self.host, self.port, self.peers, self.listens, self.over = host, 0, [], False, False
+        self.habit, self.got, self.legs, self.lock = habit, [], 0, threading.RLock()
         self._bind()
         if listening:
             self.listen()
@@ -336,31 +316,35 @@ class Portal:
             self.thread.start()
 
     def _bind(self) -> None:
-        self.sock = socket.socket()
+        self.sock, self.listens = socket.socket(), False
         self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        for option in (socket.SO_SNDBUF, socket.SO_RCVBUF) if self.buffer else ():
-            self.sock.setsockopt(socket.SOL_SOCKET, option, self.buffer)
         self.sock.bind((self.host, self.port))
         self.port = self.sock.getsockname()[1]
         self.sock.settimeout(PATIENCE)
 
     def listen(self, backlog: int = 128) -> None:
-        self.sock.listen(backlog)
-        self._listens = True
+        with self.lock:
+            self.sock.listen(backlog)
+            self.listens = True
 
     def black_hole(self) -> None:
         """From now on connections are neither accepted nor refused."""
         self.listen(0)
         for _ in range(3):
-            sock = socket.socket()
-            sock.setblocking(False)
-            sock.connect_ex((self.host, self.port))
-            self.peers.append(Peer(sock))
+            self.peers.append(Peer(socket.socket()))
+            self.peers[-1].sock.setblocking(False)
+            self.peers[-1].sock.connect_ex((self.host, self.port))
 
     def accept(self) -> Peer:
         self.peers.append(Peer(self.sock.accept()[0]))
         self.legs += 1
         return self.peers[-1]
+
+    def receives(self, data: bytes) -> Peer:
+        """The next connection, which begins with these bytes."""
+        leg = self.accept()
+        leg.expect(data)
+        return leg
 
     def unasked(self, seconds: float = 0.08) -> bool:
         """Whether nobody connects for so long."""
@@ -368,35 +352,30 @@ class Portal:
 
     def die(self) -> None:
         """Lose all connections at once, and refuse new ones."""
-        while self.peers:
-            self.peers.pop().reset()
-        self.sock.close()
-        self._listens = False
-        self._bind()
-
-    def do(self, work) -> None:
-        """Have the serving thread do it between two frames."""
-        done = threading.Event()
-        self._work.append((work, done))
-        done.wait(PATIENCE)
+        with self.lock:
+            while self.peers:
+                self.peers.pop().reset()
+            with contextlib.suppress(OSError):  # the thread can still wait for it
+                self.sock.shutdown(socket.SHUT_RDWR)
+            self.sock.close()
+            self._bind()
 
     def _serve(self) -> None:
-        buffers: dict = {}
-        while not self.over.is_set():
+        buffers: dict = collections.defaultdict(bytearray)
+        while not self.over:
             waiting = select.poll()
-            for sock in [*([self.sock] if self._listens else []), *(peer.sock for peer in self.peers)]:
-                waiting.register(sock, select.POLLIN)
+            with self.lock:
+                listening = self.sock if self.listens else None
+                for sock in [*([listening] if listening else []), *(peer.sock for peer in self.peers)]:
+                    waiting.register(sock, select.POLLIN)
             ready = {number for number, _ in waiting.poll(10)}
-            for peer in self.peers[:]:
-                if peer.sock.fileno() in ready and not self._hear(peer, buffers.setdefault(peer, bytearray())):
-                    peer.close()
-                    self.peers.remove(peer)
-            if self._listens and self.sock.fileno() in ready:
-                self.accept()
-            while self._work:
-                work, done = self._work.popleft()
-                work()
-                done.set()
+            with self.lock:
+                for peer in self.peers[:]:
+                    if peer.sock.fileno() in ready and not self._hear(peer, buffers[peer]):
+                        peer.close()
+                        self.peers.remove(peer)
+                if self.sock is listening and listening.fileno() in ready:
+                    self.accept()
 
     def _hear(self, peer: Peer, buffer: bytearray) -> bool:
         """Read what has come and react to each frame; whether the connection goes on."""
@@ -420,8 +399,8 @@ class Portal:
         return [data for data in dict.fromkeys(self.got) if not serial or data[14:30].decode() == serial]
 
     def close(self) -> None:
-        self.over.set()
-        if self.thread.ident:
+        self.over = True
+        if self.habit:
             self.thread.join(PATIENCE)
         for peer in self.peers:
             peer.close()
@@ -438,10 +417,6 @@ def http_get(port: int, path: str, **headers: str) -> tuple:
 
 class Launched:
     """What tests ask of an exporter that runs, in this process or in one of its own; what it shows is read over HTTP."""
-
-    devices: list
-    port: int
-    web_port: int
 
     def device(self, data: bytes = b"", buffer: int = 0, host: str = LOCAL) -> Peer:
         self.devices.append(connected(self.port, data, buffer, host))
@@ -463,6 +438,10 @@ class Launched:
 
     def queued(self) -> float:
         return self.value("sems_mitm_queue_bytes")
+
+    def emptied(self) -> None:
+        """Wait until nothing waits for the portal."""
+        until(lambda: not self.queued(), pause=0.01)
 
     def becomes(self, count: float, series: str, **labels: str) -> None:
         """Wait until a metric has a value."""
@@ -517,33 +496,23 @@ class Process(Launched):
 
     def __init__(self, *arguments: str, before: str = "", under: tuple = (), **environment: str) -> None:
         self.log = tempfile.TemporaryFile()
-        code = (
-            f"import sys; sys.path.insert(0, {compiled()!r}); import sems_mitm as sems; {before}\nsys.exit(sems.main())"
-        )
+        code = f"import sys; sys.path[0] = {compiled()!r}; import sems_mitm as sems; {before}\nsys.exit(sems.main())"
         start = [*under, sys.executable, "-W", "error", "-c", code, *arguments]
-        self.popen = subprocess.Popen(
-            start, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=self.log, env={**os.environ, **environment}
-        )
+        files = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": self.log}
+        self.popen = subprocess.Popen(start, env={**os.environ, **environment}, **files)
         self.devices: list = []
         self._ports: tuple = ()
 
     def ports(self) -> tuple:
         """Where devices connect, and of HTTP, when the exporter has said so."""
         pattern = r"devices connect to port (\d+), metrics at http://[^:]*:(\d+)"
-        while not self._ports:
-            found = until(lambda: re.search(pattern, self.stderr()) or self.popen.poll() is not None)
-            if found is True:
-                raise AssertionError(self.stderr())
-            self._ports = int(found[1]), int(found[2])
+        if not self._ports:
+            until(lambda: re.search(pattern, self.stderr()) or self.popen.poll() is not None)
+            self._ports = re.search(pattern, self.stderr()).groups()
         return self._ports
 
-    @property
-    def port(self) -> int:  # type: ignore[override]
-        return self.ports()[0]
-
-    @property
-    def web_port(self) -> int:  # type: ignore[override]
-        return self.ports()[1]
+    port = property(lambda self: int(self.ports()[0]))
+    web_port = property(lambda self: int(self.ports()[1]))
 
     def stderr(self) -> str:
         return os.pread(self.log.fileno(), 1 << 20, 0).decode("utf-8", "replace")
@@ -593,14 +562,15 @@ def called(*arguments: str, stdin: bytes = b"", env: dict | None = None) -> tupl
     ours = re.compile("(SEMS|WEB|METRICS|LOG)_[A-Z_]+|BATSIGNAL|DEBUG")
     clean = {name: value for name, value in os.environ.items() if not ours.fullmatch(name)}
     with contextlib.ExitStack() as stack:
-        stack.enter_context(mock.patch.dict(os.environ, {**clean, **(env or {})}, clear=True))
-        stack.enter_context(
-            mock.patch.object(sems, "started", side_effect=AssertionError("these settings were accepted"))
-        )
-        stack.enter_context(mock.patch.object(logging, "basicConfig"))
-        stack.enter_context(mock.patch.object(sys, "stdin", mock.Mock(buffer=io.BytesIO(stdin))))
-        stack.enter_context(contextlib.redirect_stdout(out))
-        stack.enter_context(contextlib.redirect_stderr(err))
+        for one in (
+            mock.patch.dict(os.environ, {**clean, **(env or {})}, clear=True),
+            mock.patch.object(sems, "started", side_effect=AssertionError("these settings were accepted")),
+            mock.patch.object(logging, "basicConfig"),
+            mock.patch.object(sys, "stdin", mock.Mock(buffer=io.BytesIO(stdin))),
+            contextlib.redirect_stdout(out),
+            contextlib.redirect_stderr(err),
+        ):
+            stack.enter_context(one)
         try:
             code = sems.main(list(arguments))
         except SystemExit as end:
@@ -608,23 +578,12 @@ def called(*arguments: str, stdin: bytes = b"", env: dict | None = None) -> tupl
     return code, out.getvalue(), err.getvalue()
 
 
-class Lines(logging.Handler):
-    """Log lines, kept; a traceback is part of its line."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.lines: list = []
-
-    def emit(self, entry: logging.LogRecord) -> None:
-        self.lines.append(self.format(entry))
-
-
 class SocketCase(unittest.TestCase):
     """Exporters, portals and processes that end with the test; log lines in self.lines; short times between attempts."""
 
     def setUp(self) -> None:
-        handler = Lines()
-        self.lines = handler.lines
+        self.lines, handler = [], logging.Handler()
+        handler.emit = lambda entry: self.lines.append(handler.format(entry))
         self.faults = 0  # of the exporter's own code that a test makes; any other fails it
         self.addCleanup(lambda: self.assertEqual(len(found := self.tracebacks()), self.faults, "\n".join(found)))
         self.patch(sems.log, "propagate", False)
@@ -660,6 +619,10 @@ class SocketCase(unittest.TestCase):
         self.addCleanup(lambda: portal.close())
         return portal
 
+    def unused_port(self) -> int:
+        with contextlib.closing(Portal(listening=False)) as unused:
+            return unused.port
+
     def exporter(self, portal=None, *flags: str) -> Running:
         running = Running(portal, *flags)
         self.addCleanup(running.close)
@@ -678,14 +641,27 @@ class SocketCase(unittest.TestCase):
     def talking(self, *flags: str) -> tuple:
         """Those, a device that has sent a frame, and the portal's end of its connection, which has read it."""
         portal, running = self.started(*flags)
-        device, leg = running.device(frame()), portal.accept()
-        leg.read(len(frame()))
+        device, leg = running.device(frame()), portal.receives(frame())
         return portal, running, device, leg
 
     def serving(self, portal=None, *flags: str, **more) -> Process:
         """The exporter as a process on free ports."""
         upstream = [f"--sems.upstream={portal.host}:{portal.port}"] if portal else []
         return self.process(*upstream, *PORTS, *flags, **more)
+
+    def again_and_again(self, work):
+        """Have a thread do work until the test ends, or calls what is returned."""
+        over = threading.Event()
+
+        def run() -> None:
+            while not over.is_set():
+                work()
+
+        thread = threading.Thread(target=run, daemon=True)
+        thread.start()
+        stop = lambda: over.set() or thread.join(PATIENCE)
+        self.addCleanup(stop)
+        return stop
 
     def directory(self) -> str:
         path = tempfile.mkdtemp()
@@ -1856,56 +1832,38 @@ class StoreTest(SocketCase):
 class Rules(unittest.TestCase):
     def test_allowed(self):
         """What may pass to a device: ACK, NACK and the clock, each with its hostile neighbours."""
-        zeros, write = bytes(16), lambda first, last, rest: struct.pack(">HH", first, last) + rest
+        zeros, meter, grid, hybrid = bytes(16), 0x1216, 0x9D79, 0xB090
         day, no_date = bytes((26, 3, 21, 12, 0, 0)), bytes((26, 2, 30, 12, 0, 0))
-        meter, grid, hybrid = 0x1216, 0x9D79, 0xB090
-        for name, kind, clear, classes, wanted in (
-            ("ACK", "0304", zeros, {3}, "ack"), ("ACK of settings", "0303", zeros, {3}, "ack"), ("ACK of buffered data", "0245", zeros, {2}, "ack"),
-            ("ACK of an unknown class", "0904", zeros, {9}, "ack"), ("NACK", "0304", b"\2" + bytes(15), {3}, "nack"),
-            ("neither", "0304", b"\1" + bytes(15), {3}, ""), ("a NACK with more", "0304", b"\2" + bytes(14) + b"\1", {3}, ""),
-            ("an ACK with more", "0304", bytes(15) + b"\1", {3}, ""), ("an ACK with a second byte", "0304", b"\0\1" + bytes(14), {3}, ""),
-            ("an ACK of two blocks", "0304", bytes(32), {3}, ""), ("an ACK of a class not sent", "0104", zeros, {3}, ""),
-            ("an ACK before anything", "0304", zeros, set(), ""), ("an ACK of a confirmation", "0310", zeros, {3}, ""),
-            ("an ACK of another function", "0316", zeros, {3}, ""),
-            ("a meter's clock", "0116", write(meter, meter + 2, day + bytes(6)), {3}, "clock"),
-            ("a grid-tied one's clock", "0116", write(grid, grid + 2, day + bytes(6)), {1}, "clock"),
-            ("a hybrid's clock", "0116", write(hybrid, hybrid + 2, day + bytes(6)), {2}, "clock"),
-            ("two classes", "0116", write(grid, grid + 2, day + bytes(6)), {3, 1}, "clock"),
-            ("the clock of a class not sent", "0116", write(grid, grid + 2, day + bytes(6)), {3}, ""),
-            ("the clock of an unknown class", "0116", write(grid, grid + 2, day + bytes(6)), {9}, ""),
-            ("the clock in another type", "0316", write(meter, meter + 2, day + bytes(6)), {3}, ""),
-            ("the clock in an ACK's type", "0304", write(meter, meter + 2, day + bytes(6)), {3}, ""),
-            ("a register more", "0116", write(meter, meter + 3, day + bytes(6)), {3}, ""),
-            ("a register less", "0116", write(meter, meter + 1, day + bytes(6)), {3}, ""),
-            ("from a register before", "0116", write(meter - 1, meter + 2, day + bytes(6)), {3}, ""),
-            ("last before first", "0116", write(meter + 2, meter, day + bytes(6)), {3}, ""),
-            ("another register", "0116", write(meter + 1, meter + 3, day + bytes(6)), {3}, ""),
-            ("from one class's to another's", "0116", write(meter, grid + 2, day + bytes(6)), {3, 1}, ""),
-            ("no date", "0116", write(meter, meter + 2, no_date + bytes(6)), {3}, ""),
-            ("zeros for a date", "0116", write(meter, meter + 2, bytes(12)), {3}, ""),
-            ("more behind the date", "0116", write(meter, meter + 2, day + bytes(5) + b"\1"), {3}, ""),
-            ("more at once behind the date", "0116", write(meter, meter + 2, day + b"\1" + bytes(5)), {3}, ""),
-            ("two blocks", "0116", write(meter, meter + 2, day + bytes(22)), {3}, ""), ("all zeros", "0116", zeros, {1, 2, 3}, ""),
-            ("an ACK in the clock's type", "0116", b"\2" + bytes(15), {1}, ""), ("a firmware upgrade", "0120", bytes(range(16)), {1, 2, 3}, ""),
-        ):  # fmt: skip
+        clock, noon = struct.pack(">HH", meter, meter + 2) + day + bytes(6), day + bytes(6)
+        answers = (  # name, type, clear text, classes that the device has sent, what it is
+            ("ACK", "0304", zeros, {3}, "ack"), ("ACK of settings", "0303", zeros, {3}, "ack"),
+            ("ACK of buffered data", "0245", zeros, {2}, "ack"), ("ACK of an unknown class", "0904", zeros, {9}, "ack"),
+            ("NACK", "0304", b"\2" + bytes(15), {3}, "nack"), ("neither", "0304", b"\1" + bytes(15), {3}, ""),
+            ("a NACK with more", "0304", b"\2" + bytes(14) + b"\1", {3}, ""), ("an ACK with more", "0304", bytes(15) + b"\1", {3}, ""),
+            ("an ACK with a second byte", "0304", b"\0\1" + bytes(14), {3}, ""), ("an ACK of two blocks", "0304", bytes(32), {3}, ""),
+            ("an ACK of a class not sent", "0104", zeros, {3}, ""), ("an ACK before anything", "0304", zeros, set(), ""),
+            ("an ACK of a confirmation", "0310", zeros, {3}, ""), ("an ACK of another function", "0316", zeros, {3}, ""),
+            ("the clock in another type", "0316", clock, {3}, ""), ("the clock in an ACK's type", "0304", clock, {3}, ""),
+            ("all zeros in the clock's type", "0116", zeros, {1, 2, 3}, ""), ("a NACK there", "0116", b"\2" + bytes(15), {1}, ""),
+            ("a firmware upgrade", "0120", bytes(range(16)), {1, 2, 3}, ""),
+        )  # fmt: skip
+        writes = (  # name, first and last register, what is written, classes, what it is
+            ("a meter's clock", meter, meter + 2, noon, {3}, "clock"), ("a hybrid's", hybrid, hybrid + 2, noon, {2}, "clock"),
+            ("a grid-tied one's", grid, grid + 2, noon, {1}, "clock"), ("one of two's", grid, grid + 2, noon, {3, 1}, "clock"),
+            ("of a class not sent", grid, grid + 2, noon, {3}, ""), ("of an unknown class", grid, grid + 2, noon, {9}, ""),
+            ("a register more", meter, meter + 3, noon, {3}, ""), ("a register less", meter, meter + 1, noon, {3}, ""),
+            ("from a register before", meter - 1, meter + 2, noon, {3}, ""), ("last before first", meter + 2, meter, noon, {3}, ""),
+            ("another register", meter + 1, meter + 3, noon, {3}, ""), ("to another class's", meter, grid + 2, noon, {3, 1}, ""),
+            ("no date", meter, meter + 2, no_date + bytes(6), {3}, ""), ("zeros for a date", meter, meter + 2, bytes(12), {3}, ""),
+            ("more behind the date", meter, meter + 2, day + bytes(5) + b"\1", {3}, ""),
+            ("more at once behind it", meter, meter + 2, day + b"\1" + bytes(5), {3}, ""),
+            ("two blocks", meter, meter + 2, day + bytes(22), {3}, ""),
+        )  # fmt: skip
+        packed = ((row[0], "0116", struct.pack(">HH", *row[1:3]) + row[3], *row[4:]) for row in writes)
+        for name, kind, clear, classes, wanted in (*answers, *packed):
             with self.subTest(name):
                 where = sems.address_of(portal_frame(kind, clear), IN)
                 self.assertEqual(sems.allowed(where, clear, classes), wanted)
-
-    def test_answer(self):
-        """Answers by class and function: ACK to 03, 04 and 45 of any class, the clock behind 03 of a meter or a grid-tied inverter."""
-        clocks = {3: 0x1216, 1: 0x9D79}
-        everything = itertools.product((0, 1, 2, 3, 9), (0x03, 0x04, 0x45, 0x10, 0x16, 0x99), (True, False))
-        for cls, function, clock_ok in everything:
-            with self.subTest(cls=cls, function=function, clock=clock_ok):
-                found = sems.answer(sems.address_of(frame(function, cls), OUT), minute(5), clock_ok)
-                packets = [sems.decode(data, IN) for _, data in sems.Framer(IN).feed(found, 0.0)]
-                wanted = [(f"{cls:02x}{function:02x}", bytes(16))] if function in (0x03, 0x04, 0x45) else []
-                if clock_ok and function == 0x03 and cls in clocks:
-                    wanted.append(("0116", struct.pack(">HH6B6x", clocks[cls], clocks[cls] + 2, 26, 3, 21, 12, 5, 0)))
-                self.assertEqual([(packet.type, packet.clear) for packet in packets], wanted)
-                stamp = bytes([0, 5, 12, 21, 3, 26]) + bytes(10)
-                self.assertLessEqual({(packet.iv, packet.serial) for packet in packets}, {(stamp, METER)})
 
     def test_zones(self):
         """The zone is known if TZ is unset and there is a local time, or TZ is a zone that the system has, or a whole POSIX rule."""
@@ -1924,236 +1882,42 @@ class Rules(unittest.TestCase):
                 self.assertEqual(sems.zone_is_known(zone, lambda path: there.get(os.path.normpath(path), b"")), wanted)
         self.assertFalse(sems.zone_is_known(None, lambda path: b""))
 
-    def test_good_frame(self):
-        """What of a stream is worth to be kept: a whole frame with good CRC, envelope and serial number, and nothing else."""
-        no_serial = with_crc(FRAME[:14] + bytes(16) + FRAME[30:])
-        for piece in (FRAME, SHORT, frame(0x77)):
-            self.assertTrue(sems.is_good_frame(piece))
-        for piece in (FRAME[50:], BAD, b"junk", b"", no_serial, TINY, FRAME[:9], FRAME + SHORT, claim(200, FRAME)):
-            self.assertFalse(sems.is_good_frame(piece), piece)
-
-
-class OutboxTest(unittest.TestCase):
-    def test_model(self):
-        """At random: an outbox is a list of pieces, the first of which can be sent in part."""
-        for seed in range(300):
-            rng, box, waiting, offset = random.Random(seed), sems.Outbox(), [], 0
-            for count in range(60):
-                step = rng.choice(("put", "put", "took", "took", "shed", "restart"))
-                if step == "put":
-                    waiting.append(bytes([count]) * rng.choice((1, 4, 100, sems.SEND_SIZE)))
-                    box.put(waiting[-1])
-                elif step == "took" and waiting:
-                    ready = bytes(box.ready())
-                    self.assertTrue(ready and b"".join(waiting)[offset:].startswith(ready))
-                    taken = rng.randrange(len(ready) + 1)
-                    offset += taken
-                    while waiting and offset >= len(waiting[0]):
-                        offset -= len(waiting.pop(0))
-                    box.took(taken)
-                    self.assertEqual(box.first() if waiting else b"", b"" if offset or not waiting else waiting[0])
-                elif step == "shed":
-                    excess, dropped, first = rng.choice((-5, 0, 1, 150)), [], int(offset > 0)
-                    while sum(map(len, dropped)) < excess and len(waiting) > first:
-                        dropped.append(waiting.pop(first))
-                    self.assertEqual(box.shed(excess), len(dropped))
-                elif step == "restart" and count % 5 == 0:
-                    box.restart(lambda piece: piece[0] % 2 == 0)
-                    waiting, offset = [piece for piece in waiting if piece[0] % 2 == 0], 0
-                self.assertEqual(box.size, len(b"".join(waiting)) - offset)
-
-    def test_ready(self):
-        """Small pieces go together, a large one alone: a send takes what a peer can take, and copies no more."""
-        box = sems.Outbox()
-        for _ in range(3 * sems.SEND_SIZE // 1000):
-            box.put(bytes(1000))
-        self.assertIn(len(box.ready()), range(sems.SEND_SIZE, sems.SEND_SIZE + 1000))
-        box = sems.Outbox()
-        box.put(bytes(1 << 20))
-        self.assertEqual(len(box.ready()), sems.SEND_SIZE)
-
-
-# ---------------------------------------------------------------------------------------------------------- files
-
-
-class FilesTest(SocketCase):
-    def setUp(self):
-        super().setUp()
-        self.path, self.store, self.open = os.path.join(self.directory(), "file"), sems.Store(), []
-        self.addCleanup(lambda: [each.close() for each in self.open])
-
-    def errors(self, name: str) -> int:
-        return self.store.totals["sems_mitm_file_errors_total", f'file="{name}"']
-
-    def content(self) -> str:
-        with open(self.path, encoding="ascii") as file:
-            return file.read()
-
-    def record(self, path: str = ""):
-        record = sems.RecordFile(path or self.path, "capture", self.store)
-        self.open.append(record)
-        return record
-
-    def test_line(self):
-        """A frame in the capture: one JSON object, the time in UTC."""
-        line = sems.capture_line(1795305600.25, "192.0.2.1:5", "outbound", "forwarded", b"\1\xff")
-        self.assertTrue(line.endswith("}\n") and line.count("\n") == 1)
-        wanted = ["2026-11-22T00:00:00.250+00:00", "192.0.2.1:5", "outbound", "forwarded", "01ff"]
-        self.assertEqual(json.loads(line), dict(zip(("time", "peer", "direction", "verdict", "hex"), wanted)))
-
-    def test_append(self):
-        """Lines are appended; behind a torn last line the next begins on a line of its own."""
-        for before, after in (("", "a\nb\nc\n"), ("old\n", "old\na\nb\nc\n"), ("torn", "torn\na\nb\nc\n")):
-            with open(self.path, "w") as file:
-                file.write(before)
-            record = self.record()
-            record.lines.append("a\n")
-            record.lines.append("b\n")
-            record.flush()
-            record.lines.append("c\n")
-            record.flush()
-            self.assertEqual((self.content(), self.errors("capture")), (after, 0))
-
-    def test_full_disk(self):
-        """What cannot be written is counted and said once a minute; a line torn by it is ended by the next."""
-        record, real = self.record(), os.write
-        for write, count in ((OSError(28, "full"), 1), (lambda file, data: real(file, data[:3]), 2), (real, 2)):
-            with mock.patch.object(os, "write", side_effect=write):
-                record.lines.append('{"a": 1}\n')
-                record.flush()
-            self.assertEqual(self.errors("capture"), count)
-        self.assertEqual((self.content(), len(self.lines)), ('{"a\n{"a": 1}\n', 1))
-
-    def test_no_file(self):
-        """A file that cannot be had is tried again with each round's lines."""
-        folder = os.path.join(self.directory(), "later")
-        record = self.record(os.path.join(folder, "file"))
-        record.lines.append("a\n")
-        record.flush()
-        self.assertEqual((self.errors("capture"), len(self.lines)), (1, 1))
-        os.mkdir(folder)
-        with open(record.path, "w") as file:
-            file.write("torn")
-        record.lines.append("b\n")
-        record.flush()
-        self.assertEqual((open_lines(record.path), self.errors("capture")), (["torn", "b"], 1))
-
-    def test_both(self):
-        """All goes to the capture, buffered readings alone to the backfill file, both opened anew when they are rotated."""
-        files = sems.Files(self.store, self.path, self.path + "2")
-        self.open += files.open
-        for wire, kind in ((OUT, "0304"), (OUT, "0345"), (IN, "0345"), (OUT, "junk"), (OUT, "")):
-            files.record("192.0.2.1:5", wire, kind, "forwarded", b"x")
-        files.flush()
-        os.rename(self.path, self.path + ".1")
-        files.reopen()
-        files.record("192.0.2.1:5", OUT, "0245", "forwarded", b"y")
-        files.flush()
-        files.record("192.0.2.1:5", OUT, "0345", "forwarded", b"z")
-        files.flush()
-        for path, wanted in ((self.path + ".1", "78 78 78 78 78"), (self.path, "79 7a"), (self.path + "2", "78 79 7a")):
-            self.assertEqual([json.loads(line)["hex"] for line in open_lines(path)], wanted.split())
-        self.assertIsNone(sems.Files(self.store).record("p", OUT, "0304", "forwarded", b"x"))
-
-
-class SpoolTableTest(SocketCase):
-    def test_model(self):
-        """At random, in a file and in memory: what is put and not delivered is there in its order, also after a reopening."""
-        for seed in range(30):
-            rng, path = random.Random(seed), os.path.join(self.directory(), "spool") if seed % 3 else ""
-            table, model, number = sems.SpoolTable(path, sems.Store()), {"A": [], "B": []}, 0
-            for _ in range(60):
-                serial, kind = rng.choice("AB"), rng.choice(("0304", "0345", sems.NO_ANSWER))
-                step, rows = rng.choice(("put", "put", "put", "deliver", "behind", "apply", "reopen")), model[serial]
-                if step == "put":
-                    number += 1
-                    rows.append((kind, b"%d" % number, 0, 0))
-                    table.put(serial, kind, rows[-1][1])
-                    self.assertEqual(table.commit(), [])
-                    self.assertTrue(table.is_stored)
-                elif step in ("deliver", "behind") and any(row[0] == kind for row in rows):
-                    row = table.next(serial, kind, 0)
-                    at = next(i for i, one in enumerate(rows) if one[0] == kind)
-                    self.assertEqual((row.type, row.frame, row.count, row.mark), rows.pop(at))
-                    if step == "deliver":
-                        table.deliver(serial, row, len(row.frame))
-                    else:
-                        rows.append((kind, row.frame, row.count + 1, number))
-                        table.move_behind(serial, row, row.count + 1, number)
-                    table.apply()
-                elif step == "apply":
-                    table.tend()
-                elif step == "reopen" and path:
-                    table.close()
-                    table = sems.SpoolTable(path, sems.Store())
-                for name, rows in model.items():
-                    kinds = {row[0] for row in rows}
-                    self.assertEqual(set(table.types(name)), kinds)
-                    self.assertEqual([self.all_of(table, name, one) for one in kinds], [[row for row in rows if row[0] == one] for one in kinds])  # fmt: skip
-                    self.assertEqual(table.newest(name, kinds), [row[1] for row in rows][-sems.NEWEST :])
-                self.assertEqual(table.size, sum(len(row[1]) for rows in model.values() for row in rows))
-            table.close()
-
-    def test_error_of_our_own(self):
-        """A write that breaks otherwise than by the disk stores nothing either, says so, and leaves nothing behind."""
-        store = sems.Store()
-        table = sems.SpoolTable("", store)
-        self.addCleanup(table.close)
-        self.faults = 1
-        table.put("A", "0304", b"frame")
-        broken = mock.Mock(wraps=table._db)
-        broken.executemany.side_effect = MemoryError
-        with mock.patch.object(table, "_db", broken):
-            self.assertEqual([row[3] for row in table.commit()], [b"frame"])
-        self.assertFalse(table.is_stored)
-        self.assertEqual((table.size, table.totals["A"].bytes, table.types("A")), (0, 0, {}))
-        self.assertEqual(store.totals["sems_mitm_internal_errors_total", ""], 1)
-        table.put("A", "0304", b"frame")
-        self.assertEqual((table.commit(), table.is_stored), ([], True))
-
-    @staticmethod
-    def all_of(table, serial: str, kind: str) -> list:
-        """All rows of a serial number and a type, in order."""
-        rows, after = [], 0
-        while row := table.next(serial, kind, after):
-            rows.append((row.type, row.frame, row.count, row.mark))
-            after = row.id
-        return rows
-
-    def test_nothing_of_a_failed_round_counts(self):
-        """An error in the middle of a commit: none of its frames is stored, what was there stays, the next round is tried."""
-        table = sems.SpoolTable(os.path.join(self.directory(), "spool"), store := sems.Store())
-        self.addCleanup(lambda: table.close())
-        table.put("A", "0304", b"1")
-        table.commit()
-        real = table._db
-        for failing in ("BEGIN IMMEDIATE", "INSERT", "COMMIT"):
-            with self.subTest(failing):
-                table._db = mock.Mock(wraps=real)
-                fails = lambda name: (
-                    lambda text, *more: self.raises(table, text, failing) or getattr(real, name)(text, *more)
-                )
-                table._db.execute.side_effect, table._db.executemany.side_effect = (
-                    fails("execute"),
-                    fails("executemany"),
-                )
-                table.put("A", "0304", b"2")
-                table.put("B", "0304", b"3")
-                self.assertEqual([frame for *_, frame in table.commit()], [b"2", b"3"])
-                self.assertEqual((table.is_stored, table.size, table.types("B")), (False, 1, {}))
-                table._db = real
-        self.assertEqual(store.totals["sems_mitm_file_errors_total", 'file="spool"'], 6)
-        table.put("B", "0304", b"4")
-        self.assertEqual((table.commit(), table.is_stored, table.size), ([], True, 2))
-        self.assertEqual(len(self.lines), 1)
-
-    @staticmethod
-    def raises(table, text: str, failing: str) -> None:
-        if text.startswith(failing):
-            raise table._sqlite.OperationalError("database or disk is full")
-
 
 # ---------------------------------------------------------------------------------------------------------- names
+
+
+class NameServer(threading.Thread):
+    """A name server on a free UDP port; answers(query) is the datagrams it sends."""
+
+    def __init__(self, answers) -> None:
+        super().__init__(daemon=True)
+        self.answers, self.asked = answers, 0
+        self.sock = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+        self.sock.bind((LOCAL, 0))
+        self.text = "%s:%d" % self.sock.getsockname()
+        self.start()
+
+    def run(self) -> None:
+        while True:
+            query, peer = self.sock.recvfrom(4096)
+            if not query:
+                return
+            self.asked += 1
+            for data in self.answers(query):
+                self.sock.sendto(data, peer)
+
+    def close(self) -> None:
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as last:
+            last.sendto(b"", self.sock.getsockname())
+        self.join()
+        self.sock.close()
+
+
+def address_record(query: bytes, *addresses: str) -> bytes:
+    """A name server's answer to a query."""
+    head = query[:2] + struct.pack(">5H", 0x8180, 1, len(addresses), 0, 0)
+    records = (b"\xc0\x0c\0\1\0\1\0\0\0\x3c\0\4" + socket.inet_aton(address) for address in addresses)
+    return head + query[12:] + b"".join(records)
 
 
 class Dns(unittest.TestCase):
@@ -2227,6 +1991,23 @@ class Dns(unittest.TestCase):
                     self.assertIn(host, str(error))
                 self.assertEqual((found, ask.call_count), (wanted, asked))
 
+    def test_servers(self):
+        """A server that keeps silent, lies or is not there is passed over; the true answer behind a forged one counts."""
+        wrong = lambda query: [bytes([query[0] ^ 1]) + address_record(query, "127.0.0.9")[1:], b"", query]
+        for name, answers, wanted in (
+            ("true", lambda query: [*wrong(query), address_record(query, LOCAL)], [LOCAL]),
+            ("silent", lambda query: [], None),
+            ("lies", wrong, None),
+        ):
+            with self.subTest(name), contextlib.closing(NameServer(answers)) as server:
+                patience = PATIENCE if wanted else 0.1
+                self.assertEqual(sems.ask_dns(server.sock.getsockname(), "portal.test", patience), wanted)
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as unused:
+            unused.bind((LOCAL, 0))
+            nobody = unused.getsockname()
+        with self.assertRaises(OSError):
+            sems.ask_dns(nobody, "portal.test")
+
     def test_literals(self):
         """An address and localhost are used as they are; any other name is to be looked up."""
         for host, wanted in (("192.168.1.2", ["192.168.1.2"]), ("fe80::1%eth0", ["fe80::1%eth0"]), ("LocalHost", ["127.0.0.1", "::1"]), ("portal.example", []), ("1.2.3", [])):  # fmt: skip
@@ -2284,9 +2065,9 @@ class NamedCase(SocketCase):
             raise socket.gaierror(socket.EAI_NONAME, "no such name")
         return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", address) for address in found]
 
-    def named(self, portal: Portal, *flags: str, host: str = "portal.test", servers=()) -> Running:
+    def named(self, portal: Portal, *flags: str, servers=()) -> Running:
         dns = ",".join(server.text for server in servers) or "none"
-        return self.exporter(None, f"--sems.upstream={host}:{portal.port}", f"--sems.upstream-dns={dns}", *flags)
+        return self.exporter(None, f"--sems.upstream=portal.test:{portal.port}", f"--sems.upstream-dns={dns}", *flags)
 
 
 def awkward_streams() -> dict:
@@ -2310,38 +2091,29 @@ class RelayTest(NamedCase):
     """Mode forward, the portal connected: a pipe with a filter."""
 
     def test_every_byte_in_order(self) -> None:
-        """Whatever a device sends arrives unchanged, decoded or not, however it is cut, and also before the portal is there."""
+        """What devices send arrives unchanged, of each on a connection of its own, however it is cut, also before the portal is there."""
         self.limits(LOOP_WINDOW=-1, PATIENCE={"outbound": 0.1, "inbound": 5})  # the streams begin alike
-        streams = awkward_streams()
+        names = {stream: name for name, stream in awkward_streams().items()}
+        cuts = [[stream] if seed is None else random_cuts(stream, random.Random(seed)) for stream in names for seed in (None, 1, 2)]  # fmt: skip
         for early in (False, True):
             portal = self.portal()
             self.go.clear() if early else None
-            running = self.named(portal) if early else self.exporter(portal)
-            devices = {(name, seed): running.device() for name in streams for seed in (None, 1, 2)}
-            for (name, seed), device in devices.items():
-                for part in [streams[name]] if seed is None else random_cuts(streams[name], random.Random(seed)):
+            flags = ("--sems.listen-address=:0",)
+            running = self.named(portal, *flags) if early else self.exporter(portal, *flags)
+            # From another family than the portal's: else a device can have the port of an end of ours, which is a loop.
+            devices = [running.device(host=FAMILIES[-1]) for _ in cuts]
+            for parts in itertools.zip_longest(*cuts, fillvalue=b""):
+                for device, part in zip(devices, parts):
                     device.send(part)
-            total = 3 * sum(map(len, streams.values()))
-            running.becomes(total, "sems_mitm_bytes_total", direction="outbound")
+            running.becomes(3 * sum(map(len, names)), "sems_mitm_bytes_total", direction="outbound")
             self.go.set()
             running.becomes(len(devices), "sems_mitm_upstream_connections")
-            for device in devices.values():
+            for device in devices:
                 device.no_more()
             got = sorted(portal.accept().rest() for _ in devices)
-            for found, (name, seed) in zip(got, sorted(devices, key=lambda key: streams[key[0]])):
-                with self.subTest(name, cut=seed, before_the_portal_is_there=early):
-                    self.assertEqual(found, streams[name])
-
-    def test_long_first_attempt(self) -> None:
-        """More than the sockets hold while the first attempt is under way is not lost."""
-        portal = self.portal()
-        self.go.clear()
-        running = self.named(portal)
-        stream = b"".join(cheap_frames(300))
-        threading.Thread(target=running.device().send, args=(stream,), daemon=True).start()
-        until(lambda: running.value("sems_mitm_bytes_total", direction="outbound") >= 200_000)
-        self.go.set()
-        self.assertEqual(portal.accept().read(len(stream)), stream)
+            for found, wanted in zip(got, sorted(b"".join(parts) for parts in cuts)):
+                with self.subTest(names[wanted], before_the_portal_is_there=early):
+                    self.assertEqual(found, wanted)
 
     def test_when_the_portal_is_called(self) -> None:
         """By the first good frame, or soon after other bytes; not by a connection alone. An unfinished frame waits for its end."""
@@ -2352,176 +2124,110 @@ class RelayTest(NamedCase):
         self.assertTrue(portal.unasked())
         self.assertNotIn("sems_mitm_upstream_up", running.metrics())
         silent.send(b"junk")
-        self.assertEqual(portal.accept().read(4), b"junk")
-        running.device(frame())
-        self.assertEqual(portal.accept().read(len(frame())), frame())
-        half = running.device(frame(when=minute(1)) + frame()[:40])
-        leg = portal.accept()
-        self.assertEqual(leg.read(len(frame())), frame(when=minute(1)))
-        self.assertEqual(leg.read(40), frame()[:40])
+        portal.receives(b"junk")
+        half = running.device(frame() + frame()[:40])
+        portal.receives(frame() + frame()[:40])
         self.assertTrue(half.silent(0.01))
-        running.becomes(3, "sems_mitm_upstream_connections")
+        running.becomes(2, "sems_mitm_upstream_connections")
         self.assertEqual(running.value("sems_mitm_upstream_up"), 1)
         self.assertEqual(running.value("sems_mitm_packets_total", type="malformed", verdict="forwarded"), 1)
 
-    def test_many_devices(self) -> None:
-        """Each device has a portal connection of its own, with its own bytes in order."""
-        portal, running = self.started()
-        streams = {serial: b"".join(frames_of(4, serial=serial)) for serial in (f"91000HKU{i:08d}" for i in range(40))}
-        devices = [(running.device(), random_cuts(stream, random.Random(3))) for stream in streams.values()]
-        for parts in itertools.zip_longest(*(parts for _, parts in devices), fillvalue=b""):
-            for (device, _), part in zip(devices, parts):
-                device.send(part)
-        while streams:
-            leg = portal.accept()
-            start = leg.read(30)
-            stream = streams.pop(start[14:].decode())
-            self.assertEqual(start + leg.read(len(stream) - 30), stream)
-        running.becomes(40 * 4, "meter_metrics_packets_total")
-        self.assertEqual(running.value("sems_mitm_device_up"), 40)
-
     def test_inbound_filter(self) -> None:
         """Only what `allowed` and keep-alives in their place pass; all else is dropped and counted, and the next good frame found."""
-        clock = struct.pack(">HH6s6x", 0x1216, 0x1218, sems.time_stamp(NOON))
+        elsewhere = struct.pack(">HH6s6x", 0x9D16, 0x1218, sems.time_stamp(NOON))
         rows = (  # name, bytes, passes
             ("keep-alives behind a frame", BEAT * 2, True),
-            ("ACK for another serial number", portal_frame("0304", serial=INVERTER), True),
             ("NACK", portal_frame("0304", b"\x02" + bytes(15)), True),
-            ("clock", portal_frame("0116", clock), True),
-            ("ACK of a class that the device has not sent", portal_frame("0104"), False),
-            ("a write elsewhere", portal_frame("0116", b"\x9d" + clock[1:]), False),
+            ("a write elsewhere", portal_frame("0116", elsewhere), False),
             ("bad CRC", spoilt(portal_frame("0304")), False),
             ("junk", b"HTTP/1.1 200 OK\r\n\r\n", False),
             ("keep-alive behind junk", b"\0" + BEAT, False),
             ("a prefix", b"GW", False),
             ("a claim that is too long", b"GW\x00\x00\x10\x01" + bytes(20), False),
         )
-        capture = os.path.join(self.directory(), "capture")
-        portal, data = self.portal(), frame()
-        running = self.exporter(portal, f"--sems.capture={capture}")
-        device = running.device(data)
-        leg, end = portal.accept(), ack_of(data)
-        leg.read(len(data))
+        capture, end = os.path.join(self.directory(), "capture"), ack_of(frame())
+        _, running, device, leg = self.talking(f"--sems.capture={capture}")
         for name, row, passes in rows:
             for bytewise in (False, True):
                 with self.subTest(name, bytewise=bytewise):
                     for part in [bytes([byte]) for byte in row + end] if bytewise else [row + end]:
                         leg.send(part)
-                    self.assertEqual(device.read(len(row) * passes + len(end)), row * passes + end)
-        stopped = [row for _, row, passes in rows if not passes]
-        shown = running.metrics()
-        self.assertEqual(summed(shown, "sems_mitm_packets_total", direction="inbound", verdict="dropped"), 2 * len(stopped))  # fmt: skip
-        self.assertEqual(summed(shown, "inbound_unknown_packets_total"), 4)
+                    device.expect(row * passes + end)
+        stopped, shown = [row for _, row, passes in rows if not passes], running.metrics()
+        self.assertEqual(summed(shown, "sems_mitm_packets_total", verdict="dropped"), 2 * len(stopped))
+        self.assertEqual(summed(shown, "inbound_unknown_packets_total"), 2)
         self.assertEqual(summed(shown, "sems_mitm_nacks_total"), 2)
         until(lambda: len(open_lines(capture)) >= 4 * len(rows))
-        kept = [
-            bytes.fromhex(one["hex"]) for one in map(json.loads, open_lines(capture)) if one["verdict"] == "dropped"
-        ]
-        self.assertEqual(b"".join(kept), b"".join(row * 2 for row in stopped))
+        lines = [line for line in map(json.loads, open_lines(capture)) if line["verdict"] == "dropped"]
+        self.assertEqual("".join(line["hex"] for line in lines), "".join(row.hex() * 2 for row in stopped))
 
     def test_inbound_claim_is_given_up(self) -> None:
-        """An inbound frame that stays unfinished is given up, and what stood behind it goes through."""
+        """A frame of the portal's that stays unfinished is given up; the answer that stood in it passes, and counts."""
         self.limits(PATIENCE={"outbound": 30, "inbound": 0.1})
-        *_, device, leg = self.talking()
-        leg.send(b"GW\0\0\x08\0" + ack_of(frame()))
-        self.assertEqual(device.read(ACK_SIZE), ack_of(frame()))
+        portal = self.portal(habit=lambda data: b"GW" + struct.pack(">I", 2000) + b"x" * 10 + ack_of(data))
+        self.exporter(portal).device(frame()).expect(ack_of(frame()))
+        running = self.exporter(portal, "--sems.mode=spool")
+        running.device(frame()).packets(1)
+        running.emptied()
+        self.assertEqual(portal.got, [frame()] * 2)
 
     def test_portal_drops_the_connection(self) -> None:
-        """A portal's connection that is lost is opened again when something waits, and the device's stays."""
+        """A portal that ends an idle connection is called again when something waits, not before; the device's connection stays."""
         self.limits(BACKOFF=(0.001, 0.001))
-        for how in ("close", "reset"):
-            with self.subTest(how):
-                portal, running = self.started()
-                device, some = running.device(), frames_of(4)
-                for data in some:
+        for mode, drop in (("forward", Peer.close), ("forward", Peer.reset), ("spool", Peer.close)):
+            with self.subTest(mode=mode, drop=drop.__name__):
+                portal, running = self.started(f"--sems.mode={mode}")
+                device = running.device()
+                for data in frames_of(3):
                     device.send(data)
-                    leg = portal.accept()
-                    self.assertEqual(leg.read(len(data)), data)
+                    leg = portal.receives(data)
                     leg.send(ack_of(data))
-                    self.assertEqual(device.read(ACK_SIZE), ack_of(data))
-                    getattr(leg, how)()
+                    device.packets(1)
+                    running.emptied()
+                    drop(leg)
                     running.becomes(0, "sems_mitm_upstream_connections")
-                    self.assertTrue(portal.unasked(0.1), "there is nothing to send")
-                    self.assertEqual(running.value("sems_mitm_upstream_up"), float(how == "close"))
-
-    def test_idle_portal_of_a_spool_closes(self) -> None:
-        """A spool's portal that closes is not called again while there is nothing to send either."""
-        self.limits(BACKOFF=(0.001, 0.001))
-        portal = self.portal()
-        running = self.exporter(portal, "--sems.mode=spool")
-        for data in frames_of(3):
-            running.device(data).packets(1)
-            leg = portal.accept()
-            leg.read(len(data))
-            leg.send(ack_of(data))
-            until(lambda: running.queued() == 0)
-            leg.close()
-            running.becomes(0, "sems_mitm_upstream_connections")
-            self.assertTrue(portal.unasked(0.1))
+                    self.assertTrue(portal.unasked(0.06), "there is nothing to send")
+                    self.assertEqual(running.value("sems_mitm_upstream_up"), float(drop is Peer.close))
 
     def test_bat_signal(self) -> None:
         """The portal gets the bat; metrics and capture keep what the device said; nothing else is touched."""
-        live, other = (
-            frame(when=NOON + timedelta(hours=2)),
-            frame(cls=sems.GRID_TIED, serial=INVERTER, ranges=INVERTER_RANGES),
-        )
-        drawn = sems.with_bat(live)
-        for mode in ("forward", "spool"):
-            with self.subTest(mode):
-                capture = os.path.join(self.directory(), "capture")
-                portal, running = self.started("--batsignal", f"--sems.capture={capture}", f"--sems.mode={mode}")
-                device = running.device(live + spoilt(live) * (mode == "forward") + live[:-4])
-                device.no_more()
-                expected = drawn + (spoilt(live) + live[:-4]) * (mode == "forward")
-                self.assertEqual(portal.accept().read(len(expected)), expected)
-                running.device(other)
-                self.assertEqual(portal.accept().read(len(other)), other)
-                self.assertEqual(running.value("meter_power_generation_watts"), 2600)
-                self.assertEqual(json.loads(open_lines(capture)[0])["hex"], live.hex())
-                verdict = {"forward": "rewritten", "spool": "answered"}[mode]
-                self.assertEqual(running.value("sems_mitm_packets_total", type="0304", verdict=verdict), 1)
+        live, other = frame(when=minute(120)), frame(cls=sems.GRID_TIED, serial=INVERTER, ranges=INVERTER_RANGES)
+        capture = os.path.join(self.directory(), "capture")
+        portal, running = self.started("--batsignal", f"--sems.capture={capture}")
+        running.device(live + spoilt(live) + live[:-4]).no_more()
+        self.assertNotEqual(sems.with_bat(live), live)
+        portal.receives(sems.with_bat(live) + spoilt(live) + live[:-4])
+        running.device(other)
+        portal.receives(other)
+        self.assertEqual(running.value("meter_power_generation_watts"), 2600)
+        self.assertEqual(json.loads(open_lines(capture)[0])["hex"], live.hex())
+        self.assertEqual(running.value("sems_mitm_packets_total", type="0304", verdict="rewritten"), 1)
 
-    def test_end_and_answer_in_one_wakeup(self) -> None:
-        """The portal's answer and the device's last frame with its end or reset, seen at once: the frame is read and passed on."""
+    def test_much_in_one_wakeup(self) -> None:
+        """A device's last frame with its end or reset, and the portal's answer or reset, seen at once: the frame is read, and nothing stays."""
+        answers = lambda leg, data: leg.send(ack_of(data))
+        resets = lambda leg, data: leg.send(ack_of(data)[:50]) or leg.reset()
         for mode in ("forward", "spool", "local"):
             portal = self.portal()
             process = self.serving(portal, f"--sems.mode={mode}")
-            for number, end in enumerate(("close", "reset", "close", "reset")):
-                with self.subTest(mode, end=end, number=number):
+            habits = [answers, resets] if mode == "forward" else [answers]
+            rows = itertools.product(habits, (Peer.close, Peer.reset), (True, False))
+            for number, (habit, end, portal_first) in enumerate(rows):
+                with self.subTest(mode, end=end.__name__, answers=habit is answers, portal_first=portal_first):
                     first, last = frames_of(2, serial=f"91000HKU{number:08d}")
                     device = process.device(first)
-                    leg = portal.accept() if mode != "local" else None
-                    if leg:
-                        self.assertEqual(leg.read(len(first)), first)
+                    leg = portal.receives(first) if mode != "local" else mock.Mock()
                     device.packets(mode != "forward")
                     with process.frozen():
-                        if leg and number < 2:
-                            leg.send(ack_of(first))
+                        habit(leg, first) if portal_first else None
                         device.send(last)
-                        getattr(device, end)()
-                        if leg and number >= 2:
-                            leg.send(ack_of(first))
-                    if leg:
-                        self.assertEqual(leg.read(len(last)), last)
+                        end(device)
+                        habit(leg, first) if not portal_first else None
+                    leg.expect(last) if habit is answers else None
                     process.becomes(2 * (number + 1), "meter_metrics_packets_total")
-
-    def test_both_reset_in_one_wakeup(self) -> None:
-        """Both peers reset in the middle of frames: nothing is left waiting."""
-        portal = self.portal()
-        process = self.serving(portal)
-        for number in range(2):
-            with self.subTest(number):
-                data = frame(when=minute(number))
-                device = process.device(data)
-                leg = portal.accept()
-                leg.read(len(data))
-                with process.frozen():
-                    for peer in (device, leg)[:: 1 if number else -1]:
-                        peer.send((data if peer is device else ack_of(data))[:50])
-                        peer.reset()
-                process.becomes(0, "sems_mitm_device_connections")
-                self.assertEqual(process.queued(), 0)
-                self.assertEqual(process.value("sems_mitm_upstream_connections"), 0)
+                    leg.close()
+                    process.becomes(0, "sems_mitm_device_connections")
+            self.assertTrue(mode == "spool" or not process.queued())
 
 
 class BackPressureTest(SocketCase):
@@ -2533,30 +2239,52 @@ class BackPressureTest(SocketCase):
         self.limits(SOCKET_BUFFERS=SMALL)
 
     def test_slow_portal(self) -> None:
-        """While 256 KiB wait for a connected portal the device is not read; later all arrives in order."""
-        portal, running = self.started()
+        """While 256 KiB wait for a connected portal the device is not read; later all arrives in order.
+
+        If the device resets meanwhile, what the kernel still has of it arrives, too.
+        """
         block = b"".join(frames_of(400))
-        device = running.device(block[:10])
-        sent = 10 + device.fill(block[10:] + block[:10])
-        leg = portal.accept()
-        sent += device.fill(block[sent % len(block) :] + block[: sent % len(block)])
-        self.assertLessEqual(running.queued(), sems.BACKLOG + (256 << 10))
-        self.assertGreaterEqual(running.queued(), sems.BACKLOG - (64 << 10))
-        self.assertLess(sent, sems.BACKLOG + (256 << 10) + 20 * SMALL)
-        self.assertEqual(running.value("sems_mitm_queue_dropped_packets_total"), 0)
-        device.no_more()
-        self.assertEqual(leg.read(sent), (block * (sent // len(block) + 1))[:sent])
-        until(lambda: running.queued() == 0)
+        for end in (Peer.no_more, Peer.reset):
+            with self.subTest(end=end.__name__):
+                portal, running = self.started()
+                device = running.device(block[:10])
+                sent = 10 + device.fill(block[10:] + block[:10])
+                leg = portal.accept()
+                sent += device.fill(block[sent % len(block) :] + block[: sent % len(block)])
+                self.assertTrue(sems.BACKLOG - (64 << 10) <= running.queued() <= sems.BACKLOG + (256 << 10))
+                self.assertLess(sent, sems.BACKLOG + (256 << 10) + 20 * SMALL)
+                read = running.value("sems_mitm_bytes_total", direction="outbound")
+                end(device)
+                leg.send(ack_of(block))
+                got = leg.rest()
+                self.assertEqual(got, (block * (sent // len(block) + 1))[: len(got)])
+                self.assertTrue(len(got) == sent if end is Peer.no_more else len(got) > read, (sent, read, len(got)))
+                running.becomes(0, "sems_mitm_queue_bytes")
+                self.assertEqual(running.value("sems_mitm_queue_dropped_packets_total"), 0)
 
     def test_slow_device(self) -> None:
-        """While 256 KiB wait for a device its portal is not read; later all arrives in order."""
-        *_, device, leg = self.talking()
+        """While 256 KiB wait for a device its portal is not read; later all arrives in order.
+
+        A portal that resets meanwhile takes nothing with it: the device stays, gets what was taken, and is served on.
+        """
         block = b"".join(portal_frame("0304", when=NOON + timedelta(seconds=i)) for i in range(30))
-        sent = leg.fill(block)
-        self.assertLess(sent, sems.BACKLOG + (256 << 10) + 20 * SMALL)
-        self.assertGreater(sent, sems.BACKLOG - (64 << 10))
-        whole = sent // ACK_SIZE * ACK_SIZE
-        self.assertEqual(device.read(whole), (block * (sent // len(block) + 1))[:whole])
+        for is_reset in (False, True):
+            with self.subTest(is_reset=is_reset):
+                portal, running, device, leg = self.talking()
+                sent = leg.fill(block)
+                self.assertLess(sent, sems.BACKLOG + (256 << 10) + 20 * SMALL)
+                self.assertGreater(sent, sems.BACKLOG - (64 << 10))
+                if is_reset:
+                    leg.reset()
+                    device.send(frame(when=minute(1)))
+                    leg = portal.receives(frame(when=minute(1)))
+                taken = int(running.value("sems_mitm_acks_total")) if is_reset else sent // ACK_SIZE
+                self.assertGreaterEqual(taken * ACK_SIZE, sems.BACKLOG - (64 << 10))
+                device.expect((block * (sent // len(block) + 1))[: taken * ACK_SIZE])
+                if is_reset:
+                    leg.send(ack_of(frame(when=minute(1))))
+                    device.expect(ack_of(frame(when=minute(1))))
+                self.assertEqual(running.value("sems_mitm_device_connections"), 1)
 
     def test_no_progress(self) -> None:
         """A portal that takes nothing for long counts as lost; the device's connection stays, and whole frames go to the next."""
@@ -2571,61 +2299,49 @@ class BackPressureTest(SocketCase):
         start = frames.index(leg.read(size))
         self.assertEqual(leg.read((len(frames) - start - 1) * size)[-len(last) :], last)
         leg.send(ack_of(frames[-1]))
-        self.assertEqual(device.read(ACK_SIZE), ack_of(frames[-1]))
+        device.expect(ack_of(frames[-1]))
 
     def test_device_that_reads_no_answers(self) -> None:
         """A device that sends and never reads its answers is not read either, and is lost in the end."""
         self.limits(STALL=0.3)
         running = self.exporter(None, "--sems.mode=local")
-        block = b"".join(frames_of(100, clear=b"\0" + b"\xff" * 15))
         with contextlib.suppress(ConnectionError):
-            running.device().fill(block)
+            running.device().fill(b"".join(frames_of(100, clear=b"\0" + b"\xff" * 15)))
         running.becomes(0, "sems_mitm_device_connections")
-        self.assertEqual(running.queued(), 0)
+        self.assertLess(running.value("sems_mitm_bytes_total", direction="outbound"), 10 * sems.ANSWERS)
 
     def test_nothing_spins(self) -> None:
-        """Whatever waits, the loop sleeps."""
+        """Whatever waits, and though the portal refuses everything, the loop sleeps."""
         self.limits(LINGER=20, BACKOFF=(0.5, 1), TICK=1)
         data, turns, select_ = frame(), [], selectors.DefaultSelector.select
         counted = lambda *_: turns.append(threading.current_thread()) or select_(*_)
         self.patch(selectors.DefaultSelector, "select", counted)
-
-        def answers(leg) -> None:
-            leg.read(len(data))
-            leg.fill(ack_of(data) * 100, 0.05)
+        stays = lambda device: None
 
         def floods(device) -> None:
             with contextlib.suppress(ConnectionError):  # a spool's frame that comes again is a loop
                 device.fill(data * 100, 0.05)
 
-        rows = (  # name, mode, what the portal does, what the device does when it has sent its frame
-            ("idle", "forward", "reads", lambda device: None),
-            ("slow portal", "forward", "waits", floods),
-            ("slow portal of a spool", "spool", "waits", floods),
-            ("slow device", "forward", "answers", lambda device: None),
-            ("slow device, half closed", "forward", "answers", Peer.no_more),
-            ("half closed", "forward", "reads", Peer.no_more),
-            ("gone", "forward", "reads", Peer.close),
-            ("no portal", "forward", "refuses", lambda device: None),
-            ("no portal, gone", "spool", "refuses", Peer.close),
-            ("no answer, gone", "spool", "reads", Peer.close),
-            ("black hole, half closed", "forward", "is a black hole", Peer.no_more),
-            ("black hole, gone", "forward", "is a black hole", Peer.reset),
-            ("slow device", "local", "refuses", floods),
-        )
+        rows = (  # mode, what the portal does, what the device does when it has sent its frame
+            ("forward", "reads", stays), ("forward", "reads", Peer.no_more), ("forward", "reads", Peer.close), ("spool", "reads", Peer.close),
+            ("forward", "does not read", floods), ("spool", "does not read", floods), ("spool", "NACK", stays),
+            ("forward", "floods", stays), ("forward", "floods", Peer.no_more), ("local", "is away", floods),
+            ("forward", "is away", stays), ("spool", "is away", Peer.close),
+            ("forward", "swallows SYNs", Peer.no_more), ("forward", "swallows SYNs", Peer.reset),
+        )  # fmt: skip
         started = []
-        for name, mode, habit, then in rows:
-            portal = self.portal(listening=habit not in ("refuses", "is a black hole"))
-            if habit == "is a black hole":
-                portal.black_hole()
+        for mode, habit, then in rows:
+            is_there = habit not in ("is away", "swallows SYNs")
+            portal = self.portal(listening=is_there, habit=nack if habit == "NACK" else None)
+            portal.black_hole() if habit == "swallows SYNs" else None
             running = self.exporter(portal, f"--sems.mode={mode}")
             device = running.device(data)
             running.becomes(1, "meter_metrics_packets_total")
-            leg = portal.accept() if habit not in ("refuses", "is a black hole") else None
-            if leg and habit != "waits":
-                leg.read(len(data)) if habit == "reads" else answers(leg)
+            leg = portal.accept() if is_there and habit != "NACK" else None
+            leg.expect(data) if habit in ("reads", "floods") else None
+            leg.fill(ack_of(data) * 100, 0.05) if habit == "floods" else None
             then(device)
-            started.append((f"{name} ({mode})", running.thread))
+            started.append((f"{mode}, the portal {habit}, the device {then.__name__}", running.thread))
         time.sleep(0.05)
         turns.clear()
         time.sleep(0.2)
@@ -2634,90 +2350,65 @@ class BackPressureTest(SocketCase):
                 self.assertLess(turns.count(thread), 10)
 
 
-# ---------------------------------------------------------------------------------------- sockets: the portal is away
-
-
 class PortalAwayTest(NamedCase):
     """Mode forward, and a portal that cannot be reached."""
 
     def test_away_and_back(self) -> None:
         """Whole good frames wait in order and nothing else, nothing is answered, and the device is decoded meanwhile."""
+        self.limits(BACKOFF=(0.2, 0.2))
         portal, running = self.started(listening=False)
-        frames = frames_of(20)
-        stream = b"".join(frames)
-        device = running.device(frames[0])
-        until(lambda: running.value("sems_mitm_upstream_connect_failures_total", reason="refused") >= 2)
-        device.send(b"junk" + spoilt(frames[3]) + stream[len(frames[0]) : -30])
+        frames, nameless = frames_of(20), with_crc(frame()[:14] + bytes(16) + frame()[30:])
+        device = running.device(b"junk" + frames[0])
+        until(lambda: running.value(FAILURES, reason="refused") >= 2)
+        device.send(b"junk" + spoilt(frames[3]) + nameless + b"".join(frames[1:])[:-30])
         until(lambda: running.queued() >= 19 * len(frames[0]))
         self.assertEqual(running.value("meter_power_generation_watts"), 2600)
         self.assertEqual(running.value("sems_mitm_upstream_up"), 0)
         self.assertTrue(device.silent())
         portal.listen()
         leg = portal.accept()
-        device.send(stream[-30:])
-        self.assertEqual(leg.read(len(stream)), stream)
-        self.assertEqual(running.value("sems_mitm_acks_total"), 0)
+        device.send(frames[-1][-30:])
+        leg.expect(b"".join(frames))
+        device.send(b"junk")
+        leg.expect(b"junk")
         running.becomes(20, "sems_mitm_packets_total", type="0304", verdict="forwarded")
-        until(lambda: running.queued() == 0)
 
-    def test_queue_is_bounded(self) -> None:
-        """So much of a device waits; the oldest whole frames are dropped first, and counted."""
-        self.limits(QUEUE=100_000)
-        portal, running = self.started(listening=False)
-        frames = cheap_frames(300)
-        size = len(frames[0])
-        device = running.device(frames[0])
-        until(lambda: running.value("sems_mitm_upstream_connect_failures_total") >= 1)
-        device.send(b"".join(frames[1:]))
-        running.becomes(len(frames), "meter_metrics_packets_total")
-        self.assertLessEqual(running.queued(), 100_000)
-        portal.listen()
-        leg = portal.accept()
-        device.no_more()
-        got = leg.rest()
-        kept = len(got) // size
-        self.assertEqual(got, b"".join(frames[-kept:]))
-        self.assertTrue(75_000 < len(got) <= 100_000, len(got))
-        self.assertEqual(running.value("sems_mitm_queue_dropped_packets_total"), len(frames) - kept)
-
-    def test_all_queues_are_bounded(self) -> None:
-        """All that waits together stays under a limit; above it the longest queue loses its oldest frames."""
-        self.limits(QUEUES=200_000)
-        portal, running = self.started(listening=False)
-        small, *large = (METER[:-1] + digit for digit in "456")
-        frames = {serial: frames_of(600, serial=serial) for serial in large}
-        devices = [running.device(frame(serial=small)), *(running.device(b"".join(frames[serial])) for serial in large)]
-        running.becomes(1201, "meter_metrics_packets_total")
-        self.assertLessEqual(running.queued(), 200_000)
-        portal.listen()
-        legs = [portal.accept() for _ in devices]
-        for device in devices:
-            device.no_more()
-        size, streams = len(frame()), sorted((leg.rest() for leg in legs), key=len)
-        self.assertEqual(streams[0], frame(serial=small))
-        for stream in streams[1:]:
-            count, serial = len(stream) // size, stream[14:30].decode()
-            self.assertEqual(stream, b"".join(frames[serial][-count:]))
-        dropped = running.value("sems_mitm_queue_dropped_packets_total")
-        self.assertEqual(dropped, 1201 - sum(map(len, streams)) // size)
+    def test_queues_are_bounded(self) -> None:
+        """So much of a device, and of all, waits; above it the longest queue loses its oldest whole frames, which is counted."""
+        self.limits(BACKOFF=(0.3, 0.3))
+        frames, other = cheap_frames(100), frame(serial=OTHER)
+        for limit in ("QUEUE", "QUEUES"):
+            with self.subTest(limit), mock.patch.object(sems, limit, 50_000):
+                portal, running = self.started(listening=False)
+                devices = [running.device(other), running.device(frames[0])]
+                until(lambda: running.value(FAILURES) >= 2)
+                devices[1].send(b"".join(frames[1:]))
+                running.becomes(101, "meter_metrics_packets_total")
+                self.assertLessEqual(running.queued(), 50_000 + len(other))
+                portal.listen()
+                legs = [portal.accept() for _ in devices]
+                for device in devices:
+                    device.no_more()
+                first, second = sorted((leg.rest() for leg in legs), key=len)
+                kept = len(second) // len(frames[0])
+                self.assertEqual((first, second), (other, b"".join(frames[-kept:])))
+                self.assertGreater(len(second), 40_000)
+                self.assertEqual(running.value("sems_mitm_queue_dropped_packets_total"), 100 - kept)
 
     def test_device_goes_meanwhile(self) -> None:
         """The queue ends with the device's connection; an attempt under way has two seconds more, and no longer."""
-        portal, data = self.portal(), frame()
-        for name, late in (("no attempt under way", None), ("it succeeds in time", True), ("it does not", False)):
-            with self.subTest(name):
-                self.limits(LAST_ATTEMPT=10 if late else 0.1, LINGER=0.05)
+        portal = self.portal()
+        for late in (True, False):
+            with self.subTest(it_succeeds_in_time=late):
+                self.limits(LAST_ATTEMPT=PATIENCE if late else 0.1, LINGER=0.05)
                 self.go.clear()
-                running = self.exporter(self.portal(listening=False)) if late is None else self.named(portal)
-                device = running.device(data)
+                running = self.named(portal)
+                device = running.device(frame())
                 until(running.queued)
-                if late is None:
-                    self.limits(BACKOFF=(5, 5))
-                    until(lambda: running.value("sems_mitm_upstream_connect_failures_total"))
                 device.close()
                 if late:
                     self.go.set()
-                    self.assertEqual(portal.accept().rest(), data)
+                    self.assertEqual(portal.accept().rest(), frame())
                 running.becomes(0, "sems_mitm_device_connections")
                 self.assertEqual(running.queued(), 0)
         self.go.set()
@@ -2733,59 +2424,56 @@ class PortalAwayTest(NamedCase):
         until(lambda: self.asked == 1)
         self.system = [LOCAL]
         running.device(frame(serial=OTHER))
-        self.assertEqual(portal.accept().read(len(frame())), frame(serial=OTHER))
+        portal.receives(frame(serial=OTHER))
         self.limits(CONNECT_TIMEOUT=0.1)
         running = self.exporter(hole)
         running.device(frame())
-        until(lambda: running.value("sems_mitm_upstream_connect_failures_total", reason="timeout") >= 2)
+        until(lambda: running.value(FAILURES, reason="timeout") >= 2)
         self.assertEqual(running.value("meter_metrics_packets_total"), 1)
 
     def test_backoff(self) -> None:
         """Attempts back off though the portal accepts and hangs up at once; once it has sent something they start again at the first."""
-        self.limits(BACKOFF=(0.05, 60), TICK=0.005)
         for mode in ("forward", "spool"):
             with self.subTest(mode):
+                self.limits(BACKOFF=(0.05, 60), TICK=0.005)
                 portal, running = self.started(f"--sems.mode={mode}")
-                device = running.device(frame())
+                device, begin = running.device(frame()), time.monotonic()
                 device.packets(mode == "spool")
-                begin = time.monotonic()
-                for count, drop in enumerate((Peer.reset, Peer.close, Peer.reset, Peer.close)):
+                for count, drop in enumerate((Peer.reset, Peer.close, Peer.reset)):
                     drop(portal.accept())  # with the frame unread: a reset
                     running.becomes(0, "sems_mitm_upstream_connections")
                     device.send(frame(when=minute(count)) if mode == "forward" else b"")
-                leg = portal.accept()
-                self.assertGreater(time.monotonic() - begin, 0.5 * (0.05 + 0.1 + 0.2 + 0.4))
+                portal.accept()
+                self.assertGreater(time.monotonic() - begin, 0.7 * (0.05 + 0.1 + 0.2))
+                self.assertEqual(running.value("sems_mitm_device_connections"), 1)
+                self.limits(BACKOFF=(2 * PATIENCE, 2 * PATIENCE))
+                portal, running = self.started(f"--sems.mode={mode}")
+                device = running.device(frame())
+                leg = portal.receives(frame())
+                self.limits(BACKOFF=(0.01, 60))
                 leg.send(ack_of(frame()))
-                device.read(ACK_SIZE if mode == "forward" else 0)
-                until(lambda: running.queued() == 0 or mode == "forward")
+                device.packets(1)
+                running.emptied()
                 leg.close()
                 running.becomes(0, "sems_mitm_upstream_connections")
-                begin = time.monotonic()
                 device.send(frame(when=minute(1)))
-                portal.accept()
-                self.assertLess(time.monotonic() - begin, 0.35)
-                self.assertEqual(running.value("sems_mitm_device_connections"), 1)
+                portal.receives(frame(when=minute(1)))
 
-    def test_thousands_of_resets(self) -> None:
-        """A portal that resets at once, a thousand times, 40 devices at a time: the process lives, and each frame gets there."""
+    def test_hundreds_of_resets(self) -> None:
+        """A portal that resets at once, hundreds of times, 40 devices at a time: the process lives, and all are answered at last."""
         self.limits(BACKOFF=(0.002, 0.01), TICK=0.005)
-        portal = self.portal(habit=resets)
+        portal, number = self.portal(habit=resets), itertools.count()
         running = self.exporter(portal)
         devices = {f"91000HKU{i:08d}": running.device() for i in range(40)}
-        sent = 0
-        while portal.legs < 1000:
+
+        def all_are_answered() -> bool:
+            if portal.legs > 300:
+                portal.habit = ack_of
             for serial, device in devices.items():
-                device.send(frame(serial=serial, when=minute(sent)))
-            sent += 1
-            time.sleep(0.005)
-        portal.do(lambda: setattr(portal, "habit", ack_of) or portal.got.clear())
+                device.send(frame(serial=serial, when=minute(next(number))))
+            return not any(device.silent(0) for device in devices.values())
 
-        def all_came() -> bool:  # what is lost with a connection is the device's to send again
-            for serial in devices.keys() - {data[14:30].decode() for data in portal.got}:
-                devices[serial].send(frame(serial=serial))
-            return len({data[14:30] for data in portal.got}) == 40
-
-        until(all_came, pause=0.05)
+        until(all_are_answered)
         self.assertEqual(running.value("sems_mitm_device_connections"), 40)
 
     def test_addresses_that_cannot_be(self) -> None:
@@ -2794,7 +2482,7 @@ class PortalAwayTest(NamedCase):
             with self.subTest(upstream):
                 running = self.exporter(None, f"--sems.upstream={upstream}", "--sems.upstream-dns=none")
                 device = running.device(frame())
-                until(lambda: running.value("sems_mitm_upstream_connect_failures_total") >= 2)
+                until(lambda: running.value(FAILURES) >= 2)
                 self.assertEqual(running.value("meter_metrics_packets_total"), 1)
                 self.assertTrue(device.silent(0.01))
 
@@ -2807,8 +2495,14 @@ class LocalTest(SocketCase):
 
     def test_answers(self) -> None:
         """One ACK for each good frame that is owed one, and the clock behind settings, at this machine's local time."""
-        rows = (  # name, frame, types of the answers
-            ("settings", frame(sems.SETTINGS), ["0303", "0116"]),
+        running = self.exporter(None, "--sems.mode=local")
+        device, end = running.device(), frame(sems.BUFFERED, serial=OTHER)
+        settings = {cls: frame(sems.SETTINGS, cls, f"91000HKU0000000{cls}") for cls in (1, 2, 3, 9)}
+        for name, data, kinds in (  # the types of the answers, of a clock its registers
+            ("settings of a meter", settings[3], ["0303", "12161218"]),
+            ("settings of an inverter", settings[1], ["0103", "9d799d7b"]),
+            ("settings of a hybrid", settings[2], ["0203"]),
+            ("settings of an unknown class", settings[9], ["0903"]),
             ("buffered data of another class", frame(sems.BUFFERED, cls=7), ["0745"]),
             ("unreadable payload", frame(clear=b"\x05" + bytes(15)), ["0304"]),
             ("confirmation", frame(sems.CONFIRMATION), []),
@@ -2816,43 +2510,45 @@ class LocalTest(SocketCase):
             ("bad CRC", spoilt(frame()), []),
             ("junk", b"\0\1\2", []),
             ("no serial number", frame(serial="91000HKU\n0000042"), []),
-        )
-        running = self.exporter(None, "--sems.mode=local")
-        device, end = running.device(), frame(sems.BUFFERED, serial=OTHER)
-        for name, data, kinds in rows:
+        ):
             with self.subTest(name):
                 device.send(data + end)
                 packets = device.packets(len(kinds) + 1)
-                self.assertEqual([packet.type for packet in packets], [*kinds, "0345"])
-                stamp = sems.device_time(packets[0].iv[5::-1])
-                self.assertLess(abs((stamp - datetime.now()).total_seconds()), PATIENCE)
+                is_clock = lambda packet: packet.type == "0116"
+                found = [packet.clear[:4].hex() if is_clock(packet) else packet.type for packet in packets]
+                self.assertEqual(found, [*kinds, "0345"])
+                for packet in packets:
+                    stamp = sems.device_time(packet.clear[4:10] if is_clock(packet) else packet.iv[5::-1])
+                    self.assertLess(abs((stamp - datetime.now()).total_seconds()), PATIENCE)
         shown = running.metrics()
         self.assertNotIn("sems_mitm_upstream_up", shown)
         self.assertEqual(summed(shown, "sems_mitm_upstream_connections"), 0)
         self.assertEqual(summed(shown, "sems_mitm_unreadable_packets_total"), 1)
-        dropped = [summed(shown, "sems_mitm_packets_total", type=kind, verdict="dropped") for kind in ("0310", "malformed", "junk")]  # fmt: skip
-        self.assertEqual(dropped, [1, 2, 1])
+        for kind, count in (("0310", 1), ("malformed", 2), ("junk", 1)):
+            self.assertEqual(summed(shown, "sems_mitm_packets_total", type=kind, verdict="dropped"), count)
 
     def test_clock_is_not_set(self) -> None:
         """With a wrong clock or an unknown TZ settings get their ACK alone, and that is said once."""
         for zone, plausible, sets in ((BERLIN, True, 1), ("Nowhere/Town", True, 0), (BERLIN, False, 0)):
             with self.subTest(TZ=zone, plausible=plausible), time_zone(zone):
                 self.limits(RELEASED=0 if plausible else time.time() + 86400)
-                running = self.exporter(None, "--sems.mode=local")
                 self.lines.clear()
-                device = running.device(frame(sems.SETTINGS) * 2 + frame())
+                device = self.exporter(None, "--sems.mode=local").device(frame(sems.SETTINGS) * 2 + frame())
                 kinds = [packet.type for packet in device.packets(3 + 2 * sets)]
                 self.assertEqual(kinds, ["0303", "0116"] * 2 + ["0304"] if sets else ["0303"] * 2 + ["0304"])
                 self.assertEqual(sum("clock" in line for line in self.lines), 1 - sets)
 
 
 class SpoolCase(SocketCase):
+    """Mode spool, on demand with the file `self.file`."""
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.file = os.path.join(self.directory(), "spool")
+        self.flags = ("--sems.mode=spool", f"--sems.spool-file={self.file}")
+
     def spooling(self, portal, *flags: str) -> Running:
         return self.exporter(portal, "--sems.mode=spool", *flags)
-
-    def emptied(self, running: Launched) -> None:
-        """Wait until all is delivered."""
-        until(lambda: running.queued() == 0, pause=0.01)
 
     def undelivered(self, running: Launched) -> float:
         """How many frames were given up."""
@@ -2871,11 +2567,10 @@ class SpoolTest(SpoolCase):
         device = running.device(b"junk" + spoilt(frame()) + b"".join(frames))
         kinds = [packet.type for packet in device.packets(7)]
         self.assertEqual(kinds, ["0303", "0116", *["0304"] * 4, "0345"])
-        leg = portal.accept()
-        self.assertEqual(leg.read(sum(map(len, frames))), b"".join(frames))
+        leg = portal.receives(b"".join(frames))
         clock = portal_frame("0116", struct.pack(">HH6s6x", 0x1216, 0x1218, sems.time_stamp(NOON)))
         leg.send(b"".join(map(ack_of, owed)) + clock + BEAT)
-        self.emptied(running)
+        running.emptied()
         running.becomes(1, "sems_mitm_packets_total", type="keepalive")
         self.assertTrue(device.silent())
         shown = running.metrics()
@@ -2887,11 +2582,9 @@ class SpoolTest(SpoolCase):
     def test_a_connection_for_each_serial_number(self) -> None:
         """A spool belongs to its device: several behind one connection are several spools, and one waits for no other."""
         portal = self.portal()
-        serials = [METER[:-1] + digit for digit in "123"]
-        frames = {serial: b"".join(frames_of(3, serial=serial)) for serial in serials}
-        self.spooling(portal).device(b"".join(frames.values())).packets(9)
-        got = [portal.accept().read(len(frames[serials[0]])) for _ in serials]
-        self.assertEqual({stream[14:30].decode(): stream for stream in got}, frames)
+        streams = [b"".join(frames_of(3, serial=METER[:-1] + digit)) for digit in "123"]
+        self.spooling(portal).device(b"".join(streams)).packets(9)
+        self.assertEqual(sorted(portal.accept().read(len(stream)) for stream in streams), streams)
 
     def test_order_stays(self) -> None:
         """The device goes and comes back, is half open, is there twice: frames are delivered in the order in which they came."""
@@ -2900,41 +2593,28 @@ class SpoolTest(SpoolCase):
                 portal = self.portal(listening=not away)
                 running = self.spooling(portal)
                 frames = [*frames_of(4), *cheap_frames(2), frame(sems.BUFFERED), frame(when=minute(9))]
-                gone = running.device(frames[0] + frames[1])
-                gone.packets(2)
-                gone.close()
+                with contextlib.closing(running.device(frames[0] + frames[1])) as gone:
+                    gone.packets(2)
                 old, new = running.device(frames[2][:40]), running.device()
-                for data, peer in ((frames[3], new), (frames[4], new), (frames[2][40:] + frames[5], old), *((data, new) for data in frames[6:])):  # fmt: skip
+                for data, peer, count in (
+                    *((data, new, 1) for data in frames[3:5]),
+                    (frames[2][40:] + frames[5], old, 2),
+                    *((data, new, 1) for data in frames[6:]),
+                ):
                     peer.send(data)
-                    peer.packets(2 if peer is old else 1)
-                if away:
-                    portal.listen()
-                expected = b"".join(frames[i] for i in (0, 1, 3, 4, 2, 5, 6, 7))
-                self.assertEqual(portal.accept().read(len(expected)), expected)
+                    peer.packets(count)
+                portal.listen()
+                portal.receives(b"".join(frames[i] for i in (0, 1, 3, 4, 2, 5, 6, 7)))
                 self.assertEqual(running.value("sems_mitm_upstream_connections"), 1)
-
-    def test_sent_again_until_answered(self) -> None:
-        """A connection that is lost after each answer: the next one brings all that is not answered, in order."""
-        portal, frames = self.portal(), [frame(sems.SETTINGS), *frames_of(3), *cheap_frames(2)]
-        running = self.spooling(portal)
-        running.device(b"".join(frames)).packets(7)
-        while frames:
-            leg = portal.accept()
-            self.assertEqual(leg.read(sum(map(len, frames))), b"".join(frames))
-            leg.send(ack_of(frames[0]))
-            left = sum(map(len, frames[1:]))
-            until(lambda: running.queued() == left)
-            leg.reset()
-            del frames[0]
-        self.assertEqual(self.undelivered(running), 0)
 
     def test_window(self) -> None:
         """So many frames are under way unanswered, and of one type fewer; those that get no answer are done once sent."""
-        kinds = [sems.SETTINGS, sems.LIVE, sems.BUFFERED, sems.CONFIRMATION]
+        kinds = [sems.SETTINGS, sems.LIVE, sems.BUFFERED]
+        silent = [with_crc(frame(sems.CONFIRMATION)[:-3] + bytes([i]) + b"..") for i in range(40)]
         for name, some, sent in (
             ("of one type", frames_of(40), 16),
             ("of three", [frame(kinds[i % 3], when=minute(i)) for i in range(60)], 32),
-            ("without an answer", [frame(sems.CONFIRMATION, serial=f"91000HKU{i:08d}"[:16]) for i in range(1)] * 1, 1),
+            ("without an answer", silent, 40),
         ):
             with self.subTest(name):
                 portal = self.portal(habit=silence)
@@ -2943,43 +2623,35 @@ class SpoolTest(SpoolCase):
                 running.becomes(len(some), "sems_mitm_packets_total", direction="outbound")
                 until(lambda: len(portal.got) == sent)
                 self.assertEqual(portal.got, some[:sent])
-                portal.habit = ack_of
-                portal.do(lambda: [peer.send(b"".join(map(ack_of, some[:sent]))) for peer in portal.peers])
-                self.emptied(running)
+                with portal.lock:
+                    portal.habit = ack_of
+                    portal.peers[0].send(b"".join(map(ack_of, some[:sent])))
+                running.emptied()
                 self.assertEqual(portal.firsts(), some)
 
     def test_answers_match_by_type_and_serial_number(self) -> None:
         """An answer of another type, or of another serial number, delivers nothing: the frame is sent again, and is in no count."""
-        self.limits(ANSWER_TIMEOUT=0.2)
+        self.limits(ANSWER_TIMEOUT=0.1)
         data, scenes = frame(), []
-        for name, habit in (
-            ("serial number", lambda data: portal_frame("0304", serial=OTHER)),
-            ("type", lambda data: portal_frame("0303")),
-            ("class", lambda data: portal_frame("0104")),
-            ("keep-alives", lambda data: BEAT),
-            ("junk", lambda data: b"HTTP/1.1 200 OK\r\n\r\n"),
-            ("a bad CRC", lambda data: spoilt(ack_of(data))),
+        for name, reply in (
+            ("serial number", portal_frame("0304", serial=OTHER)),
+            ("type", portal_frame("0303")),
+            ("class", portal_frame("0104")),
+            ("keep-alives", BEAT),
+            ("a bad CRC", spoilt(ack_of(data))),
         ):
-            portal = self.portal(habit=habit)
+            portal = self.portal(habit=lambda data, reply=reply: reply)
             scenes.append((name, portal, self.spooling(portal)))
             scenes[-1][2].device(data).packets(1)
         for name, portal, running in scenes:
             with self.subTest(name):
                 until(lambda: len(portal.got) >= 3)
                 self.assertEqual((running.queued(), self.undelivered(running)), (len(data), 0))
-                self.assertGreaterEqual(running.value("sems_mitm_upstream_connect_failures_total", reason="timeout"), 1)
+                self.assertGreaterEqual(running.value(FAILURES, reason="timeout"), 1)
                 portal.habit = ack_of
-                self.emptied(running)
-                self.assertEqual(set(portal.got), {data})
-
-    def test_answer_behind_an_unfinished_one(self) -> None:
-        """The answer that is found in what the portal left unfinished counts."""
-        self.limits(PATIENCE={"outbound": 30, "inbound": 0.1})
-        portal = self.portal(habit=lambda data: b"GW" + struct.pack(">I", 2000) + b"x" * 10 + ack_of(data))
-        running = self.spooling(portal)
-        running.device(frame()).packets(1)
-        self.emptied(running)
-        self.assertEqual((portal.legs, len(portal.got)), (1, 1))
+        for _, portal, running in scenes:
+            running.emptied()
+            self.assertEqual(set(portal.got), {data})
 
     def test_frame_that_the_portal_does_not_like(self) -> None:
         """A portal that closes, is silent or says NACK whenever it meets one frame gets all others, in order, also after a restart.
@@ -2987,110 +2659,106 @@ class SpoolTest(SpoolCase):
         The frame is given up at its third count, which is counted and said.
         """
         self.limits(ANSWER_TIMEOUT=0.3, BACKOFF=(0.01, 0.02))
-        for name, habit, restarts in (("closes", closes, True), ("resets", resets, False), ("is silent", silence, False), ("says NACK", nack, True)):  # fmt: skip
-            with self.subTest(name, restarts=restarts):
-                disliked, frames = frame(sems.BUFFERED), frames_of(200)
-                portal = self.portal(habit=but_for(disliked, habit))
-                file = f"--sems.spool-file={self.directory()}/spool"
+        disliked, scenes = frame(sems.BUFFERED), []
+        for name, habit, restarts in (
+            ("closes", closes, True), ("resets", resets, False), ("is silent", silence, False), ("says NACK", nack, True),
+        ):  # fmt: skip
+            portal, frames = self.portal(habit=but_for(disliked, habit)), frames_of(20)
+            file = f"--sems.spool-file={self.file} {name}"
+            running = self.spooling(portal, file)
+            device = running.device(b"".join([*frames[:3], disliked, *frames[3:]]))
+            device.packets(21)
+            if restarts:
+                until(lambda: disliked in portal.got)
+                running.close()
                 running = self.spooling(portal, file)
-                device, sent = running.device(b"".join([*frames[:3], disliked, *frames[3:20]])), 20
-                device.packets(21)
-                if restarts:
-                    until(lambda: disliked in portal.got)
-                    running.close()
-                    running = self.spooling(portal, file)
-                    device = running.device()
-                while sent < 200 and not self.undelivered(running):
-                    device.send(frames[sent])
-                    device.packets(1)
-                    sent += 1
-                    until(lambda: len([data for data in portal.firsts() if data != disliked]) == sent)
-                    until(lambda: running.queued() <= len(disliked))
-                until(lambda: self.undelivered(running) == 1)
-                self.emptied(running)
-                self.assertEqual([data for data in portal.firsts() if data != disliked], frames[:sent])
+                device = running.device()
+            scenes.append((name, portal, running, device, frames))
+
+        def all_have_given_up() -> bool:
+            waiting = [scene for scene in scenes if not self.undelivered(scene[2])]
+            for *_, device, frames in waiting:
+                frames.append(frame(when=minute(len(frames))))
+                device.send(frames[-1])
+                device.packets(1)
+            until(lambda: all(frames[-1] in portal.got for _, portal, _, _, frames in waiting))
+            return not waiting
+
+        until(all_have_given_up)
+        for name, portal, running, _, frames in scenes:
+            with self.subTest(name):
+                running.emptied()
+                self.assertEqual([data for data in portal.firsts() if data != disliked], frames)
+                self.assertEqual(self.undelivered(running), 1)
                 self.assertGreaterEqual(portal.got.count(disliked), 3)
-                given_up = [line for line in self.lines if disliked[:12].hex() in line and "0345" in line]
-                self.assertEqual(len(given_up), 1, self.lines)
-                self.lines.clear()
+        given_up = [line for line in self.lines if disliked[:12].hex() in line and "0345" in line]
+        self.assertEqual(len(given_up), len(scenes), self.lines)
 
     def test_outage_costs_nothing(self) -> None:
         """A portal that closes, is silent, refuses or answers too late with every frame, for long: not one is given up."""
-        self.limits(ANSWER_TIMEOUT=0.1, BACKOFF=(0.005, 0.01))
-        late = lambda data: time.sleep(0.15) or ack_of(data)
-        frames, scenes = frames_of(20), {}
+        self.limits(ANSWER_TIMEOUT=0.06, BACKOFF=(0.005, 0.01))
+        late = lambda data: time.sleep(0.1) or ack_of(data)
+        frames, scenes = frames_of(2), {}
         for name, habit in {"closes": closes, "resets": resets, "silent": silence, "NACK": nack, "late": late}.items():
             portal = self.portal(habit=habit)
-            running = self.spooling(portal)
-            running.device(b"".join(frames[:19])).packets(19)
-            scenes[name] = portal, running
+            scenes[name] = portal, self.spooling(portal)
+            scenes[name][1].device(frames[0]).packets(1)
+        for enough in (3, 6):  # connections, or refusals: three for each frame
+            for portal, running in scenes.values():
+                until(lambda: max(portal.legs, running.value("sems_mitm_nacks_total")) >= enough)
+                running.device(frames[1]).packets(1) if enough == 3 else None
+        self.limits(ANSWER_TIMEOUT=0.5)
         for name, (portal, running) in scenes.items():
             with self.subTest(name):
-                until(lambda: portal.legs >= 8 or len(portal.got) >= 60)
-                running.device(frames[19]).packets(1)
-                until(lambda: portal.legs >= 12 or len(portal.got) >= 100)
                 portal.habit = ack_of
-                self.emptied(running)
+                running.emptied()
                 self.assertEqual((sorted(portal.firsts()), self.undelivered(running)), (sorted(frames), 0))
-
-    def test_refusal_does_not_spin(self) -> None:
-        """A portal that refuses everything is not asked again and again at full speed."""
-        portal = self.portal(habit=nack)
-        running = self.spooling(portal)
-        running.device(b"".join(frames_of(3))).packets(3)
-        until(lambda: running.value("sems_mitm_nacks_total") >= 3)
-        before, pause = len(portal.got), time.monotonic() + 0.5
-        until(lambda: time.monotonic() > pause)
-        self.assertLess(len(portal.got) - before, 500)
 
     def test_lost_ack(self) -> None:
         """A device whose ACK was lost, while the portal is silent, is answered when the time of a loop's sign is over; the portal sees it once."""
-        self.limits(RETURN_WINDOW=0.5)
+        self.limits(RETURN_WINDOW=PATIENCE)
         portal, data = self.portal(habit=silence), frame()
         running = self.spooling(portal)
         running.device(data).packets(1)
         until(lambda: portal.got)
         running.devices[0].reset()
+        self.assertEqual(running.device(data).rest(), b"")
+        running.becomes(1, "sems_mitm_refused_connections_total", reason="loop")
+        self.limits(RETURN_WINDOW=0.05, LOOP_WINDOW=0.05)
 
         def is_answered() -> bool:
             with contextlib.suppress(EOFError, ConnectionError):
                 return bool(running.device(data).packets(1))
             return False
 
-        self.assertFalse(is_answered())
         until(is_answered, pause=0.1)
         self.assertEqual((portal.got, running.queued()), ([data], len(data)))
-        self.assertGreaterEqual(running.value("sems_mitm_refused_connections_total", reason="loop"), 1)
 
     def test_repeats(self) -> None:
-        """A device that repeats itself while its frames wait is answered each time, and each is delivered once."""
+        """A device that repeats itself while its frames wait is answered each time, and each is delivered once, also after a restart."""
         portal, frames = self.portal(listening=False, habit=ack_of), frames_of(60)
-        running = self.spooling(portal)
-        for _ in range(3):
-            device = running.device(b"".join(frames))
-            device.packets(60)
-            device.close()
-        portal.do(portal.listen)
-        self.emptied(running)
+        for restarts in (False, True):
+            running = self.exporter(portal, *self.flags)
+            for _ in range(2):
+                with contextlib.closing(running.device(b"".join(frames))) as device:
+                    device.packets(60)
+            running.close() if not restarts else portal.listen()
+        running.emptied()
         self.assertEqual(portal.got, frames)
 
     def test_full_spool(self) -> None:
         """What finds no place is neither kept nor answered, counted, and said once; nothing that was ACKed is dropped."""
         frames = cheap_frames(60)
         for name, limits, flags in (
-            ("the spool is full", {"SPOOL_MEMORY": (20_000, 1 << 20)}, ()),
-            ("all spools together are", {"SPOOL_MEMORY": (1 << 20, 20_000)}, ()),
-            ("the spool is full, in a file", {"SPOOL_FILE": (20_000, 1 << 20)}, (f"--sems.spool-file={self.directory()}/a",)),
-            ("all together are, in a file", {"SPOOL_FILE": (1 << 20, 20_000)}, (f"--sems.spool-file={self.directory()}/a",)),
+            ("all spools together are full", {"SPOOL_MEMORY": (1 << 20, 20_000)}, ()),
+            ("the spool is full, in a file", {"SPOOL_FILE": (20_000, 1 << 20)}, self.flags),
             ("no spool is free", {}, ("--sems.max-connections=1",)),
-        ):  # fmt: skip
-            with self.subTest(name), contextlib.ExitStack() as stack:
-                for limit in limits.items():
-                    stack.enter_context(mock.patch.object(sems, *limit, create=True))
+        ):
+            with self.subTest(name), mock.patch.multiple(sems, **limits or {"SPOOL_FILE": sems.SPOOL_FILE}):
                 self.lines.clear()
                 portal = self.portal(listening=False, habit=ack_of)
                 running = self.spooling(portal, *flags)
-                some = frames if limits else [frames[0], *(frame(serial=OTHER, when=minute(i)) for i in range(59))]
+                some = frames if limits else [frames[0], *frames_of(59, serial=OTHER)]
                 device = running.device(b"".join(some))
                 running.becomes(60, "sems_mitm_packets_total", direction="outbound")
                 kept = int(running.value("sems_mitm_packets_total", verdict="answered"))
@@ -3099,13 +2767,12 @@ class SpoolTest(SpoolCase):
                 self.assertEqual(sum("room" in line for line in self.lines), 1, self.lines)
                 device.packets(kept)
                 self.assertTrue(device.silent(0.02))
-                portal.do(portal.listen)
-                self.emptied(running)
-                self.assertEqual(portal.got, frames[:kept])
+                portal.listen()
+                running.emptied()
                 device.send(frames[-1])
                 device.packets(1)
-                self.emptied(running)
-                self.assertEqual(portal.got[-1], frames[-1])
+                running.emptied()
+                self.assertEqual(portal.got, [*frames[:kept], frames[-1]])
 
     def test_idle_spool(self) -> None:
         """A spool with nothing to deliver closes its connection long after its device's last frame; with something it does not."""
@@ -3113,106 +2780,122 @@ class SpoolTest(SpoolCase):
         portal = self.portal()
         running = self.spooling(portal)
         running.device(frame()).packets(1)
-        leg = portal.accept()
-        leg.read(len(frame()))
+        leg = portal.receives(frame())
         running.becomes(0, "sems_mitm_device_connections")
         self.assertTrue(leg.silent(0.25))
         leg.send(ack_of(frame()))
         self.assertEqual(leg.rest(), b"")
         running.becomes(0, "sems_mitm_upstream_connections")
 
+    def test_commit_that_fails(self) -> None:
+        """Whatever step of a commit fails, and why: nothing of its round is stored or answered, what was there stays, and the next is tried."""
+        failing: list = []
+
+        class Failing(sqlite3.Connection):
+            def execute(self, text, *more, method=sqlite3.Connection.execute):
+                if failing and text.startswith(failing[0]):
+                    raise failing[1]
+                return method(self, text, *more)
+
+            executemany = functools.partialmethod(execute, method=sqlite3.Connection.executemany)
+
+        self.patch(sqlite3, "connect", functools.partial(sqlite3.connect, factory=Failing))
+        portal, frames, self.faults = self.portal(listening=False, habit=ack_of), frames_of(8), 1
+        running = self.exporter(portal, *self.flags)
+        device = running.device()
+        full = sqlite3.OperationalError("database or disk is full")
+        rows = (("BEGIN", full), ("INSERT", full), ("COMMIT", full), ("INSERT", MemoryError()))
+        for (step, error), kept, refused in zip(rows, frames[::2], frames[1::2]):
+            with self.subTest(step, error=error):
+                device.send(kept)
+                device.packets(1)
+                before = running.value("sems_mitm_packets_total", verdict="dropped")
+                failing[:] = step, error
+                device.send(refused)
+                running.becomes(before + 1, "sems_mitm_packets_total", verdict="dropped")
+                self.assertTrue(device.silent(0.01))
+                failing.clear()
+        self.assertGreaterEqual(running.value("sems_mitm_file_errors_total", file="spool"), 4)
+        self.assertGreaterEqual(running.value("sems_mitm_internal_errors_total"), 1)
+        self.assertEqual(sum("cannot use --sems.spool-file" in line for line in self.lines), 1, self.lines)
+        portal.listen()
+        running.emptied()
+        self.assertEqual(portal.got, frames[::2])
+
     def test_portal_that_dies_at_random(self) -> None:
-        """It gets every frame at least once, first in order, and the device one ACK a frame."""
-        chance, frames = random.Random(3), frames_of(120)
-        moody = lambda data: chance.choice([*[ack_of(data)] * 12, b"", Peer.reset, Peer.close])
+        """It gets every frame of every device and type at least once, and the device one ACK a frame."""
         self.limits(ANSWER_TIMEOUT=0.2)
-        portal = self.portal(habit=moody)
+        chance, kinds = random.Random(3), list(itertools.product((METER, OTHER), (sems.LIVE, sems.BUFFERED)))
+        moody = lambda data: chance.choice([*[ack_of(data)] * 12, b"", Peer.reset, Peer.close])
+        frames = [frame(kinds[i % 4][1], serial=kinds[i % 4][0], when=minute(i)) for i in range(120)]
+        portal, sent = self.portal(habit=moody), 0
         running = self.spooling(portal)
-        device, sent = running.device(), 0
+        device = running.device()
         while sent < len(frames):
             some = frames[sent : sent + chance.randint(1, 12)]
             device.send(b"".join(some))
             device.packets(len(some))
             sent += len(some)
             if chance.random() < 0.3:
-                portal.do(portal.die)
-                portal.do(portal.listen)
+                portal.die()
+                portal.listen()
         portal.habit = ack_of
-        self.emptied(running)
+        running.emptied()
         self.assertEqual((sorted(portal.firsts()), self.undelivered(running)), (sorted(frames), 0))
         self.assertTrue(device.silent(0.02))
 
 
-# ------------------------------------------------------------------------------------------------ the file of a spool
-
-
-class Insistent(threading.Thread):
+class Insistent:
     """A device that sends bursts, frame after frame, and again what was not answered; `acked` is how many were."""
 
-    def __init__(self, serial: str, port: int, seed: int, count: int) -> None:
-        super().__init__(daemon=True)
-        self.chance, self.port, self.serial = random.Random(seed), port, serial
-        self.frames = frames_of(count, serial=serial, clear=b"\0" + b"\xff" * 15)
-        self.acked, self.over = 0, False
-        self.start()
+    def __init__(self, serial: str, port: int, chance: random.Random, count: int) -> None:
+        self.serial, self.port, self.chance, self.acked = serial, port, chance, 0
+        clear, kinds = b"\0" + b"\xff" * 15, (sems.LIVE, sems.BUFFERED)
+        self.frames = [frame(kinds[i % 2], serial=serial, when=minute(i), clear=clear) for i in range(count)]
 
-    def run(self) -> None:
-        while not self.over:
-            with contextlib.suppress(OSError, EOFError):
-                self._speak(connected(self.port))
-            time.sleep(0.005)
-
-    def _speak(self, peer: Peer) -> None:
-        with contextlib.closing(peer):
+    def speak(self) -> None:
+        """On one connection, until it is lost."""
+        with contextlib.suppress(OSError, EOFError), contextlib.closing(connected(self.port)) as peer:
             peer.sock.settimeout(2)
-            while self.acked < len(self.frames) and not self.over:
+            for _ in range(20):
                 burst = self.frames[self.acked : self.acked + self.chance.choice((1, 1, 3, 40))]
                 peer.send(b"".join(burst))
                 for _ in burst:
                     peer.read(ACK_SIZE)
                     self.acked += 1
                 time.sleep(self.chance.random() * 0.02)
-
-    def close(self) -> None:
-        self.over = True
-        self.join()
+        time.sleep(0.005)
 
 
-PHOENIX = """
-import os
-while (child := os.fork()):  # whoever is killed is there again at once
-    os.waitpid(child, 0)
-print("phoenix", os.getpid(), file=sys.stderr, flush=True)
-"""
 QUICK = "sems.BACKOFF = (0.02, 0.05); sems.TICK = 0.02; sems.RETURN_WINDOW = 0.05"
 
 
 class SpoolFileTest(SpoolCase):
     """--sems.spool-file: what was acknowledged outlives the process."""
 
-    def setUp(self) -> None:
-        super().setUp()
-        self.file = os.path.join(self.directory(), "spool")
-        self.flags = ("--sems.mode=spool", f"--sems.spool-file={self.file}")
-
     def filed(self, portal, *flags: str, **more) -> Process:
         """An exporter as a process, with the file."""
         return self.serving(portal, *self.flags, *flags, **{"before": QUICK, **more})
 
-    def delivered(self, frames: list, running: Launched | None = None, portal=None) -> None:
-        """A new process delivers just these, in order, and keeps nothing."""
-        portal = portal or self.portal(habit=ack_of)
-        running = running or self.exporter(portal, *self.flags)
+    def delivered(self, frames: list) -> None:
+        """A new start delivers just these, in order, and keeps nothing."""
+        portal = self.portal(habit=ack_of)
+        running = self.exporter(portal, *self.flags)
         until(lambda: len(portal.firsts()) >= len(frames))
-        self.emptied(running)
+        running.emptied()
         self.assertEqual(portal.got, frames)
         running.close()
 
     def test_killed_and_started(self) -> None:
-        """All good frames that came are delivered by the next process, in order, also those that the portal owes nothing for."""
+        """A second exporter on the file ends in one line. Of one that is killed the next delivers all, in order, also what is owed no answer."""
         frames = [frame(sems.SETTINGS), *frames_of(3), frame(sems.CONFIRMATION), *cheap_frames(2), frame(0x21)]
         process = self.filed(self.portal(listening=False))
-        process.device(b"".join(frames)).packets(7)
+        device = process.device(b"".join(frames[:-2]))
+        device.packets(6)
+        code, err = self.filed(None, before=f"{QUICK}; sems.SPOOL_LOCKED = 0.1").ended()
+        self.assertEqual((code, err.count("\n"), self.file in err), (1, 1, True), err)
+        device.send(b"".join(frames[-2:]))
+        device.packets(1)
         process.becomes(len(frames), "sems_mitm_packets_total")
         self.assertEqual(stat.S_IMODE(os.stat(self.file).st_mode), 0o600)
         process.stop(signal.SIGKILL)
@@ -3236,82 +2919,38 @@ class SpoolFileTest(SpoolCase):
             watcher.terminate()
             watcher.communicate()
         calls = [call for line in open_lines(log) if (call := re.search(r"(\w+)\(\d+<([^>]*)>", line))]
-        ours = [call[1] for call in calls if call[2].startswith(self.file) or call[1].startswith("send")]
-        ours = ours[: next(i for i, name in enumerate(ours) if name.startswith("send")) + 1]
-        self.assertRegex(" ".join(ours), r"^(.* )?p?write(64)? (.* )?f(data)?sync send(to|msg)$")
+        ours = " ".join(call[1] for call in calls if call[2].startswith(self.file) or call[1].startswith("send"))
+        self.assertRegex(ours, r"^((?!send)\w+ )*p?write(64)? ((?!send)\w+ )*f(data)?sync send(to|msg)")
 
     def test_what_is_no_file_of_ours(self) -> None:
         """An empty file is taken; anything else that is none of ours ends the start in one line, and stays as it is."""
-        folder = self.directory()
-        with contextlib.closing(sqlite3.connect(f"{folder}/other")) as other:
+        folder = pathlib.Path(self.directory())
+        with contextlib.closing(sqlite3.connect(folder / "other")) as other:
             other.execute("CREATE TABLE spool (a, b)")
-            other.commit()
-        written(folder, frame(), name="journal")
-        for name, content in (("empty", b""), ("text", b"hello\n"), ("zeros", bytes(8192)), ("begins well", b"SQLite format 3\0" + bytes(99))):  # fmt: skip
-            with open(f"{folder}/{name}", "wb") as file:
-                file.write(content)
-        os.mkdir(f"{folder}/directory")
-        os.mkfifo(f"{folder}/fifo")
-        os.symlink(f"{folder}/text", f"{folder}/link")
-        rows = (
-            "text",
-            "zeros",
-            "begins well",
-            "journal",
-            "other",
-            "directory",
-            "fifo",
-            "link",
-            "none/file",
-            "text/file",
-        )
-        path = lambda name: os.path.join(folder, name)
-        content = lambda name: content_of(path(name)) if os.path.isfile(path(name)) else os.path.exists(path(name))
-        before, names = {name: content(name) for name in rows}, sorted(os.listdir(folder))
-        started = {name: self.process(*PORTS, "--sems.mode=spool", f"--sems.spool-file={path(name)}") for name in rows}
-        for name, process in started.items():
-            with self.subTest(name):
+        written(str(folder), frame(), name="journal")
+        (folder / "text").write_bytes(b"hello\n")
+        (folder / "begins well").write_bytes(b"SQLite format 3\0" + bytes(99))
+        (folder / "directory").mkdir()
+        os.mkfifo(folder / "fifo")
+        content = lambda: {path: path.read_bytes() if path.is_file() else b"" for path in folder.iterdir()}
+        before, start = content(), lambda path: self.process(*PORTS, "--sems.mode=spool", f"--sems.spool-file={path}")
+        for path, process in [(path, start(path)) for path in (*before, folder / "none/file")]:
+            with self.subTest(path.name):
                 code, err = process.ended()
-                self.assertEqual((code, err.count("\n"), content(name)), (1, 1, before[name]), err)
-                self.assertIn(path(name), err)
-                self.assertNotIn("Traceback", err)
-        self.assertIn("version 2", started["journal"].stderr())
-        self.assertEqual(sorted(os.listdir(folder)), names)
-        os.rename(path("empty"), self.file)
+                self.assertEqual((code, err.count("\n"), str(path) in err), (1, 1, True), err)
+                self.assertTrue(path.name != "journal" or "version 2" in err, err)
+        self.assertEqual(content(), before)
+        pathlib.Path(self.file).touch()
         running = self.exporter(self.portal(habit=ack_of), *self.flags)
         running.device(frame()).packets(1)
-        self.emptied(running)
-
-    def test_one_process(self) -> None:
-        """A second exporter on the file ends in one line; the first goes on; after it the next one is let in."""
-        first = self.filed(self.portal(listening=False))
-        first.device(frame()).packets(1)
-        code, err = self.filed(None, before=f"{QUICK}; sems.SPOOL_LOCKED = 0.1").ended()
-        self.assertEqual((code, err.count("\n")), (1, 1), err)
-        self.assertIn(self.file, err)
-        first.device(frame(when=minute(1))).packets(1)
-        first.stop()
-        self.delivered(frames_of(2))
-
-    def test_shrinks(self) -> None:
-        """The file is small again when what it held is delivered, also while the exporter runs."""
-        portal, frames = self.portal(listening=False, habit=ack_of), cheap_frames(1500)
-        running = self.exporter(portal, *self.flags)
-        size = lambda: sum(entry.stat().st_size for entry in os.scandir(os.path.dirname(self.file)))
-        running.device(b"".join(frames)).packets(1500)
-        until(lambda: size() > sum(map(len, frames)))
-        portal.do(portal.listen)
-        self.emptied(running)
-        until(lambda: os.path.getsize(self.file) < sum(map(len, frames)))
-        running.close()
-        self.assertEqual(portal.firsts(), frames)
-        self.assertLess(size(), 100_000)
+        running.emptied()
 
     def test_bat_signal(self) -> None:
-        """The file keeps the truth: a later start without the flag delivers it, one with the flag draws the bat."""
-        frames = [frame(when=NOON + timedelta(hours=hours)) for hours in (2, 3)]
+        """The file and metrics keep the truth; a start with the flag draws the bat, a later one without it delivers the truth."""
+        frames = [frame(when=minute(60 * hours)) for hours in (2, 3)]
         running = self.exporter(self.portal(listening=False), *self.flags, "--batsignal")
         running.device(b"".join(frames)).packets(2)
+        self.assertEqual(running.value("meter_power_generation_watts"), 2600)
         running.close()
         portal = self.portal(habit=silence)
         running = self.exporter(portal, *self.flags, "--batsignal")
@@ -3328,82 +2967,75 @@ class SpoolFileTest(SpoolCase):
         running.close()
         self.limits(SILENCE=0.1)
         portal = self.portal(habit=ack_of)
-        running = self.exporter(portal, *self.flags, "--sems.max-connections=2")
-        self.emptied(running)
+        self.exporter(portal, *self.flags, "--sems.max-connections=2").emptied()
         self.assertEqual(sorted(data[14:30].decode() for data in portal.got), serials)
 
-    def test_killed_with_a_backlog(self) -> None:
-        """What was delivered is not sent again, but for what was under way."""
-        frames, portal = frames_of(3000, clear=b"\0" + b"\xff" * 15), self.portal(listening=False, habit=ack_of)
-        process = self.filed(portal)
-        process.device(b"".join(frames)).packets(3000)
-        portal.do(portal.listen)
-        until(lambda: len(portal.got) > 700)
-        process.stop(signal.SIGKILL)
-        portal.do(lambda: None)
-        before = list(portal.got)
-        process = self.filed(portal)
-        until(lambda: len(portal.firsts()) == 3000)
-        self.emptied(process)
-        self.assertEqual(portal.firsts(), frames)
-        self.assertLessEqual(len(portal.got) - 3000, 2 * 32)
-        self.assertLess(len(before), 3000, "it was killed too late to show anything")
+    def test_long_backlog(self) -> None:
+        """A start with 4 MB needs no more memory than without. What was delivered before a kill is not sent again, but for what was under way.
 
-    def test_start_with_a_large_file(self) -> None:
-        """A start needs no more memory for a file of 12 MB than for an empty one. TEST_SLOW=1: 250 MB, with the time."""
-        portal, slow = self.portal(listening=False), os.environ.get("TEST_SLOW")
-        serials, count = [f"91000HKU{number:08d}" for number in range(8 if slow else 1)], 4000 if slow else 1500
+        Delivered, the file is small again. TEST_SLOW=1: a start with 250 MB, and its time.
+        """
+        portal, slow = self.portal(listening=False, habit=ack_of), os.environ.get("TEST_SLOW")
+        serials, count = [f"91000HKU{number:08d}" for number in range(8 if slow else 1)], 4000 if slow else 500
         process = self.filed(portal)
         process.get("/metrics")
-        empty = process.status("VmHWM")
+        empty, frames = process.status("VmHWM"), []
         for serial in serials:
-            device, frames = process.device(), cheap_frames(count, 8000, serial)
+            device, some = process.device(), cheap_frames(count, 8000, serial)
+            frames += some
             for i in range(0, count, 100):
-                device.send(b"".join(frames[i : i + 100]))
+                device.send(b"".join(some[i : i + 100]))
                 device.packets(100)
-        process.stop()
+        process.stop(signal.SIGKILL)
         begin = time.monotonic()
         process = self.filed(portal)
-        self.assertGreater(process.queued(), len(serials) * count * 7e3)
+        self.assertEqual(process.queued(), sum(map(len, frames)))
         took, filled = time.monotonic() - begin, process.status("VmHWM")
-        self.assertLess(filled - empty, 6000)
+        self.assertLess(filled - empty, 2000)
         if slow:
-            print(f"a start with {process.queued() / 1e6:.0f} MB: {took:.2f} s, {filled} kB, {empty} kB without a file")
+            mb = process.queued() / 1e6
+            return print(f"a start with {mb:.0f} MB: {took:.2f} s, {filled} kB, without a file {empty} kB")
+        portal.listen()
+        until(lambda: len(portal.got) > 100)
+        process.stop(signal.SIGKILL)
+        self.assertLess(len(portal.got), len(frames), "it was killed too late to show anything")
+        process = self.filed(portal)
+        process.emptied()
+        self.assertEqual(sorted(portal.firsts()), sorted(frames))
+        self.assertLessEqual(len(portal.got) - len(frames), 2 * 32 * len(serials))
+        until(lambda: os.path.getsize(self.file) < count * 4000)  # the log, of 64 pages at most, holds the last of it
+        process.stop()
+        self.assertLess(os.path.getsize(self.file), 100_000)
 
     def test_killed_at_random(self) -> None:
         """kill -9 at random moments of bursts, deliveries, failures: every ACKed frame is delivered. TEST_KILLS=100: so often."""
-        kills, seed = int(os.environ.get("TEST_KILLS", "10")), int(os.environ.get("TEST_SEED", "1"))
-        chance, unused = random.Random(seed), self.portal(listening=False)
-        moods = random.Random(seed)
+        kills, seed = int(os.environ.get("TEST_KILLS", "5")), int(os.environ.get("TEST_SEED", "1"))
+        chance, moods, port = random.Random(seed), random.Random(seed), self.unused_port()
         portal = self.portal(habit=lambda data: moods.choice([*[ack_of(data)] * 30, b"", Peer.reset, Peer.close]))
-        unused.close()
-        devices = [Insistent(f"91000HKU{i:08d}", unused.port, seed + i, 300 * kills) for i in range(4)]
-        self.addCleanup(lambda: [device.close() for device in devices])
-        before = QUICK + "; sems.ANSWER_TIMEOUT = 0.2" + PHOENIX
-        process = self.filed(portal, f"--sems.listen-address={LOCAL}:{unused.port}", before=before)
+        devices = [Insistent(f"91000HKU{i:08d}", port, random.Random(seed + i), 300 * kills) for i in range(4)]
+        stops = [self.again_and_again(device.speak) for device in devices]
         acked = lambda: sum(device.acked for device in devices)
-        pids = lambda: re.findall(r"^phoenix (\d+)$", process.stderr(), re.MULTILINE)
-        self.addCleanup(lambda: os.kill(int(pids()[-1]), signal.SIGKILL))
-        self.addCleanup(process.popen.kill)
-        for number in range(kills):
-            was = acked()
-            until(lambda: len(pids()) > number and acked() > was)
-            time.sleep(chance.random() ** 2 * 0.2)
-            os.kill(int(pids()[-1]), signal.SIGKILL)
+        for number in range(kills + 1):
+            before, was = f"{QUICK}; sems.ANSWER_TIMEOUT = 0.2", acked()
+            process = self.filed(portal, f"--sems.listen-address={LOCAL}:{port}", before=before)
+            until(lambda: acked() > was)
+            if number < kills:
+                time.sleep(chance.random() ** 2 * 0.2)
+                process.stop(signal.SIGKILL)
             if chance.random() < 0.3:
-                portal.do(portal.die)
-                portal.do(portal.listen)
-        for device in devices:
-            device.close()
+                portal.die()
+                portal.listen()
+        for stop in stops:
+            stop()
         portal.habit = ack_of
         for device in devices:
             until(lambda: set(portal.firsts(device.serial)) >= set(device.frames[: device.acked]), pause=0.05)
-        self.assertEqual(re.findall("Traceback", process.stderr()), [])
+        self.assertNotIn("Traceback", process.stderr())
         if kills > 20:
             print(f"{kills} kills, {acked()} ACKed frames, {len(portal.firsts())} delivered, none lost")
 
 
-class DiskTest(SpoolCase):
+class DiskTest(SocketCase):
     """The spool's disk has little room, or cannot be written: a small file system in a mount namespace of the process."""
 
     def setUp(self) -> None:
@@ -3415,14 +3047,14 @@ class DiskTest(SpoolCase):
         if probe.returncode:
             self.skipTest(f"no mount namespaces here: {probe.stderr.strip()}")
 
-    def mounted(self, then: str = "true", size: str = "8m") -> tuple:
+    def mounted(self, then: str) -> tuple:
         """The command that gives a process an empty file system, and does something there first."""
-        script = f'mount -t tmpfs -o size={size} tmpfs "$0" && cd "$0" && {then} && cd / && exec "$@"'
+        script = f'mount -t tmpfs -o size=8m tmpfs "$0" && cd "$0" && {then} && cd / && exec "$@"'
         return ("unshare", "--mount", "sh", "-c", script, self.disk)
 
-    def filed(self, portal, then: str = "true", under: tuple = ()) -> Process:
+    def filed(self, portal, under: tuple) -> Process:
         flags = ("--sems.mode=spool", f"--sems.spool-file={self.disk}/spool")
-        process = self.serving(portal, *flags, before=QUICK + "; sems.PERIOD = 60", under=under or self.mounted(then))
+        process = self.serving(portal, *flags, before=QUICK + "; sems.PERIOD = 60", under=under)
         process.ports()
         return process
 
@@ -3433,13 +3065,13 @@ class DiskTest(SpoolCase):
         self.addCleanup(lambda: (sleeper.kill(), sleeper.wait()))
         until(lambda: os.readlink(f"/proc/{sleeper.pid}/ns/mnt") == os.readlink(f"/proc/{process.popen.pid}/ns/mnt"))
         process.stop(signal.SIGKILL)
-        return self.filed(portal, under=("nsenter", f"--mount=/proc/{sleeper.pid}/ns/mnt"))
+        return self.filed(portal, ("nsenter", f"--mount=/proc/{sleeper.pid}/ns/mnt"))
 
-    def inside(self, process: Process, *command: str) -> None:
+    def inside(self, process: Process, command: str) -> None:
         """Do something in its mount namespace."""
-        pid = str(process.popen.pid)
-        command = [*command, *[pid] * (command[-1] == "--pid")]
-        subprocess.run(["nsenter", f"--mount=/proc/{pid}/ns/mnt", *command], check=True)
+        namespace = f"--mount=/proc/{process.popen.pid}/ns/mnt"
+        script = f"cd {self.disk}; {command.format(pid=process.popen.pid)}"
+        subprocess.run(["nsenter", namespace, "sh", "-c", script], check=True)
 
     def is_refused(self, process: Process, device: Peer, data: bytes) -> bool:
         """Whether the device gets no ACK for its frame, which is counted as dropped."""
@@ -3449,72 +3081,54 @@ class DiskTest(SpoolCase):
         until(lambda: dropped() > before or not device.silent(0))
         return device.silent(0.02)
 
-    def answered_at_last(self, device: Peer, data: bytes) -> None:
-        """The device sends its frame again and again, until it is answered."""
-        until(lambda: device.send(data) or not device.silent(0.1))
-        device.packets(1)
-        while not device.silent(0.2):
-            device.packets(1)
-
     def test_disk_trouble(self) -> None:
         """No ACK that is not on the disk; the exporter serves, delivers what it has, says so once, and recovers by itself."""
-        filler = 'head -c 100m /dev/zero >"$0/filler" 2>/dev/null; true'
-        for name, trouble, cure in (
-            ("full to the last byte", ("sh", "-c", filler, self.disk), ("rm", f"{self.disk}/filler")),
-            ("less room than others need", ("sh", "-c", f'head -c $(($(df --output=avail -B1 {self.disk} | tail -n 1) - 900000)) /dev/zero >{self.disk}/filler'), ("rm", f"{self.disk}/filler")),
-            ("errors", ("prlimit", "--fsize=1:", "--pid"), ("prlimit", "--fsize=unlimited:", "--pid")),
-        ):  # fmt: skip
+        free, limit = "$(df --output=avail -B1 . | tail -n 1)", "prlimit --pid {pid} --fsize="
+        filled, read_only = (
+            "head -c 100m /dev/zero >filler 2>/dev/null || true",
+            f"cd / && mount -o remount,ro {self.disk}",
+        )
+        read_write = f"mount -o remount,rw {self.disk}"
+        for name, before, trouble, cure in (  # what is done before the start, after it, and in the end
+            ("full to the last byte", "true", filled, "rm filler"),
+            ("less room than others need", "true", f"head -c $(({free} - 900000)) /dev/zero >filler", "rm filler"),
+            ("errors", "true", f"{limit}1:", f"{limit}unlimited:"),
+            ("full at the start", filled, "", "rm filler"),
+            ("read-only at the start", read_only, "", read_write),
+            ("read-only at the start, with a file", f": >spool && {read_only}", "", read_write),
+        ):
             with self.subTest(name):
-                portal, frames = self.portal(listening=False, habit=ack_of), frames_of(40)
-                process = self.filed(portal)
-                device, acked, refused = process.device(b"".join(frames[:10])), frames[:10], frames[10:14]
-                device.packets(10)
-                self.inside(process, *trouble)
-                self.assertEqual([self.is_refused(process, device, data) for data in refused], [True] * 4)
+                portal, frames = self.portal(listening=False, habit=ack_of), frames_of(20)
+                acked, refused, later = frames[: 10 if trouble else 0], frames[10:14], frames[15:]
+                process = self.filed(portal, self.mounted(before))
+                device = process.device(b"".join(acked))
+                device.packets(len(acked))
+                self.inside(process, trouble) if trouble else None
+                self.assertTrue(all(self.is_refused(process, device, data) for data in refused))
                 self.assertEqual(process.get("/-/healthy")[0], 200)
                 self.assertGreaterEqual(process.value("sems_mitm_file_errors_total", file="spool"), 1)
-                self.assertEqual(process.value("meter_metrics_packets_total"), 14)
+                self.assertEqual(process.value("meter_metrics_packets_total"), len(acked) + 4)
                 said = sum(self.disk in line for line in process.stderr().splitlines())
                 self.assertEqual(said, 1 if name != "errors" else 0, process.stderr())  # its stderr is a file, too
-                self.assertTrue(device.silent(0.05))
                 if name == "full to the last byte":  # what is stored outlives a kill meanwhile
                     process = self.again(process, portal)
                     device = process.device()
                     self.assertTrue(self.is_refused(process, device, frames[14]))
-                portal.do(portal.listen)
-                until(lambda: len(portal.firsts()) == 10)
+                portal.listen()
+                until(lambda: len(portal.firsts()) == len(acked))
                 self.assertEqual(portal.firsts(), acked)
-                self.inside(process, *cure)
-                portal.do(portal.die)
-                self.answered_at_last(device, frames[20])
-                device.send(b"".join(frames[21:25]))
+                self.inside(process, cure)
+                portal.die()
+                until(lambda: device.send(later[0]) or not device.silent(0.1))  # again and again, until it is answered
+                while not device.silent(0.15):
+                    device.packets(1)
+                device.send(b"".join(later[1:]))
                 device.packets(4)
-                process = self.again(process, portal)
-                portal.do(portal.listen)
-                until(lambda: set(portal.got) >= {*acked, *frames[20:25]})
-                self.emptied(process)
-                self.assertEqual([data for data in portal.firsts() if data not in refused], [*acked, *frames[20:25]])
-                self.assertNotIn("Traceback", process.stderr())
-
-    def test_start_without_room(self) -> None:
-        """A start on a full or read-only disk serves and decodes, acknowledges nothing, and takes the file when it can."""
-        for name, then, cure in (
-            ("full", "head -c 100m /dev/zero >filler 2>/dev/null || true", ("rm", f"{self.disk}/filler")),
-            ("read-only", f"cd / && mount -o remount,ro {self.disk}", ("mount", "-o", "remount,rw", self.disk)),
-            ("read-only, with a file", f": >spool && cd / && mount -o remount,ro {self.disk}", ("mount", "-o", "remount,rw", self.disk)),
-        ):  # fmt: skip
-            with self.subTest(name):
-                portal = self.portal(habit=ack_of)
-                process = self.filed(portal, then)
-                device = process.device()
-                for data in frames_of(2):
-                    self.assertTrue(self.is_refused(process, device, data))
-                self.assertEqual(process.value("meter_power_generation_watts"), 2600)
-                self.assertGreaterEqual(process.value("sems_mitm_file_errors_total", file="spool"), 1)
-                self.inside(process, *cure)
-                self.answered_at_last(device, frame(when=minute(2)))
-                until(lambda: frame(when=minute(2)) in portal.got)
-                self.emptied(process)
+                process = self.again(process, portal) if trouble else process
+                portal.listen()
+                until(lambda: set(portal.got) >= {*acked, *later})
+                process.emptied()
+                self.assertEqual([data for data in portal.firsts() if data not in refused], [*acked, *later])
                 self.assertNotIn("Traceback", process.stderr())
 
 
@@ -3528,27 +3142,25 @@ class ConnectionsTest(NamedCase):
         """A device that has sent its last byte still gets what the portal says within the time for it."""
         for portal_closes in (True, False):
             with self.subTest(portal_closes=portal_closes):
-                self.limits(LINGER=30 if portal_closes else 0.5)
+                self.limits(LINGER=PATIENCE if portal_closes else 0.5)
                 portal, running = self.started()
-                data = frame()
-                device = running.device(data)
+                device = running.device(frame())
                 device.no_more()
                 leg = portal.accept()
-                self.assertEqual(leg.rest(), data)
-                leg.send(ack_of(data))
-                self.assertEqual(device.read(ACK_SIZE), ack_of(data))
-                if portal_closes:
-                    leg.close()
+                self.assertEqual(leg.rest(), frame())
+                time.sleep(0.06 * portal_closes)
+                leg.send(ack_of(frame()))
+                device.expect(ack_of(frame()))
+                leg.close() if portal_closes else None
                 self.assertEqual(device.rest(), b"")
                 running.becomes(0, "sems_mitm_device_connections")
 
     def test_at_once_if_nothing_was_sent(self) -> None:
         """A device that goes without a word leaves nothing behind."""
         self.limits(LINGER=3 * PATIENCE)
-        portal = self.portal()
         for mode in ("forward", "local", "spool"):
             with self.subTest(mode):
-                running = self.exporter(portal, f"--sems.mode={mode}")
+                _, running = self.started(f"--sems.mode={mode}")
                 device = running.device()
                 running.becomes(1, "sems_mitm_device_connections")
                 device.close()
@@ -3556,12 +3168,10 @@ class ConnectionsTest(NamedCase):
 
     def test_silent_device(self) -> None:
         """A device silent for long is closed, and its portal's connection with it; one that speaks is not."""
-        self.limits(SILENCE=0.6, LINGER=0.05)
-        portal, data = self.portal(), frame()
-        running = self.exporter(portal)
-        idle, talker = running.device(data), running.device(frame(serial=OTHER))
-        for _ in (idle, talker):
-            portal.accept().read(len(data))
+        self.limits(SILENCE=0.5, LINGER=0.05)
+        portal, running, idle, _ = self.talking()
+        talker = running.device(frame(serial=OTHER))
+        portal.receives(frame(serial=OTHER))
         until(lambda: talker.send(b"x") or not idle.silent(0.03))
         self.assertEqual(idle.rest(), b"")
         self.assertTrue(talker.silent(0.01))
@@ -3582,35 +3192,28 @@ class ConnectionsTest(NamedCase):
 
     def test_allow_from(self) -> None:
         """Only the networks of --sems.allow-from may connect."""
-        for networks, allowed in (("10.0.0.0/8,192.168.1.0/24", 0), ("10.0.0.0/8,127.0.0.0/8", 1), ("::1/128", 0)):
+        for networks, refused in (("10.0.0.0/8,192.168.1.0/24", 1), ("10.0.0.0/8,127.0.0.0/8", 0), ("::1/128", 1)):
             with self.subTest(networks):
                 running = self.exporter(None, "--sems.mode=local", f"--sems.allow-from={networks}")
                 device = running.device()
-                if allowed:
-                    device.send(frame())
-                    device.packets(1)
-                else:
-                    self.assertEqual(device.rest(), b"")
-                running.becomes(1 - allowed, "sems_mitm_refused_connections_total", reason="not_allowed")
+                running.becomes(refused, "sems_mitm_refused_connections_total", reason="not_allowed")
+                self.assertEqual(device.rest(), b"") if refused else device.send(frame()) or device.packets(1)
 
     def test_every_family(self) -> None:
         """:PORT is a socket for each family there is, and peers are plain addresses."""
         capture = os.path.join(self.directory(), "capture")
         flags = ("--sems.listen-address=:0", "--web.listen-address=:0", f"--sems.capture={capture}")
         running = self.exporter(None, "--sems.mode=local", *flags)
-        hosts = [LOCAL, *(["::1"] if os.path.exists("/proc/net/if_inet6") and socket.has_ipv6 else [])]
-        for host in hosts:
-            with self.subTest(host):
-                running.device(frame(), host=host).packets(1)
-                client = connected(running.web_port, b"GET /-/healthy HTTP/1.0\r\n\r\n", host=host)
-                self.assertIn(b" 200 ", client.rest())
-                client.close()
-        peers = [json.loads(line)["peer"].rpartition(":")[0] for line in open_lines(capture)]
-        self.assertEqual([peer for peer in peers if peer], [LOCAL, "[::1]"][: len(hosts)])
+        for host in FAMILIES:
+            running.device(frame(), host=host).packets(1)
+            with contextlib.closing(connected(running.web_port, b"GET /-/healthy HTTP/1.0\r\n\r\n", host=host)) as peer:
+                self.assertIn(b" 200 ", peer.rest())
+        peers = [json.loads(line)["peer"].rpartition(":")[0].strip("[]") for line in open_lines(capture)]
+        self.assertEqual([peer for peer in peers if peer], FAMILIES)
 
 
 class Detour(threading.Thread):
-    """A relay between the exporter and itself that hides both ends, as NAT does."""
+    """A relay between the exporter and itself that hides both ends, as NAT does; `turns` counts connections."""
 
     def __init__(self) -> None:
         super().__init__(daemon=True)
@@ -3622,17 +3225,16 @@ class Detour(threading.Thread):
             while True:
                 near, far = self.sock.accept()[0], socket.create_connection((LOCAL, self.target))
                 self.turns += 1
-                for one, other in ((near, far), (far, near)):
-                    threading.Thread(target=self.pass_on, args=(one, other), daemon=True).start()
+                threading.Thread(target=self.pass_on, args=(near, far), daemon=True).start()
 
     @staticmethod
-    def pass_on(one: socket.socket, other: socket.socket) -> None:
-        with contextlib.suppress(OSError):
-            while data := one.recv(1 << 16):
-                other.sendall(data)
-        for sock in (one, other):
-            with contextlib.suppress(OSError):
-                sock.shutdown(socket.SHUT_RDWR)
+    def pass_on(near: socket.socket, far: socket.socket) -> None:
+        with near, far, contextlib.suppress(OSError):
+            while True:
+                for sock in select.select([near, far], [], [])[0]:
+                    if not (data := sock.recv(1 << 16)):
+                        return
+                    (far if sock is near else near).sendall(data)
 
     def close(self) -> None:
         with contextlib.suppress(OSError):
@@ -3640,14 +3242,8 @@ class Detour(threading.Thread):
         self.sock.close()
 
 
-class LoopTest(SpoolCase):
+class LoopTest(SocketCase):
     """A portal's name that leads back here."""
-
-    def itself(self, mode: str) -> Running:
-        """An exporter whose portal is itself."""
-        unused = self.portal(listening=False)
-        unused.close()
-        return self.exporter(unused, f"--sems.mode={mode}", f"--sems.listen-address={LOCAL}:{unused.port}")
 
     def detoured(self, mode: str) -> tuple:
         """An exporter whose portal is itself behind NAT, and the NAT."""
@@ -3663,88 +3259,77 @@ class LoopTest(SpoolCase):
         for mode in ("forward", "spool"):
             with self.subTest(mode):
                 self.lines.clear()
-                running = self.itself(mode)
+                itself = mock.Mock(host=LOCAL, port=self.unused_port())
+                running = self.exporter(itself, f"--sems.mode={mode}", f"--sems.listen-address={LOCAL}:{itself.port}")
                 running.device(frame())
-                until(lambda: running.value("sems_mitm_upstream_connect_failures_total", reason="loop") >= 2)
+                until(lambda: running.value(FAILURES, reason="loop") >= 2)
                 shown = running.metrics()
-                self.assertEqual(summed(shown, "sems_mitm_device_connections"), 1)
-                self.assertEqual(summed(shown, "sems_mitm_upstream_connections"), 0)
-                self.assertEqual(summed(shown, "sems_mitm_refused_connections_total"), 0)
+                for series, count in (
+                    ("sems_mitm_device_connections", 1), ("sems_mitm_upstream_connections", 0),
+                    ("sems_mitm_refused_connections_total", 0), ("meter_metrics_packets_total", 1),
+                ):  # fmt: skip
+                    self.assertEqual(summed(shown, series), count)
                 self.assertEqual(sum("--sems.upstream" in line for line in self.lines), 1, self.lines)
-                self.assertEqual(running.value("meter_metrics_packets_total"), 1)
 
     def test_first_frame_comes_back(self) -> None:
-        """Where NAT hides both ends, a first frame that we sent just now and that comes back is a loop; a device is let in the next time."""
-        self.limits(RETURN_WINDOW=0.5)
-        for mode in ("forward", "spool"):
-            with self.subTest(mode):
-                portal, data = self.portal(), frame()
-                running = self.exporter(portal, f"--sems.mode={mode}")
-                device = running.device(data)
-                leg = portal.accept()
-                self.assertEqual(running.device(leg.read(len(data))).rest(), b"")
-                running.becomes(1, "sems_mitm_refused_connections_total", reason="loop")
-                self.assertTrue(portal.unasked(0.02))
-                leg.send(ack_of(data))
-                self.assertEqual(device.read(ACK_SIZE)[:24], ack_of(data)[:24])
-                if mode == "forward":
-                    running.device(data)
-                    self.assertEqual(portal.accept().read(len(data)), data)
+        """Where NAT hides both ends, a first frame that we sent just now and that comes back is a loop, once.
 
-    def test_no_loop(self) -> None:
-        """A device that comes back with its last frame later, or when its old connection has gone, is no loop."""
-        for window, gone in ((0.05, False), (2 * PATIENCE, True)):
-            with self.subTest(gone=gone):
-                self.limits(LOOP_WINDOW=window, LINGER=0)
-                portal, running, device, leg = self.talking()
-                if gone:
+        A device that comes with its last frame again is let in the next time, and after a while, or when its old
+        connection has gone, at once.
+        """
+        for mode, later in (("forward", ""), ("spool", ""), ("forward", "after a while"), ("forward", "gone")):
+            with self.subTest(mode, later=later):
+                self.limits(LOOP_WINDOW=0.05 if later == "after a while" else 2 * PATIENCE, LINGER=0)
+                portal, running, device, leg = self.talking(f"--sems.mode={mode}")
+                if later == "gone":
                     device.close()
                     leg.close()
                     running.becomes(0, "sems_mitm_device_connections")
+                elif later:
+                    time.sleep(0.1)
                 else:
-                    time.sleep(2 * window)
-                running.device(frame())
-                self.assertEqual(portal.accept().read(len(frame())), frame())
-                self.assertEqual(running.value("sems_mitm_refused_connections_total"), 0)
+                    self.assertEqual(running.device(frame()).rest(), b"")
+                    self.assertTrue(portal.unasked(0.02))
+                    leg.send(ack_of(frame()))
+                    self.assertEqual(device.packets(1)[0].type, "0304")
+                if mode == "forward":
+                    running.device(frame())
+                    portal.receives(frame())
+                running.becomes(not later, "sems_mitm_refused_connections_total", reason="loop")
 
     def test_never_spirals(self) -> None:
         """However the first bytes are cut, and whatever they are: our own bytes come back once an attempt, and go no further."""
         data, other = frame(), frame(when=minute(1))
         self.limits(BACKOFF=(30, 30), PATIENCE={"outbound": 0.2, "inbound": 0.2})
-        for mode, name, parts in (
-            ("forward", "a frame", [data]),
-            ("forward", "cut at 10", [data[:10], data[10:]]),
-            ("forward", "cut at 80", [data[:80], data[80:]]),
-            ("forward", "a tail, a frame", [data[100:] + other]),
-            ("forward", "a bad frame, a good one", [spoilt(data) + other]),
-            ("forward", "junk", [b"junk" * 30]),
-            ("forward", "junk, more junk", [b"\0", b"junk" * 30]),
-            ("forward", "half a frame", [data[:50]]),
-            ("spool", "a frame", [data]),
-            ("spool", "frames", [data + other]),
+        for mode, parts, more in (  # more: they are not cut the same way when they come back
+            ("forward", [data], 0),
+            ("forward", [data[:10], data[10:]], 0),
+            ("forward", [data[100:] + other], 0),
+            ("forward", [spoilt(data) + other], 0),
+            ("forward", [b"junk" * 30], 0),
+            ("forward", [b"\0", b"junk" * 30], 1),
+            ("forward", [data[:50]], 1),
+            ("spool", [data + other], 0),
         ):
-            with self.subTest(name, mode=mode):
+            with self.subTest(mode, parts=parts):
                 detour, running = self.detoured(mode)
                 device = running.device()
                 for part in parts:
                     device.send(part)
                     time.sleep(0.02)
-                until(lambda: detour.turns)
                 running.becomes(1, "sems_mitm_refused_connections_total", reason="loop")
-                more = name in ("junk, more junk", "half a frame")  # which are not cut the same way when they come back
                 self.assertLessEqual(detour.turns, 1 + more)
                 until(lambda: running.value("sems_mitm_device_connections") <= 1 + more)
 
     def test_frame_after_frame(self) -> None:
         """A loop takes no connection more with each packet, however long after the last."""
-        self.limits(BACKOFF=(0.01, 0.01), LOOP_WINDOW=0.3, LINGER=0.05)
+        self.limits(BACKOFF=(0.01, 0.01), LOOP_WINDOW=0.2, LINGER=0.05)
         running = self.detoured("forward")[1]
         device = running.device()
-        for i in range(4):
+        for i in range(3):
             device.send(frame(when=minute(i)))
-            until(lambda: running.value("sems_mitm_refused_connections_total", reason="loop") >= i + 1)
-            pause = time.monotonic() + 0.35
-            until(lambda: time.monotonic() > pause)  # the window is over
+            until(lambda: running.value("sems_mitm_refused_connections_total", reason="loop") > i)
+            time.sleep(0.25)  # the window is over
             self.assertLessEqual(running.value("sems_mitm_device_connections"), 2)
 
     def test_two_that_face_each_other(self) -> None:
@@ -3753,144 +3338,74 @@ class LoopTest(SpoolCase):
         Once one of them has the true portal, what was ACKed is there.
         """
         self.limits(BACKOFF=(0.3, 60), RETURN_WINDOW=1.5, LOOP_WINDOW=0.5, LINGER=0.1)
-        scenes = [
-            self.faced(*row) for row in itertools.product(("forward", "spool"), ("forward", "spool"), (True, False))
-        ]
-        pause = time.monotonic() + 1
-        until(lambda: time.monotonic() > pause)
-        before = [sum(map(self.traffic, scene.exporters)) for scene in scenes]
-        time.sleep(0.3)
-        for number, (scene, was) in enumerate(zip(scenes, before)):
-            with self.subTest(scene.name):
-                self.assertLess(sum(map(self.traffic, scene.exporters)) - was, 60)
-                acked = scene.acked or int(scene.exporters[0].value("sems_mitm_acks_total"))
-                index = number // 2 % 2  # which one is put right
-                scene.exporters[index].close()
+        frames, scenes = frames_of(5), []
+        for *modes, stays in itertools.product(("forward", "spool"), ("forward", "spool"), (True, False)):
+            ports, folder = [self.unused_port(), self.unused_port()], self.directory()
+
+            def start(one: int, portal_port: int, modes=modes, ports=ports, folder=folder) -> Running:
+                flags = [f"--sems.mode={modes[one]}", f"--sems.listen-address={LOCAL}:{ports[one]}"]
+                flags += [f"--sems.spool-file={folder}/{one}"] * (modes[one] == "spool")
+                return self.exporter(mock.Mock(host=LOCAL, port=portal_port), *flags)
+
+            both = [start(one, ports[1 - one]) for one in (0, 1)]
+            device = both[0].device(b"".join(frames))
+            acked = len(device.packets(5 if modes[0] == "spool" else 0))
+            device.close() if not stays else None
+            scenes.append((modes, stays, start, both, acked))
+
+        def traffic() -> float:
+            counters = ("sems_mitm_packets_total", "sems_mitm_refused_connections_total")
+            return sum(running.value(series) for *_, both, _ in scenes for running in both for series in counters)
+
+        until(lambda: -traffic() + (time.sleep(0.3) or traffic()) < 100)
+        self.limits(RETURN_WINDOW=0.05, LOOP_WINDOW=-1, ANSWER_TIMEOUT=0.4)  # later what comes back is answered
+        for modes, _, _, both, _ in scenes:
+            until(lambda: modes != ["spool", "forward"] or both[0].value("sems_mitm_acks_total") > 5)
+        for modes, stays, start, both, acked in scenes:
+            with self.subTest(modes=modes, stays=stays):
+                acked = acked or int(both[0].value("sems_mitm_acks_total"))
+                one = int(modes[1] == "spool")  # is put right
+                both[one].close()
                 portal = self.portal(habit=ack_of)
-                scene.start(index, portal)
-                if acked:
-                    until(lambda: set(portal.got) >= set(scene.frames[:acked]), pause=0.05)
-
-    @staticmethod
-    def traffic(running: Running) -> float:
-        shown = running.metrics()
-        return summed(shown, "sems_mitm_packets_total") + summed(shown, "sems_mitm_refused_connections_total")
-
-    def faced(self, near: str, far: str, stays: bool):
-        """Two exporters that face each other, and a device of the first one that has sent five frames."""
-        ports = [self.portal(listening=False) for _ in range(2)]
-        for port in ports:
-            port.close()
-        folder, scene = self.directory(), mock.Mock(frames=frames_of(5))
-        scene.name = f"{near} and {far}, the device {'there' if stays else 'gone'}"
-
-        def start(index: int, portal) -> Running:
-            mode = (near, far)[index]
-            flags = [f"--sems.mode={mode}", f"--sems.listen-address={LOCAL}:{ports[index].port}"]
-            return self.exporter(portal, *flags, *[f"--sems.spool-file={folder}/{index}"] * (mode == "spool"))
-
-        scene.start = start
-        scene.exporters = [start(0, ports[1]), start(1, ports[0])]
-        device = scene.exporters[0].device(b"".join(scene.frames))
-        scene.acked = len(device.packets(5 if near == "spool" else 0))
-        if not stays:
-            device.close()
-        return scene
-
-
-# ---------------------------------------------------------------------------------------------------- sockets: names
-
-
-class NameServer(threading.Thread):
-    """A name server on a free UDP port; answers(query) is the datagrams it sends."""
-
-    def __init__(self, answers) -> None:
-        super().__init__(daemon=True)
-        self.answers, self.asked = answers, 0
-        self.sock = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
-        self.sock.bind((LOCAL, 0))
-        self.text = "%s:%d" % self.sock.getsockname()
-        self.start()
-
-    def run(self) -> None:
-        while True:
-            query, peer = self.sock.recvfrom(4096)
-            if not query:
-                return
-            self.asked += 1
-            for data in self.answers(query):
-                self.sock.sendto(data, peer)
-
-    def close(self) -> None:
-        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as last:
-            last.sendto(b"", self.sock.getsockname())
-        self.join()
-        self.sock.close()
-
-
-def address_record(query: bytes, *addresses: str) -> bytes:
-    """A name server's answer to a query."""
-    head = query[:2] + struct.pack(">5H", 0x8180, 1, len(addresses), 0, 0)
-    records = (b"\xc0\x0c\0\1\0\1\0\0\0\x3c\0\4" + socket.inet_aton(address) for address in addresses)
-    return head + query[12:] + b"".join(records)
+                start(one, portal.port)
+                until(lambda: set(portal.got) >= set(frames[:acked]), pause=0.05)
 
 
 class NameTest(NamedCase):
     """How the portal's name becomes an address."""
 
-    def server(self, answers) -> NameServer:
-        server = NameServer(answers)
+    def server(self, *addresses: str) -> NameServer:
+        server = NameServer(lambda query: [address_record(query, *addresses)])
         self.addCleanup(server.close)
         return server
 
     def test_servers_first(self) -> None:
         """The servers are asked first, anew for each attempt; while one gives a routable address the system is not asked."""
-        self.system = ["10.0.0.1"]
-        server = self.server(lambda query: [address_record(query, "10.0.0.9", LOCAL)])
-        portal = self.portal()
+        self.system, server, portal = ["10.0.0.1"], self.server("10.0.0.9", LOCAL), self.portal()
         running = self.named(portal, servers=[server])
-        device = running.device(frame())
-        for attempt in range(1, 4):
-            leg = portal.accept()
-            leg.read(len(frame()))
+        device = running.device()
+        for attempt in (1, 2, 3):
+            device.send(frame(when=minute(attempt)))
+            leg = portal.receives(frame(when=minute(attempt)))
             self.assertEqual((server.asked, self.asked), (attempt, 0))
             leg.close()
             running.becomes(0, "sems_mitm_upstream_connections")
-            device.send(frame(when=minute(attempt)))
-        self.assertEqual(running.value("sems_mitm_upstream_connect_failures_total"), 0)
-
-    def test_servers_that_fail(self) -> None:
-        """A server that keeps silent, lies or is not there is passed over for the next, then for the system; the true answer behind a forged one counts."""
-        self.patch(sems.ask_dns, "__defaults__", (0.1,))
-        wrong = lambda query: [bytes([query[0] ^ 1]) + address_record(query, "127.0.0.9")[1:], b"", query]
-        true = self.server(lambda query: [*wrong(query), address_record(query, LOCAL)])
-        nobody = mock.Mock(text="%s:%d" % self.portal(listening=False).sock.getsockname())
-        unroutable = self.server(lambda query: [address_record(query, "10.0.0.9")])
-        bad = {"silent": self.server(lambda query: []), "lies": self.server(wrong), "nobody": nobody, "no address of the internet": unroutable}  # fmt: skip
-        for name, server in bad.items():
-            for then in ([true], []):
-                with self.subTest(name, then="another server" if then else "the system"):
-                    self.system = [] if then else [LOCAL]
-                    portal = self.portal()
-                    self.named(portal, servers=[server, *then]).device(frame())
-                    self.assertEqual(portal.accept().read(6), b"POSTGW")
-        self.assertEqual(true.asked, 4)
+        self.assertEqual(running.value(FAILURES), 0)
 
     def test_no_address(self) -> None:
         """A name that nobody knows, and one that leads to this machine: a reason, a line that says what to change, no attempt."""
         self.patch(sems, "is_global", lambda host: False)
-        for system, answer, reason in (
+        for self.system, answer, reason in (
             ([], [], "dns"),
             (["127.0.0.2"], ["192.168.1.2"], "loop"),
             (["127.0.0.2"], [], "loop"),
         ):
-            with self.subTest(system=system, answer=answer):
-                self.system = system
+            with self.subTest(system=self.system, answer=answer):
                 self.lines.clear()
                 portal = self.portal()
-                running = self.named(portal, servers=[self.server(lambda query: [address_record(query, *answer)])])
+                running = self.named(portal, servers=[self.server(*answer)])
                 running.device(frame())
-                until(lambda: running.value("sems_mitm_upstream_connect_failures_total", reason=reason) >= 2)
+                until(lambda: running.value(FAILURES, reason=reason) >= 2)
                 self.assertTrue(portal.unasked(0.02))
                 (line,) = (line for line in self.lines if "portal.test" in line and "cannot reach" in line)
                 self.assertIn("--sems.upstream-dns", line)
@@ -3899,70 +3414,61 @@ class NameTest(NamedCase):
 
     def test_addresses(self) -> None:
         """Of a name's addresses the next is tried when one refuses, four at most in an attempt."""
-        portal, closed = self.portal(), self.portal(listening=False)
+        portal, closed = self.portal(), (LOCAL, self.unused_port())
         tried, connect = [], socket.socket.connect_ex
         self.patch(socket.socket, "connect_ex", lambda sock, address: tried.append(address) or connect(sock, address))
-        for name, system, reached in (
-            ("the second", [(LOCAL, closed.port), LOCAL], True),
-            ("the fourth", [(LOCAL, closed.port)] * 3 + [LOCAL], True),
-            ("the fifth", [(LOCAL, closed.port)] * 4 + [LOCAL], False),
-            ("1,500", [(LOCAL, closed.port)] * 1500, False),
-        ):
-            with self.subTest(name):
-                self.system, tried[:] = system, []
+        for refusing, is_reached in ((3, True), (4, False), (1500, False)):
+            with self.subTest(refusing=refusing):
+                self.system, tried[:] = [closed] * refusing + [LOCAL], []
                 running = self.named(portal)
                 running.device(frame())
-                if reached:
-                    self.assertEqual(portal.accept().read(6), b"POSTGW")
-                    self.assertEqual(running.value("sems_mitm_upstream_connect_failures_total"), 0)
+                if is_reached:
+                    portal.receives(frame())
+                    self.assertEqual(running.value(FAILURES), 0)
                 else:
-                    until(lambda: running.value("sems_mitm_upstream_connect_failures_total") >= 3)
+                    until(lambda: running.value(FAILURES) >= 3)
                     running.stop()
                     self.assertLessEqual(len(tried), 4 * self.asked)
                     self.assertTrue(portal.unasked(0.02))
 
-    def test_slow_look_up(self) -> None:
-        """A look-up that takes long holds up nothing but attempts; a device that goes meanwhile is forgotten."""
-        self.go.clear()
-        self.limits(LAST_ATTEMPT=0.02)
-        portal = self.portal()
-        running = self.named(portal)
-        devices = [running.device(frame(serial=f"91000HKU0000000{i}")) for i in range(4)]
-        until(lambda: self.asked and running.value("meter_metrics_packets_total") == 4)
-        self.assertEqual(running.get("/-/ready")[0], 200)
-        devices[0].reset()
-        running.becomes(3, "sems_mitm_device_connections")
-        self.go.set()
-        self.assertEqual([portal.accept().read(6) for _ in range(3)], [b"POSTGW"] * 3)
-        self.assertTrue(portal.unasked())
-
     def test_look_up_that_hangs(self) -> None:
-        """An attempt ends in time although a name service says nothing; it costs one thread, ever; the devices are read on."""
-        self.limits(CONNECT_TIMEOUT=0.05)
+        """A name service that says nothing holds up nothing but attempts, which end in time, and costs one thread, ever.
+
+        When it answers at last, all are connected but for a device that went meanwhile.
+        """
+        self.limits(CONNECT_TIMEOUT=0.05, LAST_ATTEMPT=0.02)
         self.go.clear()
-        running, before = self.named(self.portal()), threading.active_count()
+        portal, most, before = self.portal(), 0, threading.active_count() + 1
+        running = self.named(portal)
         devices = [running.device(frame(serial=f"91000HKU{i:08d}")) for i in range(10)]
-        most = 0
-        while running.value("sems_mitm_upstream_connect_failures_total", reason="dns") < 30:
+        while running.value(FAILURES, reason="dns") < 30:
             most = max(most, threading.active_count())
         devices[0].send(b"".join(frames_of(500)))
         running.becomes(510, "meter_metrics_packets_total")
         self.assertEqual((most - before, self.asked), (1, 1))
         self.assertEqual(running.value("sems_mitm_upstream_up"), 0)
+        self.assertEqual(running.get("/-/ready")[0], 200)
+        devices[0].reset()
+        running.becomes(9, "sems_mitm_device_connections")
+        self.limits(CONNECT_TIMEOUT=PATIENCE)
+        self.go.set()
+        self.assertEqual([portal.accept().read(6) for _ in range(9)], [b"POSTGW"] * 9)
+        self.assertTrue(portal.unasked())
 
     def test_look_up_that_comes_late(self) -> None:
         """A name service that answers each time after the attempt has ended still leads to the portal."""
-        self.limits(CONNECT_TIMEOUT=0.1)
+        self.limits(CONNECT_TIMEOUT=0.05, BACKOFF=(0.3, 0.3))
+        system = self.look_up
+        self.numeric.side_effect = lambda host, *rest, **more: (
+            time.sleep(0.15 if str(host).endswith(".test") else 0) or system(host, *rest, **more)
+        )
         for mode in ("forward", "spool"):
             with self.subTest(mode):
-                portal, system = self.portal(), self.look_up
-                self.numeric.side_effect = lambda host, *rest, **more: (
-                    time.sleep(0.3 if str(host).endswith(".test") else 0) or system(host, *rest, **more)
-                )
+                portal = self.portal()
                 running = self.named(portal, f"--sems.mode={mode}")
                 running.device(frame())
-                self.assertEqual(portal.accept().read(len(frame())), frame())
-                self.assertGreaterEqual(running.value("sems_mitm_upstream_connect_failures_total", reason="dns"), 1)
+                portal.receives(frame())
+                self.assertGreaterEqual(running.value(FAILURES, reason="dns"), 1)
 
     def test_out_of_threads(self) -> None:
         """No thread to be had: no error, and it works when there are some again."""
@@ -3971,10 +3477,9 @@ class NameTest(NamedCase):
         with mock.patch.object(threading.Thread, "start", side_effect=RuntimeError("can't start new thread")):
             device = running.device(frame())
             running.becomes(1, "meter_metrics_packets_total")
-            until(lambda: running.value("sems_mitm_upstream_connect_failures_total") >= 2)
-        self.assertEqual(portal.accept().read(len(frame())), frame())
+            until(lambda: running.value(FAILURES) >= 2)
+        portal.receives(frame())
         self.assertTrue(device.silent(0.01))
-        self.assertEqual(running.value("sems_mitm_internal_errors_total"), 0)
 
 
 # ---------------------------------------------------------------------------------------------------- sockets: limits
@@ -3985,235 +3490,167 @@ class LimitsTest(SocketCase):
 
     def test_out_of_descriptors(self) -> None:
         """Connections wait on both families and on HTTP: those there are go on, nothing spins, and accepting resumes."""
-        portal, data = self.portal(), frame()
-        limit = "import resource; resource.setrlimit(resource.RLIMIT_NOFILE, (32, 32)); sems.TICK = 0.1"
+        portal = self.portal()
+        limit = "import resource; resource.setrlimit(resource.RLIMIT_NOFILE, (32, 32)); sems.TICK = 0.1; sems.BACKOFF = (0.05, 0.1)"
         process = self.serving(portal, "--sems.listen-address=:0", before=limit)
-        device = process.device(data)
-        leg = portal.accept()
-        leg.read(len(data))
-        hosts = [LOCAL, "::1"] if socket.has_ipv6 and os.path.exists("/proc/net/if_inet6") else [LOCAL]
-        idle = [process.device(host=host) for host in hosts for _ in range(20)]
-        idle += [process.client() for _ in range(20)]
+        device, leg = process.device(frame()), portal.receives(frame())
+        idle = [process.device(host=host) for host in FAMILIES for _ in range(15)]
+        idle += [process.client() for _ in range(15)]
         until(lambda: len(os.listdir(f"/proc/{process.popen.pid}/fd")) >= 31)
-        begin, before = time.monotonic(), process.cpu()
-        while time.monotonic() < begin + 0.4:
-            device.send(data)
-            self.assertEqual(leg.read(len(data)), data)
+        before = process.cpu()
+        for _ in range(8):
+            device.send(frame())
+            leg.expect(frame())
             time.sleep(0.05)
         self.assertLess(process.cpu() - before, 0.2)
         for peer in idle:
             peer.reset()
-        for i, host in enumerate(hosts):
-            data = frame(serial=METER[:-1] + str(i))
-            process.device(data, host=host)
-            self.assertEqual(portal.accept().read(len(data)), data)
+        for serial, host in zip((OTHER, INVERTER), FAMILIES):
+            process.device(frame(serial=serial), host=host)
+            portal.receives(frame(serial=serial))
         self.assertEqual(process.value("process_max_fds"), 32)
-        self.assertNotIn("Traceback", process.stderr())
         self.assertEqual(process.value("sems_mitm_internal_errors_total"), 0)
-        self.assertEqual(process.stop(), 0)
+        self.assertEqual((process.stop(), "Traceback" in process.stderr()), (0, False))
 
     def test_hardly_a_descriptor(self) -> None:
         """With 5 to 12 descriptors it ends in one line, or serves."""
-        path = os.path.join(self.directory(), "spool")
-        started = {}
-        for number, mode in itertools.product(range(5, 13), ("local", "spool")):
+        path, started = os.path.join(self.directory(), "spool"), {}
+        for number in range(5, 13):
             limit = f"import resource; resource.setrlimit(resource.RLIMIT_NOFILE, ({number}, {number}))"
-            flags = [f"--sems.mode={mode}", *[f"--sems.spool-file={path}{number}"] * (mode == "spool"), *PORTS]
-            started[number, mode] = self.process(*flags, before=limit)
-        for (number, mode), process in started.items():
-            with self.subTest(descriptors=number, mode=mode):
+            flags = ("--sems.mode=spool", f"--sems.spool-file={path}{number}", *PORTS)
+            started[number] = self.process(*flags, before=limit)
+        for number, process in started.items():
+            with self.subTest(descriptors=number):
                 until(lambda: process.popen.poll() is not None or "devices connect" in process.stderr())
-                if process.popen.poll() is not None:
-                    lines = [line for line in process.stderr().splitlines() if " WARNING " not in line]
-                    self.assertEqual((process.popen.poll(), len(lines)), (1, 1), process.stderr())
-                else:
+                if process.popen.poll() is None:
                     process.device(frame())
                     self.assertEqual(process.stop(), 0)
+                else:
+                    lines = [line for line in process.stderr().splitlines() if " WARNING " not in line]
+                    self.assertEqual((process.popen.poll(), len(lines)), (1, 1), process.stderr())
                 self.assertNotRegex(process.stderr(), "Traceback|Warning|Exception")
 
-    def latencies(self, *works, times: int = 5) -> list:
-        """Of each work the seconds of the best of several times: the machine has other things to do, too."""
-        took = [math.inf] * len(works)
-        for _ in range(times):
-            for i, work in enumerate(works):
-                begin = time.monotonic()
-                work()
-                took[i] = min(took[i], time.monotonic() - begin)
-            if max(took) < 1:
-                break
-        return took
+    def all_soon(self, *works) -> None:
+        """Each work takes a small part of the time that a test has: well under a second where nothing else runs."""
+        for work in works:
+            begin = time.monotonic()
+            work()
+            self.assertLess(time.monotonic() - begin, PATIENCE / 6)
 
     def test_a_flood_delays_no_other(self) -> None:
-        """While one peer floods and 100 are connected, another device's packet and a scrape take less than a second each."""
-        empty = with_crc(with_length(b"POSTGW....\x03.."))
+        """While one peer floods and 100 are connected, another device's packet and a scrape have their turn soon."""
+        portal, pairs, number = self.portal(), [], itertools.count()
+        process = self.serving(portal, f"--sems.capture={self.directory()}/capture", "--sems.max-devices=512")
+        for i in range(102):
+            data = frame(serial=f"91000HKU{i:08d}")
+            pairs.append((process.device(data), portal.receives(data)))
+        (probe, leg), (device, other) = pairs[:2]
+        nameless = with_crc(with_length(b"POSTGW....\x03.."))
         several = b"".join(frame(serial=f"91000HKU{i:08d}", when=minute(1)) for i in range(200))
-        capture = os.path.join(self.directory(), "capture")
-        portal = self.portal()
-        process = self.serving(portal, f"--sems.capture={capture}", "--sems.max-devices=512")
-        for i in range(100, 200):
-            process.device(frame(serial=f"91000HKU{i:08d}"))
-            portal.accept()
-        probe, flooded = process.device(frame(serial=OTHER)), process.device(frame(when=minute(-1)))
-        legs = [portal.accept(), portal.accept()]
-        leg, other = sorted(legs, key=lambda leg: leg.read(len(frame()))[14:30] != OTHER.encode())
-        over = threading.Event()
-        self.addCleanup(over.set)
-        waiting = select.poll()
-        for peer in portal.peers:
-            if peer is not leg:
-                waiting.register(peer.sock, select.POLLIN)
-        waiting.register(flooded.sock, select.POLLIN)
-        waiting.register(portal.sock, select.POLLIN)
-
-        def take() -> None:
-            """Take what comes on all other connections of the portal."""
-            socks = {peer.sock.fileno(): peer.sock for peer in [*portal.peers, flooded]}
-            while not over.is_set():
-                for number, _ in waiting.poll(50):
-                    if number == portal.sock.fileno():
-                        peer = portal.accept()
-                        socks[peer.sock.fileno()] = peer.sock
-                        waiting.register(peer.sock, select.POLLIN)
-                    elif not socks[number].recv(1 << 20):
-                        waiting.unregister(number)
-
-        taker = threading.Thread(target=take, daemon=True)
-        taker.start()
-        rows = (  # what, who floods, with what
-            ("frames without a serial number", flooded, empty * 5000),
-            ("200 serial numbers", process.device(), several * 2),
-            ("keep-alives of a portal", other, BEAT * 30_000),
-        )
-        number = itertools.count()
 
         def packet() -> None:
-            data = frame(serial=OTHER, when=NOON + timedelta(seconds=next(number)))
+            data = frame(when=NOON + timedelta(seconds=next(number)))
             probe.send(data)
-            self.assertEqual(leg.read(len(data)), data)
+            leg.expect(data)
 
-        for name, peer, block in rows:
+        for name, sender, receiver, block in (
+            ("frames without a serial number", device, other, nameless * 5000),
+            ("200 serial numbers", device, other, several),
+            ("keep-alives of a portal", other, device, BEAT * 30_000),
+        ):
+            position = 0
+
+            def flood() -> None:
+                nonlocal position
+                readable, writable, _ = select.select([receiver.sock], [sender.sock], [], 0.1)
+                if readable:
+                    receiver.sock.recv(1 << 20)
+                if writable:
+                    position = (position + sender.sock.send(block[position:])) % len(block)
+
             with self.subTest(name):
-                dry = threading.Event()
-                flood = threading.Thread(target=self.flood, args=(peer, block, dry), daemon=True)
-                flood.start()
-                self.assertLess(max(self.latencies(packet, lambda: process.get("/metrics"))), 1)
-                dry.set()
-                flood.join(PATIENCE)
-        over.set()
-        taker.join(PATIENCE)
+                stop = self.again_and_again(flood)
+                self.all_soon(packet, lambda: process.get("/metrics"))
+                stop()
 
-    @staticmethod
-    def flood(peer: Peer, block: bytes, over: threading.Event) -> None:
-        peer.sock.settimeout(0.1)
-        while not over.is_set():
-            with contextlib.suppress(socket.timeout):
-                peer.sock.sendall(block)
+    def local(self) -> tuple:
+        """An exporter of mode local as a process, and what its users want: that a packet is answered, and a scrape."""
+        process = self.serving(None, "--sems.mode=local")
+        device = process.device()
+        packet = lambda: device.send(frame(serial=OTHER)) or device.packets(1)
+        return process, packet, lambda: self.assertEqual(process.get("/metrics")[0], 200)
 
     def test_long_frames_to_decode(self) -> None:
-        """256 serial numbers with three live frames of 8 KiB each, then a scrape: nobody waits longer than a second."""
-        process = self.serving(None, "--sems.mode=local")
-        clear = sems.payload([(first, range(1, 1001)) for first in (0, 1000, 2000, 3000)])
-        data = frame(clear=clear[: 8192 - 64])
+        """256 serial numbers with three live frames of 8 KiB each, then a scrape: nobody waits long."""
+        process, packet, scrape = self.local()
+        data = frame(clear=sems.payload([(first, range(1, 1001)) for first in (0, 1000, 2000, 3000)])[: 8192 - 64])
         frames = [with_crc(data[:14] + b"91000HKU%08d" % i + data[30:]) for i in range(256)]
-        probe = process.device(frame(serial=OTHER))
-        probe.packets(1)
         crowd = [process.device() for _ in range(8)]
 
-        def packet() -> None:
-            probe.send(frame(serial=OTHER))
-            probe.packets(1)
-
-        def scrape() -> None:
-            self.assertEqual(process.get("/metrics")[0], 200)
-
-        for _ in range(3):  # each wave is to be decoded anew
-            for i, data in enumerate(frames):
-                crowd[i % 8].send(data * 3)
-                crowd[i % 8].packets(3)
-            took = self.latencies(scrape, packet, times=1)
-            if max(took) < 1:
-                break
-        self.assertLess(max(took), 1)
+        packet()
+        for i, data in enumerate(frames):
+            crowd[i % 8].send(data * 3)
+            crowd[i % 8].packets(3)
+        self.all_soon(scrape, packet)
 
     def test_crowd_of_http_clients(self) -> None:
         """200 silent clients, 200 that send a byte now and then, 100 that come back at once, 40 slow readers hold up nobody."""
-        process = self.serving(None, "--sems.mode=local")
-        device = process.device(frame())
-        device.packets(1)
+        process, packet, scrape = self.local()
+        packet()
         for _ in range(200):
             process.client()
-        dribblers = [process.client(b"G") for _ in range(200)]
+        dribblers, returning = [process.client(b"G") for _ in range(200)], []
         for _ in range(40):
             process.client(b"GET /metrics HTTP/1.0\r\n\r\n", 2048)
-        over = threading.Event()
-        self.addCleanup(over.set)
 
-        def dribble() -> None:
-            while not over.wait(0.5):
-                for peer in dribblers:
-                    with contextlib.suppress(OSError):
-                        peer.send(b"E")
-
-        def come_back() -> None:
-            peers: list = []
-            while not over.wait(0.01):
-                for peer in [peer for peer in peers if not peer.silent(0)]:
-                    peer.close()
-                    peers.remove(peer)
-                with contextlib.suppress(OSError):
-                    peers += [connected(process.web_port) for _ in range(100 - len(peers))]
-            for peer in peers:
+        def crowd() -> None:
+            for peer in [peer for peer in returning if not peer.silent(0)]:
                 peer.close()
+                returning.remove(peer)
+            with contextlib.suppress(OSError):
+                returning.extend(connected(process.web_port) for _ in range(100 - len(returning)))
+            for peer in random.sample(dribblers, 5):
+                with contextlib.suppress(OSError):
+                    peer.send(b"E")
+            time.sleep(0.01)
 
-        threads = [threading.Thread(target=work, daemon=True) for work in (dribble, come_back)]
-        for thread in threads:
-            thread.start()
-
-        def packet() -> None:
-            device.send(frame())
-            device.packets(1)
-
-        def scrape() -> None:
-            self.assertEqual(process.get("/metrics")[0], 200)
-
-        for _ in range(3):
-            self.assertLess(max(self.latencies(scrape, packet)), 1)
-        over.set()
-        for thread in threads:
-            thread.join(PATIENCE)
+        stop = self.again_and_again(crowd)
+        for _ in range(10):
+            self.all_soon(scrape, packet)
+        stop()
+        for peer in returning:
+            peer.close()
         self.assertGreater(process.value("sems_mitm_http_closed_connections_total"), 100)
 
     def test_idle_with_a_backlog(self) -> None:
         """Idle with much to deliver and the portal away, it does next to nothing. TEST_SLOW=1 measures a minute."""
         path = os.path.join(self.directory(), "spool")
-        count, seconds = (2000, 60) if os.environ.get("TEST_SLOW") else (500, 1)
+        count, seconds = (2000, 60) if os.environ.get("TEST_SLOW") else (300, 0.6)
         process = self.serving(self.portal(listening=False), "--sems.mode=spool", f"--sems.spool-file={path}")
         frames = cheap_frames(count, 8000)
         for i in range(0, count, 100):
             process.device(b"".join(frames[i : i + 100])).packets(100)
         self.assertGreater(process.queued(), 7e3 * count)
-        time.sleep(0.5)
+        time.sleep(0.2)
         before = process.cpu()
         time.sleep(seconds)
         used = (process.cpu() - before) / seconds
-        self.assertLess(used, 0.02)
+        self.assertLess(used, 0.03)
         if seconds > 2:
             print(f"idle with a backlog: {100 * used:.3f} % of a core")
 
     def test_memory_at_worst(self) -> None:
-        """256 connections, the portal away, queues full, an unfinished frame in each, 16 slow readers of the page: under 80 MB."""
-        portal = self.portal(listening=False)
-        process = self.serving(portal, before="sems.BACKOFF = (5, 60)", MALLOC_ARENA_MAX="2")
+        """256 connections, the portal away, queues full, an unfinished frame in each, ten slow readers of the page: under 80 MB."""
+        process = self.serving(self.portal(listening=False), before="sems.BACKOFF = (5, 60)", MALLOC_ARENA_MAX="2")
         data = next(bytes.fromhex(row["hex"]) for row in VECTORS if row["hex"][20:24] == "0204")
         clear, unfinished = sems.decode(data, OUT).clear, b"POSTGW\0\0\x1f\xf0\x03\x04" + bytes(8000)
         for i in range(256):
             process.device(frame(sems.LIVE, 2, f"9010KETU{i:08d}", clear=clear))
-        until(lambda: process.value("sems_mitm_upstream_connect_failures_total") >= 256, pause=0.1)
         for i, device in enumerate(process.devices):
             device.send(cheap_frames(1, 1024, f"91000HKU{i:08d}")[0] * 64 + unfinished)
-        for _ in range(16):
+        for _ in range(10):
             process.client(b"GET / HTTP/1.0\r\n\r\n", SMALL)
-        until(lambda: process.value("sems_mitm_packets_total", type="0345") == 256 * 64, 2 * PATIENCE, 0.2)
+        until(lambda: process.value("sems_mitm_packets_total", type="0345") == 256 * 64, 2 * PATIENCE, 0.3)
         self.assertGreater(process.queued(), sems.QUEUES - sems.HTTP_ANSWERS)
         self.assertLess(process.status("VmHWM"), 80 << 10)
 
@@ -4224,77 +3661,92 @@ class LimitsTest(SocketCase):
 class RecordedFilesTest(SocketCase):
     """--sems.capture and --sems.backfill."""
 
+    def setUp(self) -> None:
+        super().setUp()
+        folder = self.directory()
+        self.paths = self.capture, self.backfill = f"{folder}/capture", f"{folder}/backfill"
+        self.flags = (f"--sems.capture={self.capture}", f"--sems.backfill={self.backfill}")
+
     def test_written_at_once(self) -> None:
-        """Every frame is in the capture before the device can know of it, buffered readings in the other file; decode reads both."""
-        capture, backfill = (os.path.join(self.directory(), name) for name in ("capture", "backfill"))
-        running = self.exporter(None, "--sems.mode=local", f"--sems.capture={capture}", f"--sems.backfill={backfill}")
-        rows = [frame(sems.SETTINGS), frame(), frame(sems.BUFFERED)]
-        device = running.device(spoilt(frame()) + b"".join(rows))
-        device.packets(4)
-        until(lambda: len(open_lines(capture)) == 4 and open_lines(backfill))
-        outward = [line for line in map(json.loads, open_lines(capture)) if line["direction"] == "outbound"]
-        self.assertEqual([line["hex"] for line in outward], [data.hex() for data in (spoilt(frame()), *rows)])
-        self.assertEqual([line["verdict"] for line in outward], ["dropped", *["answered"] * 3])
-        self.assertEqual({line["peer"] for line in outward}, {"%s:%d" % device.sock.getsockname()})
-        self.assertEqual([json.loads(line)["hex"] for line in open_lines(backfill)], [rows[2].hex()])
-        code, out, _ = called("decode", capture)
-        good = [line["hex"] for line in map(json.loads, out.splitlines()) if line["crc_ok"]]
-        self.assertEqual((code, good[:3]), (0, [data.hex() for data in rows]))
+        """Every frame is in the capture before its answer comes, a device's buffered readings in the other file; a torn line is ended."""
+        frames = [frame(sems.SETTINGS), frame(), frame(sems.BUFFERED)]
+        for before in ("", "old\n", "torn"):
+            with self.subTest(before):
+                for path in self.paths:
+                    pathlib.Path(path).write_text(before)
+                running = self.exporter(self.portal(habit=ack_of), *self.flags)
+                device = running.device(spoilt(frame()) + b"".join(frames))
+                device.packets(3)
+                lines, buffered = (list(map(json.loads, open_lines(path)[bool(before) :])) for path in self.paths)
+                outward = [line for line in lines if line["direction"] == "outbound"]
+                self.assertEqual([line["hex"] for line in outward], [data.hex() for data in (spoilt(frame()), *frames)])
+                self.assertEqual([line["hex"] for line in buffered], [frames[2].hex()])
+                self.assertEqual({line["verdict"] for line in lines}, {"forwarded"})
+                self.assertEqual({line["peer"] for line in outward}, {"%s:%d" % device.sock.getsockname()})
+                when = datetime.fromisoformat(lines[0]["time"])
+                self.assertEqual(when.utcoffset(), timedelta(0))
+                self.assertLess(abs(when.timestamp() - time.time()), PATIENCE)
 
     def test_trouble_with_a_file(self) -> None:
-        """A full disk, a bad path, a FIFO that nobody reads: counted, a log line a minute, and nothing else changes."""
-        fifo = os.path.join(self.directory(), "fifo")
-        os.mkfifo(fifo)
-        rows = (("/dev/full", 5, 5), ("/nonexistent/capture", 5, 5), (self.directory(), 5, 5), (fifo, 300, 1))
+        """A full disk, a bad path, a FIFO that nobody reads: counted, a log line a minute, nothing else changes, and tried again."""
+        folder = self.directory()
+        os.mkfifo(f"{folder}/fifo")
+        rows = (("/dev/full", 5, 5), (f"{folder}/later/file", 5, 5), (folder, 5, 5), (f"{folder}/fifo", 300, 1))
         for path, count, errors in rows:
             with self.subTest(path):
                 self.lines.clear()
-                portal = self.portal()
-                running = self.exporter(portal, f"--sems.capture={path}", f"--sems.backfill={path}")
-                stream = b"".join(frames_of(count, function=sems.BUFFERED))
-                device = running.device(stream)
-                leg = portal.accept()
-                self.assertEqual(leg.read(len(stream)), stream)
-                leg.send(ack_of(stream))
-                self.assertEqual(device.read(ACK_SIZE), ack_of(stream))
+                running = self.exporter(None, "--sems.mode=local", f"--sems.capture={path}", f"--sems.backfill={path}")
+                device = running.device(b"".join(frames_of(count, function=sems.BUFFERED)))
+                device.packets(count)
                 for file in ("capture", "backfill"):
                     until(lambda: running.value("sems_mitm_file_errors_total", file=file) >= errors)
                 self.assertEqual(running.value("sems_mitm_buffered_packets_total"), count)
                 self.assertEqual(sum("--sems.capture" in line for line in self.lines), 1, self.lines)
+                if "later" in path:
+                    os.mkdir(f"{folder}/later")
+                    device.send(frame(sems.BUFFERED, serial=OTHER))
+                    device.packets(1)
+                    self.assertEqual(len(open_lines(path)), 2)
+
+    def test_torn_line(self) -> None:
+        """A line that a full disk tears is counted, and the next begins on a line of its own."""
+        running, write = self.exporter(None, "--sems.mode=local", self.flags[0]), os.write
+        device = running.device()
+        with mock.patch.object(os, "write", lambda file, data: write(file, data[:30])):
+            device.send(frame())
+            until(lambda: running.value("sems_mitm_file_errors_total", file="capture") == 1)
+        device.send(frame())
+        until(lambda: len(open_lines(self.capture)) == 2)
+        torn, line = open_lines(self.capture)
+        self.assertEqual((len(torn), json.loads(line)["hex"]), (30, frame().hex()))
 
     def test_opened_anew(self) -> None:
         """SIGHUP opens capture and backfill anew, for the rotation of logs, and ends nothing."""
-        where = self.directory()
-        names = ["capture", "backfill"]
-        process = self.serving(None, "--sems.mode=local", *(f"--sems.{name}={where}/{name}" for name in names))
-        device = process.device(frame(sems.BUFFERED))
+        process = self.serving(None, "--sems.mode=local", *self.flags)
+        device, data = process.device(frame(sems.BUFFERED)), frame(sems.BUFFERED, when=minute(1))
         device.packets(1)
-        until(lambda: all(open_lines(f"{where}/{name}") for name in names))
-        for name in names:
-            os.rename(f"{where}/{name}", f"{where}/{name}.1")
+        for path in self.paths:
+            os.rename(path, f"{path}.1")
         process.popen.send_signal(signal.SIGHUP)
-        data = frame(sems.BUFFERED, when=minute(1))
 
         def is_written() -> bool:
             device.send(data)
             device.packets(1)
-            return all(data.hex() in "".join(open_lines(f"{where}/{name}")) for name in names)
+            return all(data.hex() in "".join(open_lines(path)) for path in self.paths)
 
         until(is_written)
-        for name in names:
-            self.assertEqual(json.loads(open_lines(f"{where}/{name}.1")[0])["hex"], frame(sems.BUFFERED).hex())
+        for path in self.paths:
+            self.assertEqual(json.loads(open_lines(f"{path}.1")[0])["hex"], frame(sems.BUFFERED).hex())
         self.assertEqual(process.stop(), 0)
 
     def test_slow_disk(self) -> None:
         """A disk that holds all up is named once."""
         self.limits(SLOW=0.02)
-        capture = os.path.join(self.directory(), "capture")
-        running = self.exporter(None, "--sems.mode=local", f"--sems.capture={capture}")
-        write = os.write
-        self.patch(os, "write", lambda file, data: time.sleep(0.05) or write(file, data))
+        device, write = self.exporter(None, "--sems.mode=local", *self.flags).device(), os.write
+        self.patch(os, "write", lambda file, data: time.sleep(0.03) or write(file, data))
         for data in frames_of(3):
-            running.device(data).packets(1)
-        until(lambda: len(open_lines(capture)) >= 3)
+            device.send(data)
+            device.packets(1)
         (line,) = (line for line in self.lines if "disk" in line)
         self.assertIn("--sems.capture", line)
 
@@ -4304,30 +3756,26 @@ class LifeTest(SocketCase):
 
     def test_signals(self) -> None:
         """SIGTERM and SIGINT end it with 0 and soon, whatever the portal does; what is queued for one that reads goes out."""
-        rows = (  # state, mode, signal
-            ("connected", "forward", signal.SIGINT),
-            ("queue waiting", "spool", signal.SIGTERM),
-            ("black hole", "forward", signal.SIGINT),
-        )
         started = []
-        for state, mode, number in rows:
+        for state, mode, number in (
+            ("connected", "forward", signal.SIGINT),
+            ("away", "spool", signal.SIGTERM),
+            ("swallows SYNs", "forward", signal.SIGINT),
+        ):
             portal = self.portal(listening=state == "connected")
-            if state == "black hole":
-                portal.black_hole()
+            portal.black_hole() if state == "swallows SYNs" else None
             process = self.serving(portal, f"--sems.mode={mode}", before="sems.SHUTDOWN = 0.3")
             started.append((state, portal, process, number))
-        for state, portal, process, _ in started:
+        for *_, process, number in started:
             process.client()  # one that says nothing
             process.device(frame())
-            until(lambda: process.value("meter_metrics_packets_total"))
-            portal.accept() if state == "connected" else None
-        for _, _, process, number in started:
+            process.becomes(1, "meter_metrics_packets_total")
             process.popen.send_signal(number)
         for state, portal, process, _ in started:
             with self.subTest(state):
                 self.assertEqual(process.popen.wait(PATIENCE), 0, process.stderr())
                 self.assertNotRegex(process.stderr(), "Traceback|Warning")
-                self.assertTrue(state != "connected" or portal.peers[0].rest() == frame())
+                self.assertEqual(portal.accept().rest() if state == "connected" else frame(), frame())
 
     def test_stop_sends_what_is_queued(self) -> None:
         """What is queued for a portal that takes its time goes out before the end."""
@@ -4337,7 +3785,7 @@ class LifeTest(SocketCase):
         stream = b"".join(cheap_frames(150))
         running.device().send(stream)
         leg = portal.accept()
-        until(lambda: running.value("sems_mitm_bytes_total", direction="outbound") == len(stream))
+        running.becomes(len(stream), "sems_mitm_bytes_total", direction="outbound")
         running.loop.stop()
         self.assertEqual(leg.rest(), stream)
         running.thread.join(PATIENCE)
@@ -4353,69 +3801,57 @@ class LifeTest(SocketCase):
 
     def test_without_sqlite(self) -> None:
         """A Python without sqlite3 ends mode spool in one line, and serves in all others."""
-        for mode, code in (("spool", 1), ("local", 0)):
-            process = self.process(f"--sems.mode={mode}", *PORTS, before="sys.modules['sqlite3'] = None")
-            if code:
-                self.assertEqual((process.popen.wait(PATIENCE), process.stderr().count("\n")), (1, 1), process.stderr())
-                self.assertIn("sqlite3", process.stderr())
-            else:
-                process.device(frame()).packets(1)
-
-
-# -------------------------------------------------------------------------------------------------------- containment
+        before = "sys.modules['sqlite3'] = None"
+        self.serving(None, "--sems.mode=local", before=before).device(frame()).packets(1)
+        code, err = self.process("--sems.mode=spool", *PORTS, before=before).ended()
+        self.assertEqual((code, err.count("\n"), "sqlite3" in err), (1, 1, True), err)
 
 
 class ContainmentTest(NamedCase):
     """An error of our own ends what it happened in, is counted, is in the log once a minute, and nothing else changes."""
 
+    CALLBACKS = (  # mode, class or module, functions
+        ("forward", "Relay", "ready settle look close"), ("local", "Answerer", "ready settle look close answer"),
+        ("spool", "SpoolSender", "ready settle look"), ("local", "HttpClient", "ready settle look close"),
+        ("local", "Request", "do_GET"), ("forward", "PortalLink", "addressed"), ("local", "Listener", "ready open"),
+        ("local", "Loop", "_admit _bound"), ("local", "Web", "_admit"), ("local", "Files", "flush"),
+        ("spool", "Spools", "commit look take"), ("spool", "SpoolTable", "tend"), ("local", "Store", "look meet"),
+        ("local", "History", "note"), ("local", "Framer", "feed expire"), ("local", "Connection", "send watch close"),
+        ("local", "", "address answer tuned reading"), ("forward", "", "with_small_buffers allowed"), ("spool", "", "allowed"),
+    )  # fmt: skip
+
     def setUp(self) -> None:
         super().setUp()
-        self.faults = 1  # said; twice it happens each time
-
-    def fault(self, where, name: str) -> dict:
-        """Let a function of the program raise as often as the dictionary's `left` says, which is 0."""
-        real, state = getattr(where, name), {"left": 0}
-
-        def faulty(*arguments, **more):
-            if state["left"]:
-                state["left"] -= 1
-                raise ZeroDivisionError("a fault that a test makes")
-            return real(*arguments, **more)
-
-        self.patch(where, name, faulty)
-        return state
+        ignoring = warnings.catch_warnings()
+        ignoring.__enter__()
+        warnings.simplefilter("ignore", ResourceWarning)  # a connection whose end fails is left to the collector
+        self.addCleanup(lambda: (gc.collect(), ignoring.__exit__(None, None, None)))
 
     def test_every_callback(self) -> None:
-        """Whatever the loop calls can fail, twice: it is counted, the process lives, and the next frame of another device is answered."""
-        rows = (  # mode, class, method; for an owner: it alone is hit
-            ("forward", sems.Relay, "ready"), ("forward", sems.Relay, "settle"), ("forward", sems.Relay, "look"),
-            ("local", sems.Answerer, "ready"), ("local", sems.Answerer, "settle"), ("spool", sems.Answerer, "answer"), ("local", sems.Answerer, "look"),
-            ("spool", sems.SpoolSender, "ready"), ("spool", sems.SpoolSender, "settle"), ("spool", sems.SpoolSender, "look"),
-            ("local", sems.HttpClient, "ready"), ("local", sems.HttpClient, "settle"), ("local", sems.HttpClient, "look"),
-            ("local", sems.Request, "do_GET"), ("forward", sems.PortalLink, "addressed"),
-            ("local", sems.Listener, "ready"), ("local", sems.Listener, "open"), ("local", sems.Loop, "_admit"), ("local", sems.Web, "_admit"),
-            ("local", sems.Files, "flush"), ("spool", sems.Spools, "commit"), ("spool", sems.Spools, "look"), ("spool", sems.SpoolTable, "tend"),
-            ("spool", sems.Spools, "take"), ("local", sems.Loop, "_bound"), ("local", sems.Store, "look"), ("local", sems.History, "note"),
-            ("local", sems.Store, "meet"), ("local", sems.Framer, "feed"), ("local", sems.Framer, "expire"), ("local", sems.Connection, "send"),
-            ("local", sems.Connection, "watch"), ("local", sems.Connection, "close"), ("local", sems, "address"), ("local", sems, "answer"),
-            ("forward", sems.Relay, "close"), ("local", sems.Answerer, "close"), ("local", sems.HttpClient, "close"),
-            ("local", sems, "tuned"), ("forward", sems, "with_small_buffers"), ("forward", sems, "allowed"), ("local", sems, "reading"),
-        )  # fmt: skip
-        self.limits(BACKOFF=(0.01, 0.01), PATIENCE={"outbound": 0.1, "inbound": 0.1}, ANSWER_TIMEOUT=0.2, LINGER=0.05)
-        self.faults = 0
-        for mode, where, name in rows:
-            with self.subTest(mode=mode, callback=f"{getattr(where, '__name__', 'sems')}.{name}"):
-                self.fail_twice(mode, self.fault(where, name))
-                self.assertTrue(self.tracebacks())
-            self.lines.clear()
+        """Whatever the loop calls can fail, twice: it is counted, the process lives, and the next frame of another device is answered.
 
-    def fail_twice(self, mode: str, state: dict) -> None:
+        What was spooled stays, and is delivered.
+        """
+        self.limits(BACKOFF=(0.01, 0.01), PATIENCE={"outbound": 0.1, "inbound": 0.1}, ANSWER_TIMEOUT=0.2, LINGER=0.05)
+        for mode, where, names in self.CALLBACKS:
+            for name in names.split():
+                owner, left = getattr(sems, where) if where else sems, []  # left: faults that are still to happen
+                real = getattr(owner, name)
+                faulty = lambda *arguments, **more: 1 / left.pop() if left else real(*arguments, **more)
+                with self.subTest(mode=mode, callback=f"{where}.{name}"), mock.patch.object(owner, name, faulty):
+                    self.fail_twice(mode, left)
+                    self.assertTrue(self.tracebacks())
+                self.lines.clear()
+
+    def fail_twice(self, mode: str, left: list) -> None:
         """Have a callback of a running exporter fail twice, and see that it lives."""
-        running = self.named(self.portal(habit=ack_of), f"--sems.mode={mode}")
-        with contextlib.closing(running.device(frame(serial=INVERTER, cls=sems.GRID_TIED))) as first:
+        portal = self.portal(habit=ack_of)
+        running = self.named(portal, f"--sems.mode={mode}")
+        frames = (frame(serial=f"91000HKU{number:08d}") for number in itertools.count())
+        acked, visitors = [next(frames)], []
+        with contextlib.closing(running.device(acked[0])) as first:
             first.packets(1)
-        serials = (f"91000HKU{number:08d}" for number in itertools.count(100))
-        state["left"], visitors = 2, []
+        left += [0, 0]
 
         def errors() -> float:
             with contextlib.suppress(OSError, http.client.HTTPException, ValueError):
@@ -4425,51 +3861,28 @@ class ContainmentTest(NamedCase):
         def provoke() -> bool:
             """All that can lead to a callback: devices that come, speak in parts, and go; a scrape."""
             with contextlib.suppress(OSError):
-                visitors.append(running.device(frame(serial=next(serials)) + frame()[:20]))
+                visitors.append(running.device(next(frames) + frame()[:20]))
                 visitors.append(running.client(b"GET / "))
             for peer in visitors[:-10]:
                 peer.close()
-            return errors() >= 2 and not state["left"]
+            return errors() >= 2 and not left
 
         def is_served() -> bool:
-            with contextlib.suppress(OSError, EOFError), contextlib.closing(connected(running.port)) as device:
-                device.send(frame(serial=next(serials)))
-                return bool(device.packets(1))
-            return False
+            data = next(frames)
+            with contextlib.suppress(OSError, EOFError), contextlib.closing(connected(running.port, data)) as device:
+                device.packets(1)
+                acked.append(data)
+            return acked[-1] == data
 
         try:
             until(provoke, pause=0.02)
             self.assertEqual(errors(), 2)
-            self.assertTrue(is_served())
+            until(is_served)
             self.assertEqual(running.get("/-/healthy")[0], 200)
+            until(lambda: mode == "local" or set(portal.got) >= set(acked))
         finally:
-            state["left"] = 0
+            left.clear()
             running.close()
-
-    def test_what_was_spooled_stays(self) -> None:
-        """An event of a spool's connection fails: the connection ends, and what was spooled is delivered later."""
-        portal, frames = self.portal(habit=ack_of), frames_of(5)
-        running = self.exporter(portal, "--sems.mode=spool")
-        self.fault(sems, "allowed")["left"] = 2
-        device = running.device(b"".join(frames))
-        device.packets(5)
-        until(lambda: running.queued() == 0)
-        self.assertEqual(portal.firsts(), frames)
-        running.becomes(2, "sems_mitm_internal_errors_total")
-        self.assertTrue(device.silent(0.01))
-
-    def test_a_reading(self) -> None:
-        """A reading, also while a scrape decodes: it is left out; its packet is counted and goes on."""
-        portal, frames = self.portal(habit=ack_of), frames_of(3)
-        running = self.exporter(portal)
-        self.fault(sems, "reading")["left"] = 2
-        device = running.device()
-        for count, data in enumerate(frames):
-            device.send(data)
-            device.packets(1)
-            running.becomes(min(count + 1, 2), "sems_mitm_internal_errors_total")
-        self.assertEqual(portal.got, frames)
-        self.assertEqual(running.value("meter_power_generation_watts"), 2600)
 
 
 # -------------------------------------------------------------------------------------------------- network namespaces
@@ -4477,18 +3890,18 @@ class ContainmentTest(NamedCase):
 
 def inside(name: str, make):
     """What make() gives when called in a network namespace: a socket keeps the one that it was made in."""
-    found: list = []
+    made: list = []
 
     def run() -> None:
         with open(f"/run/netns/{name}") as file:
             if ctypes.CDLL(None, use_errno=True).setns(file.fileno(), 0x40000000):
                 raise OSError(ctypes.get_errno(), "setns")
-        found.append(make())
+        made.append(make())
 
     thread = threading.Thread(target=run)
     thread.start()
     thread.join()
-    return found[0]
+    return made[0]
 
 
 class NamespaceTest(SocketCase):
@@ -4498,24 +3911,22 @@ class NamespaceTest(SocketCase):
 
     def setUp(self) -> None:
         super().setUp()
-        self.here, self.there = (f"sems{os.getpid()}{end}" for end in "ab")
         if not shutil.which("ip") or os.geteuid():
             self.skipTest("needs root and `ip` for network namespaces")
-        made = self.ip("-batch", "-", text=f"netns add {self.here}\nnetns add {self.there}\n")
-        self.addCleanup(self.ip, "-force", "-batch", "-", text=f"netns del {self.here}\nnetns del {self.there}\n")
-        made = made or self.ip(
-            "-n", self.here, "link", "add", "v0", "type", "veth", "peer", "name", "v0", "netns", self.there
-        )
+        self.here, self.there = ends = [f"sems{os.getpid()}{end}" for end in "ab"]
+        self.addCleanup(self.ip, *(f"netns del {name}" for name in ends))
+        trouble = self.ip(*(f"netns add {name}" for name in ends))
+        trouble += self.ip(f"link add v0 netns {self.here} type veth peer name v0 netns {self.there}")
         for name, address in ((self.here, self.HERE), (self.there, self.THERE)):
-            text = f"link set lo up\naddr add {address}/30 dev v0\nlink set v0 up\n"
-            made = made or self.ip("-n", name, "-batch", "-", text=text)
-        if made:
-            self.skipTest(f"no network namespaces here: {made}")
+            trouble += self.ip("link set lo up", f"addr add {address}/30 dev v0", "link set v0 up", inside=name)
+        if trouble:
+            self.skipTest(f"no network namespaces here: {trouble}")
 
     @staticmethod
-    def ip(*arguments: str, text: str = "") -> str:
-        """What `ip` has to complain about."""
-        return subprocess.run(["ip", *arguments], input=text, capture_output=True, text=True).stderr.strip()
+    def ip(*lines: str, inside: str = "") -> str:
+        """What `ip` has to complain about, on this host or inside a namespace."""
+        command = ["ip", *(["-n", inside] if inside else []), "-force", "-batch", "-"]
+        return subprocess.run(command, input="\n".join(lines), capture_output=True, text=True).stderr.strip()
 
     def device(self, running: Running, data: bytes) -> Peer:
         running.devices.append(inside(self.here, lambda: connected(running.port, data)))
@@ -4529,18 +3940,17 @@ class NamespaceTest(SocketCase):
 
     def test_nonlocal_bind(self) -> None:
         """On a host with net.ipv4.ip_nonlocal_bind=1 the real portal, on our own port, is not taken for ourselves; we are."""
-        subprocess.run(
-            ["ip", "netns", "exec", self.here, "sh", "-c", "echo 1 > /proc/sys/net/ipv4/ip_nonlocal_bind"], check=True
-        )
+        setting = "echo 1 > /proc/sys/net/ipv4/ip_nonlocal_bind"
+        subprocess.run(["ip", "netns", "exec", self.here, "sh", "-c", setting], check=True)
         portal = inside(self.there, lambda: self.portal(host=self.THERE))
         running = self.exporter_here(portal, f"--sems.listen-address=:{portal.port}")
         self.device(running, frame())
-        self.assertEqual(portal.accept().read(6), b"POSTGW")
+        portal.receives(frame())
         running.close()
         portal.host = self.HERE
         running = self.exporter_here(portal, f"--sems.listen-address=:{portal.port}")
         self.device(running, frame())
-        until(lambda: running.value("sems_mitm_upstream_connect_failures_total", reason="loop"))
+        until(lambda: running.value(FAILURES, reason="loop"))
 
     def test_line_cut_without_a_word(self) -> None:
         """A line cut without a word is noticed, with traffic or without; then frames wait, and go out when it is back."""
@@ -4557,36 +3967,32 @@ class NamespaceTest(SocketCase):
         self.patch(socket.socket, "setsockopt", scaled)
         self.limits(CONNECT_TIMEOUT=10 if slow else 0.2, BACKOFF=(1, 60) if slow else (0.02, 0.05))
         started = []
-        for mode, talks in (("forward", False), ("forward", True), ("spool", False), ("spool", True)):
-            portal = inside(self.there, lambda: self.portal(host=self.THERE))
+        for mode, talks in itertools.product(("forward", "spool"), (False, True)):
+            portal = inside(self.there, lambda: self.portal(host=self.THERE, habit=ack_of))
             running = self.exporter_here(portal, f"--sems.mode={mode}")
             device = self.device(running, frame())
-            leg = portal.accept()
-            leg.read(len(frame()))
-            leg.send(ack_of(frame()))
             device.packets(1)
-            until(lambda: running.queued() == 0)
+            running.emptied()
             started.append((mode, talks, portal, running, device))
-        self.ip("-n", self.there, "link", "set", "v0", "down")
+        self.ip("link set v0 down", inside=self.there)
         begin = time.monotonic()
         for mode, talks, *_, device in started:
             device.send(frame(when=minute(1)) * talks)
-            device.packets(1) if mode == "spool" and talks else None
+            device.packets(mode == "spool" and talks)
         for *_, running, _ in started:
             until(lambda: running.value("sems_mitm_upstream_up") == 0, 100, 0.05)
         took = time.monotonic() - begin
         self.assertLess(took, 90 if slow else PATIENCE)
         for mode, *_, running, device in started:
             device.send(frame(when=minute(2)))
-            device.packets(1) if mode == "spool" else None
+            device.packets(mode == "spool")
             until(running.queued)
-        self.ip("-n", self.there, "link", "set", "v0", "up")
+        self.ip("link set v0 up", inside=self.there)
         for mode, talks, portal, *_ in started:
             with self.subTest(mode, talks=talks):
-                portal.sock.settimeout(100)
-                expected = frame(when=minute(1)) * (talks and mode == "spool") + frame(when=minute(2))
-                self.assertEqual(portal.accept().read(len(expected)), expected)
-        self.assertEqual({name: max(values) for name, values in asked.items()}["TCP_USER_TIMEOUT"], 60_000)
+                talked = [frame(when=minute(1))] if talks and mode == "spool" else []
+                until(lambda: portal.got[1:] == [*talked, frame(when=minute(2))], 100)
+        self.assertEqual(max(asked["TCP_USER_TIMEOUT"]), 60_000)
         self.assertTrue(asked["TCP_KEEPIDLE"] >= {20} and asked["TCP_KEEPINTVL"] >= {10}, asked)
         if slow:
             print(f"line cut: noticed by all four after {took:.0f} s")
@@ -6838,7 +6244,8 @@ class Readme(unittest.TestCase):
 
     def test_tables(self) -> None:
         """Its tables are the code's, every flag and command stands in it, and it stays a read of an evening."""
-        text = content_of(README).decode()
+        with open(README, encoding="utf-8") as file:
+            text = file.read()
         self.assertEqual(with_tables(text), text, "make tables writes them")
         self.assertLessEqual(text.count("\n"), 500)
         for word in (*(f"--{row[1]}" for row in sems.FLAGS), *sems.COMMANDS):
@@ -6849,6 +6256,8 @@ class Readme(unittest.TestCase):
 if __name__ == "__main__":
     if sys.argv[1:] != ["tables"]:
         unittest.main()
-    tables = with_tables(content_of(README).decode())
-    with open(README, "w", encoding="utf-8") as file:
+    with open(README, "r+", encoding="utf-8") as file:
+        tables = with_tables(file.read())
+        file.seek(0)
+        file.truncate()
         file.write(tables)
