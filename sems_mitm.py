@@ -2869,8 +2869,7 @@ KEPT, REFUSED, COMES_BACK = "kept", "refused", "comes back"  # what becomes of a
 
 
 class Answerer:
-    """Modes local and spool: a device's connection that the exporter answers, at the end of the round: in mode spool
-    behind the commit."""
+    """Modes local and spool: a device's connection that the exporter answers, in mode spool behind the commit."""
 
     def __init__(self, loop: Loop, sock: socket.socket, name: str, now: float) -> None:
         self.loop = loop
@@ -2903,6 +2902,7 @@ class Answerer:
         if self.device.is_loop:
             return self.loop.refuse(self, "loop", now)
         self.answer(now)
+        self.loop.write_files(now)  # a frame is in the capture before its answer leaves
         connection = self.device.connection
         connection.send(now)
         self._take(self.device.rest(now), now)
@@ -3475,7 +3475,7 @@ class Loop:
         return None
 
     def _end_round(self, now: float) -> None:
-        """Commit the spool; then all settle, and the answers leave; write the files."""
+        """Commit the spool; then all settle, which is when answers leave; write the files."""
         touched, self._touched = self._touched, {}
         if self.spools:
             self.spools.table.is_stored = False  # until it says so
@@ -3483,9 +3483,13 @@ class Loop:
         for owner in sorted(touched, key=lambda owner: isinstance(owner, SpoolSender)):  # the devices' answers first
             if owner in self.owners:
                 self.do("the end of a round", owner, owner.settle, now)
-        self.do("the end of a round", None, self._timed, "--sems.capture or --sems.backfill", self.files.flush, now)
+        self.write_files(now)
         if touched:
             self.do("the bounds of the queues", None, self._bound)
+
+    def write_files(self, now: float) -> None:
+        """Write what is recorded and not written yet."""
+        self.do("the files", None, self._timed, "--sems.capture or --sems.backfill", self.files.flush, now)
 
     def _timed(self, what: str, work: Callable[[], None], now: float) -> None:
         """Do work on a disk, and say so if it takes long: all else waits for it."""
