@@ -2653,6 +2653,42 @@ class SpoolTest(SpoolCase):
             running.emptied()
             self.assertEqual(set(portal.got), {data})
 
+    def test_portal_that_answers_once_a_connection(self) -> None:
+        """A NACK is an answer, too: a connection that ends behind one counts against no other frame."""
+        self.limits(BACKOFF=(0.01, 0.02))
+        disliked, frames, acked = frame(sems.BUFFERED), frames_of(8), []
+
+        def answer(data: bytes):
+            acked.extend([data] if data != disliked else [])
+            return lambda peer: peer.send(ack_of(data, 2 if data == disliked else 0))
+
+        running = self.spooling(self.portal(habit=answer))
+        device = running.device(disliked + b"".join(frames))
+        device.packets(9)
+        while not self.undelivered(running):
+            until(lambda: set(acked) >= set(frames))
+            frames.append(frame(when=minute(len(frames))))
+            device.send(frames[-1])
+            device.packets(1)
+        running.emptied()
+        self.assertEqual((self.undelivered(running), set(acked)), (1, set(frames)))
+
+    def test_late_answer(self) -> None:
+        """A connection that owes an old answer ends: when it came at last, it would be taken for that of the next frame."""
+        self.limits(ANSWER_TIMEOUT=1, BACKOFF=(0.01, 0.02))
+        portal = self.portal()
+        running = self.spooling(portal)
+        old, other, new = frame(sems.BUFFERED), frame(), frame(sems.BUFFERED, when=minute(1))
+        device = running.device(old + other)
+        leg = portal.receives(old + other)
+        leg.send(ack_of(other))
+        running.becomes(len(old), "sems_mitm_queue_bytes")
+        device.send(new)
+        leg.expect(new)
+        self.assertEqual(leg.rest(), b"")
+        portal.receives(new + old).send(ack_of(new) + ack_of(old))
+        running.emptied()
+
     def test_frame_that_the_portal_does_not_like(self) -> None:
         """A portal that closes, is silent or says NACK whenever it meets one frame gets all others, in order, also after a restart.
 
@@ -3218,6 +3254,7 @@ class Detour(threading.Thread):
     def __init__(self) -> None:
         super().__init__(daemon=True)
         self.sock, self.host, self.target, self.turns = socket.create_server((LOCAL, 0)), LOCAL, 0, 0
+        self.delay = 0.0  # s on the way
         self.port = self.sock.getsockname()[1]
 
     def run(self) -> None:
@@ -3227,13 +3264,13 @@ class Detour(threading.Thread):
                 self.turns += 1
                 threading.Thread(target=self.pass_on, args=(near, far), daemon=True).start()
 
-    @staticmethod
-    def pass_on(near: socket.socket, far: socket.socket) -> None:
+    def pass_on(self, near: socket.socket, far: socket.socket) -> None:
         with near, far, contextlib.suppress(OSError):
             while True:
                 for sock in select.select([near, far], [], [])[0]:
                     if not (data := sock.recv(1 << 16)):
                         return
+                    time.sleep(self.delay)
                     (far if sock is near else near).sendall(data)
 
     def close(self) -> None:
@@ -3289,6 +3326,7 @@ class LoopTest(SocketCase):
                     time.sleep(0.1)
                 else:
                     self.assertEqual(running.device(frame()).rest(), b"")
+                    running.becomes(1, "sems_mitm_packets_total", verdict="dropped")
                     self.assertTrue(portal.unasked(0.02))
                     leg.send(ack_of(frame()))
                     self.assertEqual(device.packets(1)[0].type, "0304")
@@ -3331,6 +3369,32 @@ class LoopTest(SocketCase):
             until(lambda: running.value("sems_mitm_refused_connections_total", reason="loop") > i)
             time.sleep(0.25)  # the window is over
             self.assertLessEqual(running.value("sems_mitm_device_connections"), 2)
+
+    def test_device_that_repeats_itself(self) -> None:
+        """A loop does not grow when its device sends a frame again and again, nor when many leave before the first is back."""
+        self.limits(BACKOFF=(0.01, 0.01))
+        for name, delay, frames in (("one frame", 0.0, [frame()] * 6), ("many", 0.2, frames_of(20))):
+            with self.subTest(name):
+                detour, running = self.detoured("forward")
+                detour.delay, device = delay, running.device()
+                for data in frames:
+                    device.send(data)
+                    time.sleep(0.01 if delay else 0.1)
+                running.becomes(len(frames), "sems_mitm_packets_total", direction="outbound", verdict="forwarded")
+                until(lambda: running.value("sems_mitm_refused_connections_total", reason="loop") >= 1)
+                time.sleep(2 * delay)
+                self.assertEqual(running.value("sems_mitm_device_connections"), 1)
+
+    def test_beginning_of_a_frame(self) -> None:
+        """Bytes that are no more than the beginning of what left just now are no loop."""
+        portal = self.portal()
+        running = self.exporter(portal)
+        for i, begin in enumerate((b"P", b"PO", frame()[:40])):
+            with self.subTest(begin):
+                running.device(frame(when=minute(i)))
+                portal.receives(frame(when=minute(i)))
+                running.device(begin + frame(serial=OTHER, when=minute(i)))
+                portal.receives(begin + frame(serial=OTHER, when=minute(i)))
 
     def test_two_that_face_each_other(self) -> None:
         """Two exporters, each the other's portal, in all pairs of modes, the device there or gone: quiet soon.
