@@ -5310,12 +5310,11 @@ def exactly(file: BinaryIO, size: int) -> bytes:
 
 
 def pcap_packets(file: io.BufferedReader) -> Iterator[RecordedPacket]:
-    """The packets of a pcap file. Like the next it raises EOFError, struct.error, IndexError where that is cut or damaged."""
+    """The packets of a pcap file. Both raise EOFError, struct.error or IndexError where a file is cut or damaged."""
     order, unit = PCAP[exactly(file, 4)]
-    (link,) = struct.unpack(order + "16xI", exactly(file, 20))
+    (link,) = struct.unpack(order + "16xI", exactly(file, 20))  # its upper half: whether checksums follow the packets
     while file.peek(1):
         seconds, fraction, size, length = struct.unpack(order + "4I", exactly(file, 16))
-        # The link type's upper half says whether checksums follow the packets.
         yield RecordedPacket(seconds + fraction * unit, link & 0xFFFF, exactly(file, size), length)
 
 
@@ -5365,9 +5364,9 @@ def ip_start(link: int, data: bytes) -> int:
 
 
 def segment(packet: RecordedPacket) -> tuple[bytes, bytes, int, int, bytes] | None:
-    """The TCP segment in a packet: source, target (address and port), its data's sequence number, whether it is a SYN, data.
+    """The TCP segment in a packet: source and target with their ports, its data's sequence number, whether it is a SYN, data.
 
-    Raises IndexError, struct.error for a packet that ends inside its headers.
+    Raises IndexError, struct.error for a packet that ends inside its headers, KeyError for an unknown link.
     """
     data, at = packet.data, ip_start(packet.link, packet.data)
     version, fragment = data[at] >> 4, 0
@@ -5415,7 +5414,7 @@ def connections(packets: Iterable[RecordedPacket], notes: Notes) -> Iterable[lis
 
 
 def run_pieces(wire: Wire, parts: list[tuple], end: int) -> Iterator[tuple[float, str, bytes, bool]]:
-    """The pieces of segments, taken off the end of parts up to a gap: time, kind, bytes, whether they are unfinished there."""
+    """The pieces of segments, taken off parts' end up to a gap: time, kind, bytes, whether the gap left them unfinished."""
     framer, captured = Framer(wire), 0.0
     while parts and parts[-1][0] <= end:
         place, when, data = parts.pop()
@@ -5479,9 +5478,7 @@ def pieces_of(direction: str, data: bytes, captured: float | None = None) -> Ite
 
 # Text. A line of a dump is an offset, hex in one or two columns, and often the bytes as text; xxd and tcpdump put a colon
 # behind the offset. Columns are one or two blanks apart, and the text is behind two: so a second one needs 8 bytes before.
-DUMP_LINE = re.compile(
-    r"(?im)^[^\S\n]*(?:0x)?([0-9a-f]{4,8}):?[ \t]+((?:[0-9a-f]{2})+(?: (?:[0-9a-f]{2})+)*)(?: {1,2}([0-9a-f]{2}(?: [0-9a-f]{2}){0,7}))?(?=\s|$)"
-)
+DUMP_LINE = re.compile(r"(?im)^[^\S\n]*(?:0x)?([0-9a-f]{4,8}):?[ \t]+((?:[0-9a-f]{2})+(?: (?:[0-9a-f]{2})+)*)(?: {1,2}([0-9a-f]{2}(?: [0-9a-f]{2}){0,7}))?(?=\s|$)")  # fmt: skip
 SEPARATORS = str.maketrans("", "", " \t\r\n\f\v,:;|\"'-")
 
 
@@ -5502,16 +5499,19 @@ def dumps(text: str) -> list[bytes]:
 def text_pieces(text: str, notes: Notes) -> Iterator[Recorded]:
     """The pieces in what people paste: dumps, or hex in any spacing, alone or in arrays of C. Raises ProtocolError."""
     dumped, typed = dumps(text), []
-    bare = re.sub(r"(?is)/\*.*?\*/|//[^\n]*|0x|\\x", "", text)
+    bare = re.sub(r"(?i)/\*[^*]*\*/|//[^\n]*|0x|\\x", "", text)
     with contextlib.suppress(ValueError):
-        typed = [bytes.fromhex(part.translate(SEPARATORS)) for part in re.findall(r"\{([^}]*)\}", bare) or [bare]]
+        typed = [bytes.fromhex(part.translate(SEPARATORS)) for part in re.findall(r"\{([^{}]*)\}", bare) or [bare]]
     if not dumped and not any(typed):
         raise ProtocolError("text without bytes in hex" if text.strip() else "nothing in it")
     yield from byte_pieces(dumped if any(MARK in data for data in dumped) else typed, notes)
 
 
 def byte_pieces(several: list[bytes], notes: Notes) -> Iterator[Recorded]:
-    """The pieces of packets and other bytes: of what does not begin with a frame good ones alone, the rest can hold addresses."""
+    """The pieces of packets, and of other bytes: good frames alone, unless one is at their beginning.
+
+    All else can hold addresses.
+    """
     packets, others = [], []
     for data in several:
         link = next((link for link in (1, 113, 276, 101, 0) if TCP_IN_IP.match(data, ip_start(link, data))), None)
@@ -5550,7 +5550,7 @@ def captured_at(entry: dict) -> float | None:
 
 
 def recording(raw: BinaryIO, notes: Notes) -> Iterator[Recorded]:
-    """The pieces in a file of packets, captured lines, text or frames as they are, gzipped or not. Raises ProtocolError."""
+    """The pieces in a file: packets, lines of a capture, text, frames as they are; gzipped or not. Raises ProtocolError."""
     import gzip  # the exporter never needs it
 
     with io.BufferedReader(raw, RECV_SIZE) as plain:  # type: ignore[type-var]
@@ -5594,7 +5594,7 @@ def recorded(path: str, notes: Notes) -> Iterator[Recorded]:
 
 
 def say_missing(files: dict[str, Notes], good: int) -> None:
-    """Say on stderr what recordings lack, but for what the snap length explains. Raises StartError without a good frame."""
+    """Say on stderr what recordings lack; no more than the snap length explains it. Raises StartError without good frames."""
     lines = [
         f"{called(path)}: {text.format(count)}"
         for path, notes in files.items()
