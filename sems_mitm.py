@@ -5418,9 +5418,10 @@ def run_pieces(wire: Wire, parts: list[tuple], end: int) -> Iterator[tuple[float
     framer, captured = Framer(wire), 0.0
     while parts and parts[-1][0] <= end:
         place, when, data = parts.pop()
-        captured = max(captured, when)
-        yield from ((captured, *piece, False) for piece in framer.feed(data[max(end - place, 0) :], 0))
-        end = max(end, place + len(data))
+        new = data[max(end - place, 0) :]
+        if new:
+            captured, end = max(captured, when), end + len(new)
+            yield from ((captured, *piece, False) for piece in framer.feed(new, 0))
     yield from ((captured, *piece, True) for piece in framer.close())
 
 
@@ -5448,9 +5449,11 @@ def conversations(packets: Iterable[RecordedPacket], notes: Notes) -> Iterator[R
     """What devices and the portal said in packets, in the order of time; what was recorded twice, once."""
     found: list[Recorded] = []
     for streams in connections(packets, notes):
-        segments = itertools.chain(*(stream.segments for stream in streams))
-        if any(MARK in data for _, _, data in segments):  # else another program uses the port
-            found += (piece for stream in streams for piece in stream_pieces(stream, notes))
+        lacks = Notes()
+        pieces = [piece for stream in streams for piece in stream_pieces(stream, lacks)]
+        if any(piece.kind != JUNK for piece in pieces):  # else another program uses the port
+            notes.update(lacks)
+            found += pieces
     found.sort(key=lambda piece: piece.captured)
     recent: collections.deque[tuple[int, bytes]] = collections.deque(maxlen=64)  # another interface's, behind NAT too
     for piece in found:

@@ -6306,6 +6306,7 @@ class RecordingTest(SocketCase):
             ("a bad CRC", [ether(ip(tcp(spoilt(self.ONE) + self.TWO, 1)))], [self.TWO], [spoilt(self.ONE)]),
             ("junk", [ours, ether(ip(tcp(b"junk", 1 + len(self.ONE))))], [self.ONE], [b"junk"]),
             ("answers alone", [ether(ip(tcp(b"\1\2" + self.ACK, 1, True), True))], [self.ACK], [b"\1\2"]),
+            ("keep-alives alone", [ether(ip(tcp(b"\1\2", 1, True), True))], [], [b"\1\2"]),
         ):
             with self.subTest(name):
                 self.check(pcap(packets), wanted, others)
