@@ -5364,10 +5364,7 @@ def ip_start(link: int, data: bytes) -> int:
 
 
 def segment(packet: RecordedPacket) -> tuple[bytes, bytes, int, int, bytes] | None:
-    """The TCP segment in a packet: source and target with their ports, its data's sequence number, whether it is a SYN, data.
-
-    Raises IndexError, struct.error for a packet that ends inside its headers, KeyError for an unknown link.
-    """
+    """The TCP segment in a packet: source and target with their ports, number of its first byte, whether it is a SYN, data."""
     data, at = packet.data, ip_start(packet.link, packet.data)
     version, fragment = data[at] >> 4, 0
     if version == 4:
@@ -5392,9 +5389,9 @@ def connections(packets: Iterable[RecordedPacket], notes: Notes) -> Iterable[lis
         is_cut, part = packet.size > len(packet.data), None
         try:
             part = segment(packet)
-        except KeyError:
+        except KeyError:  # of LINKS
             notes[UNREAD.format(packet.link)] += 1
-        except (IndexError, struct.error):
+        except (IndexError, struct.error):  # it ends inside its headers
             notes[SNAPPED] += is_cut
         if not part:
             continue
@@ -5511,10 +5508,7 @@ def text_pieces(text: str, notes: Notes) -> Iterator[Recorded]:
 
 
 def byte_pieces(several: list[bytes], notes: Notes) -> Iterator[Recorded]:
-    """The pieces of packets, and of other bytes: good frames alone, unless one is at their beginning.
-
-    All else can hold addresses.
-    """
+    """The pieces of packets, and of other bytes; of these good frames alone, unless they begin with a frame."""
     packets, others = [], []
     for data in several:
         link = next((link for link in (1, 113, 276, 101, 0) if TCP_IN_IP.match(data, ip_start(link, data))), None)
@@ -5527,7 +5521,7 @@ def byte_pieces(several: list[bytes], notes: Notes) -> Iterator[Recorded]:
         for piece in pieces_of("", data):
             if piece.kind == FRAME or MARK in data[:8]:
                 yield piece
-            else:
+            else:  # it can hold addresses
                 notes[LEFT_OUT] += 1
 
 
