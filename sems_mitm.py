@@ -5427,7 +5427,8 @@ def stream_pieces(stream: Stream, notes: Notes) -> Iterator[Recorded]:
     parts = sorted(stream.segments, reverse=True)
     stream.segments.clear()
     wire = OUTBOUND if stream.is_outward or any(OUTBOUND.prefix in data for _, _, data in parts) else INBOUND
-    is_inside = not stream.is_whole or parts[-1:] < [(-1,)]  # of a frame; at -1 stands the byte of a keep-alive probe
+    first = parts[-1][0] if parts else 0
+    is_inside = not stream.is_whole or first < -1  # of a frame, perhaps; at -1 stands the byte of a keep-alive probe
     while parts:
         at, last = parts[-1][0] if is_inside else 0, ""
         for captured, kind, part, is_unfinished in run_pieces(wire, parts, at):

@@ -6292,8 +6292,9 @@ class RecordingTest(SocketCase):
         tls = ether(ip(tcp(b"\x16\x03\1\2\0", 1, port=40002)))
         arp = MACS + b"\x08\6\0\1\x08\0\6\4\0\1" + MACS + address_bytes(HOUSE)
         udp = ether(ip(tcp(self.TWO, 1), protocol=17))
-        ours = ether(ip(tcp(self.ONE, 1)))
+        ours, later = (ether(ip(tcp(data, at))) for data, at in ((self.ONE, 1), (self.TWO, 1 + len(self.ONE))))
         for name, packets, wanted, others in (
+            ("a fragment of a packet", [ours, later[:20] + b"\0\3" + later[22:]], [self.ONE], []),
             ("other traffic", [web, arp, udp, ours, web], [self.ONE], []),
             ("a port that another uses", [tls, ours], [self.ONE], []),
             ("from its beginning", [ether(ip(tcp(b"", 0, flags=2, port=40002))), tls, ours], [self.ONE], []),
@@ -6457,6 +6458,8 @@ class DecodeTest(SocketCase):
 
     def test_sources(self) -> None:
         """Hex, files and standard input say the same; hex can stand in several arguments, and beside files."""
+        code, out, err = called("decode", b"junk".hex())
+        self.assertEqual((code, out, err), (1, "", "sems_mitm.py: not a single good frame in the hex given\n"))
         parts = (("outbound", frame()), ("inbound", portal_frame("0304")))
         lines = "".join(sems.capture_line(0, "127.0.0.1:1", direction, "forwarded", part) for direction, part in parts)
         data = frame() + portal_frame("0304")
@@ -6594,14 +6597,22 @@ class BackfillTest(SocketCase):
     def test_labels(self) -> None:
         """Series have the labels of /metrics, and those of the scrape where asked for; settings are no readings."""
         inverter = frame(sems.BUFFERED, 1, INVERTER, ranges=INVERTER_RANGES)
-        frames = (frame(), inverter, frame(sems.SETTINGS, when=minute(9)))
+        settings = frame(sems.SETTINGS, 2, HYBRID, when=minute(9), ranges=[(35011, sems.text_words("GW10K-ET", 5))])
+        frames = (
+            frame(),
+            inverter,
+            frame(cls=2, serial=HYBRID, ranges=[(35103, (3347,))]),
+            settings,
+            frame(sems.SETTINGS),
+        )
         code, out, err = self.run_over(*frames, flags=("--job=sems", "--instance=pi:14028", "--label=house=1"))
         self.assertEqual((code, err), (0, "readings of 1 time, 2026-03-21 12:00 UTC to 2026-03-21 12:00 UTC\n"))
         device = 'device="meter",model="HomeKit 1000 Smart Meter",serial="00000042"'
         labels = f'{device},job="sems",instance="pi:14028",house="1"'
         self.assertIn(f"meter_power_generation_watts{{{labels}}} 2600 {self.START}\n", out)
         self.assertIn("# TYPE meter_energy_generation_decawatt_hours counter\n", out)
-        self.assertIn('model="GW3000-DNS-30"', out)
+        for model in ("GW3000-DNS-30", "GW10K-ET"):
+            self.assertIn(f'model="{model}"', out)
 
     def test_counters(self) -> None:
         """What the counter rules hold back is left out, in the order of the readings' own times, and counted; live and buffered together."""
