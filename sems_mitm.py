@@ -5331,9 +5331,9 @@ def pcapng_packets(file: io.BufferedReader) -> Iterator[RecordedPacket]:
             raise struct.error(size)
         if kind == INTERFACE_BLOCK:
             (link,) = struct.unpack_from(order + "H", body)
-            option = body[8:-4].partition(struct.pack(order + "2H", 9, 1))[2]  # the resolution of its times
-            base, exponent = (2.0 if option and option[0] & 0x80 else 10.0), (option[0] & 0x7F if option else 6)
-            interfaces.append((link, base**-exponent))
+            option = body[8:-4].partition(struct.pack(order + "2H", 9, 1))[2]
+            resolution = option[0] if option else 6  # of its times: digits behind the point, binary ones from 128 on
+            interfaces.append((link, (2.0 if resolution & 0x80 else 10.0) ** -(resolution & 0x7F)))
         elif kind == SIMPLE_BLOCK:
             (length,) = struct.unpack_from(order + "I", body)
             yield RecordedPacket(None, interfaces[0][0], body[4:-4][:length], length)
@@ -5826,7 +5826,7 @@ def backfill(arguments: list[str]) -> int:
     extra = {"job": given.job, "instance": given.instance, **dict(given.label)}
     labels = ",".join(label(name, value) for name, value in extra.items() if value)
     now = time.time()
-    readings, names, later = readings_of([packet for packet in frames.values() if packet.wire is OUTBOUND], now)
+    readings, names, later = readings_of(frames.values(), now)  # answers have no time
     samples, held = samples_of(readings, names, labels)
     left_out = f"readings that are later than now, or older than {EARLIEST.year}"
     sys.stderr.writelines(f"{serial}: left out {count} {left_out}\n" for serial, count in sorted(later.items()))
