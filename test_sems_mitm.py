@@ -6330,10 +6330,8 @@ class RecordingTest(SocketCase):
     def test_dumps(self) -> None:
         """Text of every tool, of a frame and of packets, gives the frames; so do the tools of this machine."""
         pairs, packets = [f"{byte:02x}" for byte in self.ONE], self.PACKETS[:3]
-        ip_line, frame_line = (
-            "12:00:00.1 IP 192.168.1.7.40001 > 203.0.113.9.20001: Flags [P.], length 70\n",
-            "Frame (124 bytes):\n",
-        )
+        head = "12:00:00.1 IP 192.168.1.7.40001 > 203.0.113.9.20001: Flags [P.], length 70\n"
+        arp = MACS + b"\x08\6" + address_bytes(HOUSE) * 4
         texts = {tool: dumped(self.ONE, tool) for tool in DUMPS}
         texts.update({
             "xxd -c 32": dumped(self.ONE, "xxd", 32), "xxd -c 8": dumped(self.ONE, "xxd", 8), "od, to its end": texts["od -tx1"] + f"{len(self.ONE):07o}\n", "CRLF": texts["xxd"].replace("\n", "\r\n"),
@@ -6349,15 +6347,12 @@ class RecordingTest(SocketCase):
             if shutil.which(name.split()[0]):
                 text = subprocess.run([*name.split(), path], capture_output=True, check=True).stdout.decode()
                 rows.append((f"{name}, the tool", text, [self.ONE]))
-        dump, arp = (
-            lambda packet: dumped(packet, "tshark -x") + "\n",
-            MACS + b"\x08\6" + address_bytes(HOUSE) * 4,
-        )
+        tcpdump = lambda packet: dumped(packet, "tcpdump -X")
+        tshark = lambda packet: dumped(packet, "tshark -x") + "\n"
         for name, before, form, link in (
-            ("tcpdump -X", ip_line, lambda packet: dumped(packet, "tcpdump -X"), lambda packet: packet),
-            ("tcpdump -XX", ip_line, lambda packet: dumped(packet, "tcpdump -X"), ether),
-            ("tshark -x", frame_line, dump, ether), ("tshark -x -i any", "", dump, lambda packet: b"\x08\0" + bytes(18) + packet),
-            ("C arrays", "", c_array, ether), ("C arrays, with ARP", c_array(arp), c_array, ether), ("with ARP", dump(arp), dump, ether),
+            ("tcpdump -X", head, tcpdump, bytes), ("tcpdump -XX", head, tcpdump, ether), ("tshark -x", "Frame (124 bytes):\n", tshark, ether),
+            ("tshark -x -i any", "", tshark, lambda packet: b"\x08\0" + bytes(18) + packet), ("with ARP", tshark(arp), tshark, ether),
+            ("C arrays", "", c_array, ether), ("C arrays, with ARP", c_array(arp), c_array, ether),
         ):  # fmt: skip
             rows.append((name, "".join(before + form(link(packet)) for packet in packets), [self.ONE, self.ACK]))
         for name, text, wanted in rows:
@@ -6473,9 +6468,8 @@ class DecodeTest(SocketCase):
                 with self.subTest(content[:9], given=arguments):
                     code, out, err = called("decode", *arguments.split(), stdin=content)
                     times = 1 + (" " in arguments and text in arguments)
-                    self.assertEqual(
-                        (code, err, sorted(out.split("\n"))), (0, "", sorted((expected * times).split("\n")))
-                    )
+                    self.assertEqual((code, err), (0, ""))
+                    self.assertCountEqual(out.splitlines(), expected.splitlines() * times)
 
     def test_what_it_says(self) -> None:
         """A row for each kind of piece: what the JSON object holds."""
