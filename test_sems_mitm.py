@@ -6400,6 +6400,7 @@ class RecordingTest(SocketCase):
                 found = self.check(data, [self.ONE, self.TWO], (), words)
                 times = [entry["captured"] for entry in found]
                 self.assertEqual(times, ["2026-03-21T12:00:00.500000+00:00", "2026-03-21T12:01:00.000000+00:00"])
+        self.check(line(self.ACK, 0), [], [self.ACK])  # the line says a direction: in that one it is junk
 
     def test_fuzz(self) -> None:
         """Cut, repeated, flipped and overwritten bytes raise nothing but ProtocolError; the latter two show no address.
