@@ -5619,8 +5619,8 @@ def contents(where: Address, packet: Packet) -> dict:
         values = {"meaning": allowed(where, clear, {where.cls, *CLOCK}) or "not let through", **values}
         if where.type == CLOCK_TYPE:
             when = device_time(clear[4:10])
-            values.update(zip(("first_register", "last_register"), struct.unpack_from(">HH", clear)))
-            values.update(clock=when and when.isoformat())
+            first, last = struct.unpack_from(">HH", clear)
+            values.update(first_register=first, last_register=last, clock=when and when.isoformat())
     elif where.function == CONFIRMATION:
         values = dict(zip(("first_register", "last_register", "status"), struct.unpack_from(">HHB", clear)))
     elif where.function in DATA:
@@ -5828,15 +5828,15 @@ def backfill(arguments: list[str]) -> int:
     now = time.time()
     readings, names, later = readings_of(frames.values(), now)  # answers have no time
     samples, held = samples_of(readings, names, labels)
-    left_out = f"readings that are later than now, or older than {EARLIEST.year}"
-    sys.stderr.writelines(f"{serial}: left out {count} {left_out}\n" for serial, count in sorted(later.items()))
+    readings_left = f"readings that are later than now, or older than {EARLIEST.year}"
+    values_left = "values of counters that fell, or rose more than is possible"
+    for counts, what in ((later, readings_left), (+held, values_left)):
+        sys.stderr.writelines(f"{serial}: left out {count} {what}\n" for serial, count in sorted(counts.items()))
     times = sorted({seconds for series in samples.values() for values in series.values() for seconds in values})
     if not times:
         raise StartError(f"{' '.join(given.file)}: no readings in it")
     sys.stdout.writelines(openmetrics(samples))
     report(times, now)
-    left_out = "values of counters that fell, or rose more than is possible"
-    sys.stderr.writelines(f"{serial}: left out {count} {left_out}\n" for serial, count in sorted((+held).items()))
     return 0
 
 

@@ -6429,19 +6429,21 @@ class RecordingTest(SocketCase):
         """A full disk, a reader that goes, and an ASCII terminal: a line or silence, no traceback."""
         path = written(self.directory(), *frames_of(5), name="f\xe4hig")
         environment = {**os.environ, "LC_ALL": "C", "PYTHONIOENCODING": "ascii", "TZ": "UTC0"}
+        read, gone = os.pipe()
+        self.addCleanup(os.close, gone)
+        os.close(read)
         full = r"^sems_mitm.py: cannot write to standard output: .*\n$"
         for command, out, code, pattern in (
             (["decode", path], "/dev/full", 1, full), (["backfill", path], "/dev/full", 1, full.lstrip("^")), (["decode", path], None, 1, "^$"),
             (["decode", path], os.devnull, 0, "^$"), (["metrics"], os.devnull, 0, "^$"), (["decode", f"{path}xx"], os.devnull, 2, r"^sems_mitm.py: .*f.*hig.*\n$"),
         ):  # fmt: skip
             if out is None or os.path.exists(out):
-                with self.subTest(command[0], out=out):
-                    read, write = os.pipe()
-                    os.close(read)
-                    with open(out, "wb") if out else open(write, "wb", closefd=False) as stdout:
-                        run = [sys.executable, sems.__file__, *command]
-                        ended = subprocess.run(run, stdout=stdout, stderr=subprocess.PIPE, env=environment)
-                    os.close(write)
+                with (
+                    self.subTest(command[0], out=out),
+                    open(gone if out is None else out, "wb", closefd=bool(out)) as file,
+                ):
+                    run = [sys.executable, sems.__file__, *command]
+                    ended = subprocess.run(run, stdout=file, stderr=subprocess.PIPE, env=environment)
                     self.assertEqual(ended.returncode, code, ended.stderr)
                     self.assertRegex(ended.stderr.decode("ascii"), pattern)
 
@@ -6542,11 +6544,12 @@ class BackfillTest(SocketCase):
     def reading(when: datetime, watts: int, serial: str = METER) -> bytes:
         return frame(sems.BUFFERED, serial=serial, when=when, ranges=[(2105, (0, 1, 0, watts))])
 
-    def run_over(self, *frames: bytes, flags: tuple = (), now: float | None = None) -> tuple:
-        """Exit code, OpenMetrics text, and stderr: of these frames, on a machine in UTC whose clock is real, or says now."""
-        path = written(self.directory(), *frames)
-        with time_zone("UTC0"), mock.patch.object(sems.time, "time", lambda: now) if now else contextlib.nullcontext():
-            return called("backfill", path, *flags, env={"TZ": "UTC0"})
+    def run_over(self, *frames: bytes, flags: tuple = (), now: float | None = None, zone: str = "UTC0") -> tuple:
+        """Exit code, OpenMetrics text, and stderr: of these frames, in two files, on a machine whose clock is real, or says now."""
+        directory, halves = self.directory(), enumerate((frames[:13], frames[13:]))
+        paths = [written(directory, *half, name=f"{i}") for i, half in halves if half]
+        with time_zone(zone), mock.patch.object(sems.time, "time", lambda: now) if now else contextlib.nullcontext():
+            return called("backfill", *paths, *flags, env={"TZ": zone})
 
     def test_every_sample_comes_back(self) -> None:
         """Whatever the order, and over both clock changes, each distinct reading is one sample at its own time."""
@@ -6559,33 +6562,21 @@ class BackfillTest(SocketCase):
         }
         # Changes of the clock in Europe/Berlin, or none: in UTC, hours ahead of UTC before and after.
         changes = (datetime(2026, 2, 20, 5), 1, 1), (datetime(2026, 3, 29, 1), 1, 2), (datetime(2025, 10, 26, 1), 2, 1)
-        paths, wanted, found, directory = [], {}, collections.defaultdict(dict), self.directory()
-        for change, before, after in changes:
-            utc = [change + timedelta(minutes=10 * (i - count // 2)) for i in range(count)]
-            local = [when + timedelta(hours=before if when < change else after) for when in utc]
-            for name, order in orders.items():
-                serial = f"{len(wanted):08d}"
-                frames = [self.reading(local[i], 100 + i, f"91000HKU{serial}") for i in order]
-                paths += [
-                    written(directory, *frames[:13], name=f"{serial}a"),
-                    written(directory, *frames[13:], name=serial),
-                ]
-                samples = {int(when.replace(tzinfo=timezone.utc).timestamp()): 100 + i for i, when in enumerate(utc)}
-                wanted[serial] = (change, name, samples)
-        with time_zone(BERLIN):
-            code, text, err = called("backfill", *paths, env={"TZ": BERLIN})
-        self.assertEqual((code, err[:8], text[-6:]), (0, "readings", "# EOF\n"))
-        pattern = r'(?m)^meter_power_generation_watts\{.*?serial="(\w+)".*?\} (\S+) (\S+)$'
-        for serial, number, seconds in re.findall(pattern, text):
-            self.assertNotIn(int(seconds), found[serial])
-            found[serial][int(seconds)] = int(number)
-        for serial, (change, name, samples) in wanted.items():
+        for (change, before, after), (name, order) in itertools.product(changes, orders.items()):
             with self.subTest(change=str(change), order=name):
-                self.assertEqual(found[serial], samples)
+                utc = [change + timedelta(minutes=10 * (i - count // 2)) for i in range(count)]
+                local = [when + timedelta(hours=before if when < change else after) for when in utc]
+                wanted = [
+                    (str(100 + i), f"{when.replace(tzinfo=timezone.utc).timestamp():.0f}") for i, when in enumerate(utc)
+                ]
+                code, text, err = self.run_over(*(self.reading(local[i], 100 + i) for i in order), zone=BERLIN)
+                self.assertEqual((code, err[:8], text[-6:]), (0, "readings", "# EOF\n"))
+                found = re.findall(r"(?m)^meter_power_generation_watts\{.*\} (\S+) (\S+)$", text)
+                self.assertEqual(found, wanted)
         if shutil.which("promtool"):
-            with open(os.path.join(directory, "text"), "w") as file:
+            with open(os.path.join(self.directory(), "text"), "w") as file:
                 file.write(text)
-            command = ["promtool", "tsdb", "create-blocks-from", "openmetrics", file.name, directory]
+            command = ["promtool", "tsdb", "create-blocks-from", "openmetrics", file.name, self.directory()]
             made = subprocess.run(command, capture_output=True)
             self.assertEqual(made.returncode, 0, made.stderr)
 
