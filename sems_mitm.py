@@ -5635,21 +5635,16 @@ def contents(where: Address, packet: Packet) -> dict:
 
 SAID = ["direction", "type", "serial", "model", "time", "captured", "crc_ok", "envelope", "blocks", "values", "error", "hex"]  # fmt: skip
 ENVELOPES = {LONG: "long", SHORT: "short", ANSWER: "answer"}
-
-
-def utc_text(seconds: float | None) -> str | None:
-    """Seconds since 1970 in ISO 8601, None for what no clock shows."""
-    with contextlib.suppress(ValueError, OverflowError, OSError):
-        if seconds and seconds >= 86400:  # below it a packet's number stands for its time
-            return datetime.fromtimestamp(round(seconds, 6), timezone.utc).isoformat(timespec="microseconds")
-    return None
+EPOCH = datetime(1970, 1, 1, tzinfo=timezone.utc)
 
 
 def described(piece: Recorded, models: dict[str, str]) -> dict:
     """A piece as decode prints it. models: serial number to the name that the device gave so far; a new one is kept."""
     captured, wire, kind, data, _ = piece
     found: dict = dict.fromkeys(SAID)
-    found.update(direction=wire.name, type=kind, captured=utc_text(captured), hex=data.hex())
+    found.update(direction=wire.name, type=kind, hex=data.hex())
+    if captured and 86400 <= captured < 1 << 37:  # below it a packet's number stands for its time, above it is no year
+        found["captured"] = (EPOCH + timedelta(seconds=captured)).isoformat(timespec="microseconds")
     if kind in (JUNK, KEEPALIVE):
         return {**found, "error": "no frame" if kind == JUNK else None}
     found.update(crc_ok=kind == FRAME, error=None if kind == FRAME else "bad checksum, or cut")
