@@ -5265,7 +5265,8 @@ def demo(arguments: list[str]) -> int:
 
 PORTAL_PORT = (20001).to_bytes(2, "big")
 MARK = b"GW\0\0"  # in the first 8 bytes of each frame: the caps of the length fields leave their first two bytes 0
-LONGEST_RECORD = 16 << 20  # bytes; above it a record is damage
+LONGEST_RECORD, LONGEST_LINE = 16 << 20, 1 << 20  # bytes; above it a record is damage
+SHORTEST = 16  # bytes that an array or a literal inside a text must have
 
 # What a file lacks, each to how often.
 Notes = collections.Counter[str]
@@ -5274,7 +5275,7 @@ DAMAGED = "damaged records: {}"
 SNAPPED = "packets that the snap length has cut: {}; record them whole, with -s 0"
 GAPS = "gaps in the streams, where the recording lacks packets: {}"
 TORN = "frames that are not whole at gaps, or where the recording begins or ends, left out: {}"
-UNREAD = "packets of link type {} are not read; left out: {{}}"
+UNREAD = "{} are not read; left out: {{}}"
 FOREIGN_LINES = "lines that are no whole lines of a capture, passed over: {}"
 LEFT_OUT = "pieces between good frames that can hold anything, left out: {}"
 
@@ -5289,14 +5290,19 @@ Stream = collections.namedtuple("Stream", "is_outward first is_whole segments")
 PCAP = {  # the first four bytes: byte order, seconds of a unit of the fraction
     b"\xd4\xc3\xb2\xa1": ("<", 1e-6), b"\xa1\xb2\xc3\xd4": (">", 1e-6), b"\x4d\x3c\xb2\xa1": ("<", 1e-9), b"\xa1\xb2\x3c\x4d": (">", 1e-9),
 }  # fmt: skip
+MODIFIED_PCAP = (b"\x34\xcd\xb2\xa1", b"\xa1\xb2\xcd\x34")
 PCAPNG, ORDERS = b"\n\r\r\n", {b"\x4d\x3c\x2b\x1a": "<", b"\x1a\x2b\x3c\x4d": ">"}
-INTERFACE_BLOCK, SIMPLE_BLOCK, ENHANCED_BLOCK = 1, 3, 6
+INTERFACE_BLOCK, OLD_BLOCK, SIMPLE_BLOCK, ENHANCED_BLOCK = 1, 2, 3, 6
 LINKS = {  # link type: where the type of its contents stands (-1: nowhere), where they begin
     1: (12, 14), 113: (14, 16), 276: (0, 20), 0: (-1, 4), 108: (-1, 4), **dict.fromkeys((12, 14, 101, 228, 229), (-1, 0)),
 }  # fmt: skip
 VLAN_TAGS = (b"\x81\0", b"\x88\xa8", b"\x91\0")
 IPV4, IPV6, TCP = struct.Struct(">BxH2xHxB2x4s4s"), struct.Struct(">4xHBx16s16s"), struct.Struct(">2s2sI4xBB")
-TCP_IN_IP = re.compile(rb"[\x45-\x4f].{8}\x06|[\x60-\x6f].{5}\x06", re.S)
+IPV6_EXTENSIONS = HOP_BY_HOP, ROUTING, FRAGMENT, DESTINATION = 0, 43, 44, 60
+TCP_IN_IP = re.compile(rb"[\x45-\x4f].{8}\x06|[\x60-\x6f].{5}[\x06\0\x2b\x2c\x3c]", re.S)
+# What stands in the head of a packet, damaged or not: the type of what it holds, the portal's port, an IP header.
+IP_HEADER = rb"[\x45-\x4f].{8}[\x01\x06\x11]|[\x60-\x6f].{5}[\x06\0\x11\x3a]"
+PACKET_SIGN = re.compile(rb"\x08[\0\x06]|\x86\xdd|\x81\0|\x88\xa8|\x4e\x21|" + IP_HEADER, re.S)
 
 
 def exactly(file: BinaryIO, size: int) -> bytes:
@@ -5312,13 +5318,16 @@ def exactly(file: BinaryIO, size: int) -> bytes:
 def pcap_packets(file: io.BufferedReader) -> Iterator[RecordedPacket]:
     """The packets of a pcap file. Both raise EOFError, struct.error or IndexError where a file is cut or damaged."""
     order, unit = PCAP[exactly(file, 4)]
-    (link,) = struct.unpack(order + "16xI", exactly(file, 20))  # its upper half: whether checksums follow the packets
+    (link,), record = (
+        struct.unpack(order + "16xI", exactly(file, 20)),
+        struct.Struct(order + "4I"),
+    )  # its upper half: whether checksums follow the packets
     while file.peek(1):
-        seconds, fraction, size, length = struct.unpack(order + "4I", exactly(file, 16))
+        seconds, fraction, size, length = record.unpack(exactly(file, 16))
         yield RecordedPacket(seconds + fraction * unit, link & 0xFFFF, exactly(file, size), length)
 
 
-def pcapng_packets(file: io.BufferedReader) -> Iterator[RecordedPacket]:
+def pcapng_packets(file: io.BufferedReader, notes: Notes) -> Iterator[RecordedPacket]:
     """The packets of a pcapng file: of all its sections and interfaces."""
     order, interfaces = "<", []  # type: ignore[var-annotated]
     while file.peek(1):
@@ -5326,21 +5335,26 @@ def pcapng_packets(file: io.BufferedReader) -> Iterator[RecordedPacket]:
         if head.startswith(PCAPNG):  # a section
             order, interfaces = ORDERS.get(head[8:], order), []
         kind, size = struct.unpack_from(order + "2I", head)
-        body = head[8:] + exactly(file, size - 12)
-        if body[-4:] != head[4:8]:  # at the end stands the size again
-            raise struct.error(size)
-        if kind == INTERFACE_BLOCK:
-            (link,) = struct.unpack_from(order + "H", body)
-            option = body[8:-4].partition(struct.pack(order + "2H", 9, 1))[2]
-            resolution = option[0] if option else 6  # of its times: digits behind the point, binary ones from 128 on
-            interfaces.append((link, (2.0 if resolution & 0x80 else 10.0) ** -(resolution & 0x7F)))
-        elif kind == SIMPLE_BLOCK:
-            (length,) = struct.unpack_from(order + "I", body)
-            yield RecordedPacket(None, interfaces[0][0], body[4:-4][:length], length)
-        elif kind == ENHANCED_BLOCK:
-            which, high, low, size, length = struct.unpack_from(order + "5I", body)
-            link, unit = interfaces[which]
-            yield RecordedPacket((high << 32 | low) * unit, link, body[20 : 20 + size], length)
+        body = head[8:] + exactly(file, size - 12)  # at its end stands the size again
+        try:
+            if kind == INTERFACE_BLOCK:
+                (link,) = struct.unpack_from(order + "H", body)
+                option = body[8:-4].partition(struct.pack(order + "2H", 9, 1))[2]
+                resolution = (
+                    option[0] if option else 6
+                )  # of its times: digits behind the point, binary ones from 128 on
+                interfaces.append((link, (2.0 if resolution & 0x80 else 10.0) ** -(resolution & 0x7F)))
+            elif kind == SIMPLE_BLOCK:
+                (length,) = struct.unpack_from(order + "I", body)
+                yield RecordedPacket(None, interfaces[0][0], body[4:-4][:length], length)
+            elif kind == ENHANCED_BLOCK:
+                which, high, low, size, length = struct.unpack_from(order + "5I", body)
+                link, unit = interfaces[which]
+                yield RecordedPacket((high << 32 | low) * unit, link, body[20 : 20 + size], length)
+            elif kind == OLD_BLOCK:
+                notes[UNREAD.format("old packet blocks (save the file as pcap)")] += 1
+        except (IndexError, struct.error):
+            notes[DAMAGED] += 1
 
 
 def until_cut(items: Iterable, notes: Notes) -> Iterator:
@@ -5363,17 +5377,23 @@ def ip_start(link: int, data: bytes) -> int:
     return at
 
 
-def segment(packet: RecordedPacket) -> tuple[bytes, bytes, int, int, bytes] | None:
+def segment(packet: RecordedPacket, notes: Notes) -> tuple[bytes, bytes, int, int, bytes] | None:
     """The TCP segment in a packet: source and target with their ports, number of its first byte, whether it is a SYN, data."""
     data, at = packet.data, ip_start(packet.link, packet.data)
     version, fragment = data[at] >> 4, 0
     if version == 4:
         first, size, fragment, protocol, source, target = IPV4.unpack_from(data, at)
-        end, at = at + size, at + (first & 15) * 4
+        end, at, fragment = at + size, at + (first & 15) * 4, fragment & 0x1FFF
     elif version == 6:
         size, protocol, source, target = IPV6.unpack_from(data, at)
         end, at = at + 40 + size, at + 40
-    if version not in (4, 6) or protocol != socket.IPPROTO_TCP or fragment & 0x1FFF:
+        while protocol in IPV6_EXTENSIONS and not fragment:
+            fragment = struct.unpack_from(">2xH", data, at)[0] >> 3 if protocol == FRAGMENT else 0
+            protocol, at = data[at], at + 8 + 8 * data[at + 1]
+    if version not in (4, 6) or protocol != socket.IPPROTO_TCP:
+        return None
+    if fragment:
+        notes[UNREAD.format("fragments of IP packets")] += 1
         return None
     source_port, target_port, seq, header, flags = TCP.unpack_from(data, at)
     is_syn = flags >> 1 & 1  # it has a sequence number of its own, before the data's
@@ -5385,12 +5405,14 @@ def connections(packets: Iterable[RecordedPacket], notes: Notes) -> Iterable[lis
     """The streams of each connection to or from port 20001, or with a segment that begins like a frame."""
     latest: dict[tuple[bytes, bytes], Stream] = {}
     found: dict[frozenset[bytes], list[Stream]] = collections.defaultdict(list)
+    is_elsewhere = False  # a connection has other ports: its packets cannot be known at a glance
     for number, packet in enumerate(packets):
         is_cut, part = packet.size > len(packet.data), None
         try:
-            part = segment(packet)
-        except KeyError:  # of LINKS
-            notes[UNREAD.format(packet.link)] += 1
+            if packet.link not in LINKS:
+                notes[UNREAD.format(f"packets of link type {packet.link}")] += 1
+            elif is_elsewhere or PORTAL_PORT in packet.data or MARK in packet.data:
+                part = segment(packet, notes)
         except (IndexError, struct.error):  # it ends inside its headers
             notes[SNAPPED] += is_cut
         if not part:
@@ -5399,6 +5421,7 @@ def connections(packets: Iterable[RecordedPacket], notes: Notes) -> Iterable[lis
         way, ends, ports = (source, target), frozenset((source, target)), (source[-2:], target[-2:])
         if ends in found or PORTAL_PORT in ports or MARK in data[:8]:
             notes[SNAPPED] += is_cut
+            is_elsewhere |= PORTAL_PORT not in ports
             stream = latest.get(way)
             if not stream or is_syn and seq != stream.first:  # the port is new, or used again
                 stream = latest[way] = Stream(ports[0] != PORTAL_PORT == ports[1], seq, is_syn, [])
@@ -5481,6 +5504,9 @@ def pieces_of(direction: str, data: bytes, captured: float | None = None) -> Ite
 # behind the offset. Columns are one or two blanks apart, and the text is behind two: so a second one needs 8 bytes before.
 DUMP_LINE = re.compile(r"(?im)^[^\S\n]*(?:0x)?([0-9a-f]{4,8}):?[ \t]+((?:[0-9a-f]{2})+(?: (?:[0-9a-f]{2})+)*)(?: {1,2}([0-9a-f]{2}(?: [0-9a-f]{2}){0,7}))?(?=\s|$)")  # fmt: skip
 SEPARATORS = str.maketrans("", "", " \t\r\n\f\v,:;|\"'-")
+LITERAL = re.compile(r"""(?<!\w)[bB]?("[^"]*"|'[^']*')""")
+ESCAPE = re.compile(r"\\(?:x[0-9a-fA-F]{2}|[0-3]?[0-7]{1,2}|[abfnrtv])")
+COMMENT, ARRAY = re.compile(r"(?m)/\*.*?(?:\*/|$)|//.*"), re.compile(r"(?i)(?:\b0x[0-9a-f]{1,2}\b[,\s]*)+")
 
 
 def dumps(text: str) -> list[bytes]:
@@ -5497,38 +5523,49 @@ def dumps(text: str) -> list[bytes]:
     return [bytes(dump) for dump in found]
 
 
-def text_pieces(text: str, notes: Notes) -> Iterator[Recorded]:
-    """The pieces in what people paste: dumps, or hex in any spacing, alone or in arrays of C. Raises ProtocolError."""
-    dumped, typed = dumps(text), []
-    bare = re.sub(r"(?i)/\*[^*]*\*/|//[^\n]*|0x|\\x", "", text)
+def typed(text: str) -> list[bytes]:
+    """The bytes in a text without dumps: hex and nothing else, or literals with escapes and arrays of C."""
     with contextlib.suppress(ValueError):
-        typed = [bytes.fromhex(part.translate(SEPARATORS)) for part in re.findall(r"\{([^{}]*)\}", bare) or [bare]]
-    if not dumped and not any(typed):
+        return [bytes.fromhex(re.sub(r"(?i)0x|\\x", "", text).translate(SEPARATORS))]
+    closed = re.sub(r"""\\(["'\\])""", lambda match: f"\\x{ord(match[1]):02x}", text)  # no literal holds its quote
+    literal = "".join(part[1:-1] for part in LITERAL.findall(closed) if "\\x" in part)
+    found = [ESCAPE.sub(lambda match: match[0].encode().decode("unicode_escape"), literal).encode("latin-1")]
+    found += (
+        bytes(int(each, 16) for each in re.split(r"[,\s]+", array) if each)
+        for array in ARRAY.findall(COMMENT.sub("", text))
+    )
+    return [data for data in found if len(data) >= SHORTEST]
+
+
+def text_pieces(text: str, notes: Notes) -> Iterator[Recorded]:
+    """The pieces in what people paste. Raises ProtocolError if there is nothing of the kind."""
+    forms = [form for form in (dumps(text), typed(text)) if any(form)]
+    if not forms:
         raise ProtocolError("text without bytes in hex" if text.strip() else "nothing in it")
-    yield from byte_pieces(dumped if any(MARK in data for data in dumped) else typed, notes)
+    yield from byte_pieces(max(forms, key=lambda several: any(MARK in data for data in several)), notes)
 
 
 def byte_pieces(several: list[bytes], notes: Notes) -> Iterator[Recorded]:
-    """The pieces of packets, and of other bytes; of these good frames alone, unless they begin with a frame."""
+    """The pieces of packets, and of other bytes: good frames alone of those that can hold addresses."""
     packets, others = [], []
     for data in several:
         link = next((link for link in (1, 113, 276, 101, 0) if TCP_IN_IP.match(data, ip_start(link, data))), None)
         if link is not None:
             packets.append(RecordedPacket(None, link, data, len(data)))
-        elif MARK in data:
+        elif MARK in data or (len(several) == 1 and not PACKET_SIGN.search(data, 0, 64)):
             others.append(data)
     yield from conversations(packets, notes)
     for data in others:
         for piece in pieces_of("", data):
-            if piece.kind == FRAME or MARK in data[:8]:
+            if piece.kind == FRAME or MARK in data[:8] or MARK not in data:
                 yield piece
-            else:  # it can hold addresses
+            else:
                 notes[LEFT_OUT] += 1
 
 
-def capture_pieces(lines: Iterable[bytes], notes: Notes) -> Iterator[Recorded]:
+def capture_pieces(file: BinaryIO, notes: Notes) -> Iterator[Recorded]:
     """The pieces in the lines of a capture file, or of what decode printed."""
-    for line in lines:
+    for line in until_cut(iter(lambda: file.readline(LONGEST_LINE), b""), notes):
         line = line.strip(b"\0\xef\xbb\xbf\r\n")
         try:
             entry = json.loads(line)
@@ -5542,7 +5579,7 @@ def capture_pieces(lines: Iterable[bytes], notes: Notes) -> Iterator[Recorded]:
 def captured_at(entry: dict) -> float | None:
     """When a line was captured, None if it does not say that with its zone."""
     with contextlib.suppress(ValueError, OverflowError):
-        when = datetime.fromisoformat(str(entry.get("captured") or entry.get("time")))
+        when = datetime.fromisoformat(str(entry.get("captured") or entry.get("time")).replace("Z", "+00:00"))
         return when.timestamp() if when.tzinfo else None
     return None
 
@@ -5556,10 +5593,12 @@ def recording(raw: BinaryIO, notes: Notes) -> Iterator[Recorded]:
         file: io.BufferedReader = gzip.GzipFile(fileobj=plain) if is_gzip else plain  # type: ignore[assignment]
         head = b"".join(until_cut(map(file.peek, [RECV_SIZE]), notes))
         if head[:4] in (*PCAP, PCAPNG):
-            packets = pcapng_packets(file) if head.startswith(PCAPNG) else pcap_packets(file)
+            packets = pcapng_packets(file, notes) if head.startswith(PCAPNG) else pcap_packets(file)
             yield from conversations(until_cut(packets, notes), notes)
+        elif head.startswith(MODIFIED_PCAP):
+            raise ProtocolError("a modified pcap file, which is not read: save it as pcap")
         elif re.search(rb'(?m)^[\0\xef\xbb\xbf\s]*\{"', head):
-            yield from capture_pieces(until_cut(file, notes), notes)
+            yield from capture_pieces(file, notes)  # type: ignore[arg-type]
         else:
             data = b"".join(until_cut(iter(lambda: file.read1(RECV_SIZE), b""), notes))
             if not re.search(rb"[\0-\x08\x0e-\x1a\x1c-\x1f]", data):
