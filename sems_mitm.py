@@ -5283,9 +5283,9 @@ LEFT_OUT = "pieces between good frames that can hold anything, left out: {}"
 Recorded = collections.namedtuple("Recorded", "captured wire kind data where", defaults=(0,))
 # time: seconds since 1970, None if not known; link: the type of its link; size: before the snap length cut it
 RecordedPacket = collections.namedtuple("RecordedPacket", "time link data size")
-# What one end of a connection sent. is_outward: to port 20001 from another; first: the sequence number of place 0;
-# is_whole: whether that is the first byte; segments: (place, time, bytes) of each, as they came
-Stream = collections.namedtuple("Stream", "is_outward first is_whole segments")
+# What one end of a connection sent. outward: 1 to port 20001, -1 from it, 0 if the port does not say; first: the sequence
+# number of place 0; is_whole: whether that is the first byte; segments: (place, time, bytes) of each, as they came
+Stream = collections.namedtuple("Stream", "outward first is_whole segments")
 
 PCAP = {  # the first four bytes: byte order, seconds of a unit of the fraction
     b"\xd4\xc3\xb2\xa1": ("<", 1e-6), b"\xa1\xb2\xc3\xd4": (">", 1e-6), b"\x4d\x3c\xb2\xa1": ("<", 1e-9), b"\xa1\xb2\x3c\x4d": (">", 1e-9),
@@ -5296,7 +5296,7 @@ INTERFACE_BLOCK, OLD_BLOCK, SIMPLE_BLOCK, ENHANCED_BLOCK = 1, 2, 3, 6
 LINKS = {  # link type: where the type of its contents stands (-1: nowhere), where they begin
     1: (12, 14), 113: (14, 16), 276: (0, 20), 0: (-1, 4), 108: (-1, 4), **dict.fromkeys((12, 14, 101, 228, 229), (-1, 0)),
 }  # fmt: skip
-VLAN_TAGS = (b"\x81\0", b"\x88\xa8", b"\x91\0")
+VLAN_TAGS, IP_TYPES = (b"\x81\0", b"\x88\xa8", b"\x91\0"), (b"\x08\0", b"\x86\xdd")
 IPV4, IPV6, TCP = struct.Struct(">BxH2xHxB2x4s4s"), struct.Struct(">4xHBx16s16s"), struct.Struct(">2s2sI4xBB")
 IPV6_EXTENSIONS = HOP_BY_HOP, ROUTING, FRAGMENT, DESTINATION = 0, 43, 44, 60
 TCP_IN_IP = re.compile(rb"[\x45-\x4f].{8}\x06|[\x60-\x6f].{5}[\x06\0\x2b\x2c\x3c]", re.S)
@@ -5370,17 +5370,17 @@ def until_cut(items: Iterable, notes: Notes) -> Iterator:
 
 
 def ip_start(link: int, data: bytes) -> int:
-    """Where the contents of a packet begin, behind VLAN tags."""
+    """Where the IP packet in a packet begins, behind VLAN tags; its end if there is none."""
     kind, at = LINKS[link]
     while data[kind : kind + 2] in VLAN_TAGS:
         kind, at = at + 2, at + 4
-    return at
+    return at if kind < 0 or data[kind : kind + 2] in IP_TYPES else len(data)
 
 
 def segment(packet: RecordedPacket, notes: Notes) -> tuple[bytes, bytes, int, int, bytes] | None:
     """The TCP segment in a packet: source and target with their ports, number of its first byte, whether it is a SYN, data."""
     data, at = packet.data, ip_start(packet.link, packet.data)
-    version, fragment = data[at] >> 4, 0
+    version, fragment = data[at] >> 4 if at < len(data) else 0, 0
     if version == 4:
         first, size, fragment, protocol, source, target = IPV4.unpack_from(data, at)
         end, at, fragment = at + size, at + (first & 15) * 4, fragment & 0x1FFF
@@ -5424,7 +5424,7 @@ def connections(packets: Iterable[RecordedPacket], notes: Notes) -> Iterable[lis
             is_elsewhere |= PORTAL_PORT not in ports
             stream = latest.get(way)
             if not stream or is_syn and seq != stream.first:  # the port is new, or used again
-                stream = latest[way] = Stream(ports[0] != PORTAL_PORT == ports[1], seq, is_syn, [])
+                stream = latest[way] = Stream((ports[1] == PORTAL_PORT) - (ports[0] == PORTAL_PORT), seq, is_syn, [])
                 found[ends].append(stream)
             if data:
                 last = stream.segments[-1][0] if stream.segments else 0  # numbers wrap around: the place nearest to it
@@ -5449,7 +5449,8 @@ def stream_pieces(stream: Stream, notes: Notes) -> Iterator[Recorded]:
     """The pieces of a stream, without those that a gap or an end of the recording tore."""
     parts = sorted(stream.segments, reverse=True)
     stream.segments.clear()
-    wire = OUTBOUND if stream.is_outward or any(OUTBOUND.prefix in data for _, _, data in parts) else INBOUND
+    outward = stream.outward or any(OUTBOUND.prefix in data for _, _, data in parts)
+    wire = OUTBOUND if outward > 0 else INBOUND
     first = parts[-1][0] if parts else 0
     is_inside = not stream.is_whole or first < -1  # of a frame, perhaps; at -1 stands the byte of a keep-alive probe
     while parts:
@@ -5504,7 +5505,7 @@ def pieces_of(direction: str, data: bytes, captured: float | None = None) -> Ite
 # behind the offset. Columns are one or two blanks apart, and the text is behind two: so a second one needs 8 bytes before.
 DUMP_LINE = re.compile(r"(?im)^[^\S\n]*(?:0x)?([0-9a-f]{4,8}):?[ \t]+((?:[0-9a-f]{2})+(?: (?:[0-9a-f]{2})+)*)(?: {1,2}([0-9a-f]{2}(?: [0-9a-f]{2}){0,7}))?(?=\s|$)")  # fmt: skip
 SEPARATORS = str.maketrans("", "", " \t\r\n\f\v,:;|\"'-")
-LITERAL = re.compile(r"""(?<!\w)[bB]?("[^"]*"|'[^']*')""")
+LITERAL = re.compile(r"""(?<!\w)[bB]?(?:"([^"]*)|'([^']*))["']?""")
 ESCAPE = re.compile(r"\\(?:x[0-9a-fA-F]{2}|[0-3]?[0-7]{1,2}|[abfnrtv])")
 COMMENT, ARRAY = re.compile(r"(?m)/\*.*?(?:\*/|$)|//.*"), re.compile(r"(?i)(?:\b0x[0-9a-f]{1,2}\b[,\s]*)+")
 
@@ -5528,7 +5529,7 @@ def typed(text: str) -> list[bytes]:
     with contextlib.suppress(ValueError):
         return [bytes.fromhex(re.sub(r"(?i)0x|\\x", "", text).translate(SEPARATORS))]
     closed = re.sub(r"""\\(["'\\])""", lambda match: f"\\x{ord(match[1]):02x}", text)  # no literal holds its quote
-    literal = "".join(part[1:-1] for part in LITERAL.findall(closed) if "\\x" in part)
+    literal = "".join(part for parts in LITERAL.findall(closed) for part in parts if "\\x" in part)
     found = [ESCAPE.sub(lambda match: match[0].encode().decode("unicode_escape"), literal).encode("latin-1")]
     found += (
         bytes(int(each, 16) for each in re.split(r"[,\s]+", array) if each)
@@ -5539,20 +5540,21 @@ def typed(text: str) -> list[bytes]:
 
 def text_pieces(text: str, notes: Notes) -> Iterator[Recorded]:
     """The pieces in what people paste. Raises ProtocolError if there is nothing of the kind."""
-    forms = [form for form in (dumps(text), typed(text)) if any(form)]
-    if not forms:
+    dumped, others = dumps(text), typed(text)
+    if not any(dumped + others):
         raise ProtocolError("text without bytes in hex" if text.strip() else "nothing in it")
-    yield from byte_pieces(max(forms, key=lambda several: any(MARK in data for data in several)), notes)
+    best = max(filter(any, (dumped, others)), key=lambda several: any(MARK in data for data in several))
+    yield from byte_pieces(best, notes, is_alone=not dumped and len(others) == 1)
 
 
-def byte_pieces(several: list[bytes], notes: Notes) -> Iterator[Recorded]:
+def byte_pieces(several: list[bytes], notes: Notes, is_alone: bool = False) -> Iterator[Recorded]:
     """The pieces of packets, and of other bytes: good frames alone of those that can hold addresses."""
     packets, others = [], []
     for data in several:
         link = next((link for link in (1, 113, 276, 101, 0) if TCP_IN_IP.match(data, ip_start(link, data))), None)
         if link is not None:
             packets.append(RecordedPacket(None, link, data, len(data)))
-        elif MARK in data or (len(several) == 1 and not PACKET_SIGN.search(data, 0, 64)):
+        elif MARK in data or (is_alone and not PACKET_SIGN.search(data, 0, 64)):
             others.append(data)
     yield from conversations(packets, notes)
     for data in others:

@@ -6302,6 +6302,7 @@ class RecordingTest(SocketCase):
             ("nothing of ours", [web, arp, udp, tls], [], []),
             ("a bad CRC", [ether(ip(tcp(spoilt(self.ONE) + self.TWO, 1)))], [self.TWO], [spoilt(self.ONE)]),
             ("junk", [ours, ether(ip(tcp(b"junk", 1 + len(self.ONE))))], [self.ONE], [b"junk"]),
+            ("by the port", [ether(ip(tcp(self.ACK + b"POST" + self.ACK, 1, True), True))], [self.ACK] * 2, [b"POST"]),
             ("answers alone", [ether(ip(tcp(b"\1\2" + self.ACK, 1, True), True))], [self.ACK], [b"\1\2"]),
             ("keep-alives alone", [ether(ip(tcp(b"\1\2", 1, True), True))], [], [b"\1\2"]),
         ):
@@ -6347,7 +6348,7 @@ class RecordingTest(SocketCase):
         rows = [(name, text, [self.ONE]) for name, text in texts.items()]
         of = lambda payload: with_crc(with_length(self.ONE[:52] + bytes(payload) + b".."))
         every, one_quote = of(range(256)), of(range(35, 243))  # all that has an escape; the other quote is around it
-        pythons = (f"It's {every!r}", every), (f"print({every[:80]!r}\n  {every[80:]!r})", every), (repr(one_quote), one_quote)  # fmt: skip
+        pythons = (f"It's {every!r}", every), (f"print({every[:80]!r}\n  {every[80:]!r})", every), (repr(one_quote)[:-1], one_quote)  # fmt: skip
         rows += ((f"Python: {text[:12]}", text, [wanted]) for text, wanted in pythons)
         path = os.path.join(self.directory(), "frame")
         with open(path, "wb") as file:
@@ -6360,7 +6361,8 @@ class RecordingTest(SocketCase):
         tshark = lambda packet: dumped(packet, "tshark -x") + "\n"
         for name, before, form, link in (
             ("tcpdump -X", head, tcpdump, bytes), ("tcpdump -XX", head, tcpdump, ether), ("tshark -x", "Frame (124 bytes):\n", tshark, ether),
-            ("tshark -x -i any", "", tshark, lambda packet: b"\x08\0" + bytes(18) + packet), ("with ARP", tshark(arp), tshark, ether),
+            ("tshark -x -i any", "", tshark, lambda packet: b"\x08\0" + bytes(18) + packet),
+            ("tshark -x -i any, VLAN", "", tshark, lambda packet: b"\x81\0" + bytes(12) + b"\x6b" + bytes(6) + b"\7\x08\0" + packet), ("with ARP", tshark(arp), tshark, ether),
             ("C arrays", "", c_array, ether), ("C arrays, with ARP", c_array(arp), c_array, ether),
         ):  # fmt: skip
             rows.append((name, "".join(before + form(link(packet)) for packet in packets), [self.ONE, self.ACK]))
@@ -6377,6 +6379,7 @@ class RecordingTest(SocketCase):
         self.check(self.ONE + spoilt(self.TWO) + self.ACK, [self.ONE, self.ACK], [spoilt(self.TWO)])
         hello = b"\x16\3\1\2\0" + b"hello, this is TLS" * 9
         arp = MACS + b"\x08\6\0\1\x08\0\6\4\0\1" + MACS + address_bytes(HOUSE)
+        self.check(dumped(MACS * 3, "xxd").encode(), [], [], ("not a single good frame",))
         for shown in (b"junk", hello, b"\1\2", self.ONE[:60], spoilt(self.ONE)):
             with self.subTest(shown=shown):
                 self.check(shown.hex().encode(), [], [shown], ("not a single good frame",))
