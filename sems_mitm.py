@@ -5380,7 +5380,7 @@ def ip_start(link: int, data: bytes) -> int:
 def segment(packet: RecordedPacket, notes: Notes) -> tuple[bytes, bytes, int, int, bytes] | None:
     """The TCP segment in a packet: source and target with their ports, number of its first byte, whether it is a SYN, data."""
     data, at = packet.data, ip_start(packet.link, packet.data)
-    version, fragment = data[at] >> 4 if at < len(data) else 0, 0
+    version, fragment = data[at] >> 4, 0
     if version == 4:
         first, size, fragment, protocol, source, target = IPV4.unpack_from(data, at)
         end, at, fragment = at + size, at + (first & 15) * 4, fragment & 0x1FFF

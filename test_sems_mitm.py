@@ -6234,7 +6234,7 @@ class RecordingTest(SocketCase):
         plain, ethernet = self.PACKETS, [ether(packet) for packet in self.PACKETS]
         tag, outer, sll = b"\x81\0\0\7", b"\x88\xa8\0\5", b"\0\0\0\1\0\6\2\xaa\xbb\xcc\xdd\1\0\0"
         made = lambda **more: [ip(*each, **more) for each in self.SEGMENTS]
-        headers = b"\x2b\0" + bytes(6) + b"\x3c\1" + bytes(14) + b"\x2c\0" + bytes(6) + b"\6" + bytes(7)
+        headers = b"\x2b\0" + bytes(6) + b"\x3c\1" + bytes(6) + b"\xff" * 8 + b"\x2c\0" + bytes(6) + b"\6" + bytes(7)
         extended = [ip(headers + part, inward, version=6, protocol=0) for part, inward in self.SEGMENTS]
         for name, data in (
             ("pcap", pcap(ethernet)), ("big endian", pcap(ethernet, order=">")), ("nanoseconds", pcap(ethernet, nano=True)),
@@ -6343,7 +6343,7 @@ class RecordingTest(SocketCase):
             "plain": self.ONE.hex(), "upper case": self.ONE.hex().upper(), "quoted": f'"{self.ONE.hex()}"', "groups of four": re.sub("(....)", r"\1 ", self.ONE.hex()), "blanks": " ".join(pairs), "lines": "\r\n".join(pairs),
             "colons": ":".join(pairs), "0x": ", ".join("0x" + pair for pair in pairs), "0X": " ".join("0X" + pair for pair in pairs), "C string": '"' + "".join("\\x" + pair for pair in pairs) + '"',
             "Python": repr(self.ONE), "a list": f"sent = [{', '.join(map(hex, self.ONE))}]  # {{ab}}",
-            "octal": '"' + "".join(f"\\x{byte:02x}" if i else f"\\{byte:03o}" for i, byte in enumerate(self.ONE)) + '"', "C array with text": c_array(self.ONE).replace("0x00, 0x00,", "0x00, /* GW.. */\n0x00,"),
+            "octal": '"' + "".join(f"\\x{byte:02x}" if 0 < byte < 80 else f"\\{byte:o}" for byte in self.ONE) + '"', "C array with text": c_array(self.ONE).replace("0x00, 0x00,", "0x00, /* GW.. */\n0x00,"),
         })  # fmt: skip
         rows = [(name, text, [self.ONE]) for name, text in texts.items()]
         of = lambda payload: with_crc(with_length(self.ONE[:52] + bytes(payload) + b".."))
@@ -6366,6 +6366,8 @@ class RecordingTest(SocketCase):
             ("C arrays", "", c_array, ether), ("C arrays, with ARP", c_array(arp), c_array, ether),
         ):  # fmt: skip
             rows.append((name, "".join(before + form(link(packet)) for packet in packets), [self.ONE, self.ACK]))
+        parts = (ip(tcp(self.ONE[:7], 1)), ip(tcp(self.ONE[7:], 8)))
+        rows.append(("cut inside the prefix", "".join(map(tcpdump, parts)), [self.ONE]))
         for name, text, wanted in rows:
             with self.subTest(name):
                 self.check(text.encode(), wanted)
@@ -6379,14 +6381,14 @@ class RecordingTest(SocketCase):
         self.check(self.ONE + spoilt(self.TWO) + self.ACK, [self.ONE, self.ACK], [spoilt(self.TWO)])
         hello = b"\x16\3\1\2\0" + b"hello, this is TLS" * 9
         arp = MACS + b"\x08\6\0\1\x08\0\6\4\0\1" + MACS + address_bytes(HOUSE)
-        self.check(dumped(MACS * 3, "xxd").encode(), [], [], ("not a single good frame",))
+        self.check(dumped(MACS * 3, "tcpdump -x").encode(), [], [], ("not a single good frame",))
         for shown in (b"junk", hello, b"\1\2", self.ONE[:60], spoilt(self.ONE)):
             with self.subTest(shown=shown):
                 self.check(shown.hex().encode(), [], [shown], ("not a single good frame",))
-        packets = [arp, *(ether(ip(tcp(data, 1))) for data in (b"", b"POST", spoilt(self.ONE))), ether(ip(tcp(hello, 1), version=6))]  # fmt: skip
+        packets = [arp, *(ether(ip(tcp(data, 1))) for data in (b"", b"POST", spoilt(self.ONE))), ether(ip(tcp(hello, 1, portal=80), version=6))]  # fmt: skip
         for packet, at in itertools.product(packets, range(12, 38)):  # one byte of the headers is damaged
             damaged = packet[:at] + b"\xff" + packet[at + 1 :]
-            for data in (damaged, damaged[14:]) if at > 13 and packet != arp else (damaged,):
+            for data in (damaged, damaged[14:]) if at > 13 and sems.PORTAL_PORT in packet else (damaged,):
                 with self.subTest(data=data):
                     _, found, _ = self.decoded(data.hex().encode())
                     self.assertLessEqual({each["hex"] for each in found}, {spoilt(self.ONE).hex()})
