@@ -5298,7 +5298,7 @@ LINKS = {  # link type: where the type of its contents stands (-1: nowhere), whe
 }  # fmt: skip
 VLAN_TAGS, IP_TYPES = (b"\x81\0", b"\x88\xa8", b"\x91\0"), (b"\x08\0", b"\x86\xdd")
 IPV4, IPV6, TCP = struct.Struct(">BxH2xHxB2x4s4s"), struct.Struct(">4xHBx16s16s"), struct.Struct(">2s2sI4xBB")
-IPV6_EXTENSIONS = HOP_BY_HOP, ROUTING, FRAGMENT, DESTINATION = 0, 43, 44, 60
+FRAGMENT, IPV6_EXTENSIONS = 44, (0, 43, 44, 60)  # hop-by-hop, routing, fragment, destination options
 TCP_IN_IP = re.compile(rb"[\x45-\x4f].{8}\x06|[\x60-\x6f].{5}[\x06\0\x2b\x2c\x3c]", re.S)
 # What stands in the head of a packet, damaged or not: the type of what it holds, the portal's port, an IP header.
 IP_HEADER = rb"[\x45-\x4f].{8}[\x01\x06\x11]|[\x60-\x6f].{5}[\x06\0\x11\x3a]"
@@ -5318,10 +5318,8 @@ def exactly(file: BinaryIO, size: int) -> bytes:
 def pcap_packets(file: io.BufferedReader) -> Iterator[RecordedPacket]:
     """The packets of a pcap file. Both raise EOFError, struct.error or IndexError where a file is cut or damaged."""
     order, unit = PCAP[exactly(file, 4)]
-    (link,), record = (
-        struct.unpack(order + "16xI", exactly(file, 20)),
-        struct.Struct(order + "4I"),
-    )  # its upper half: whether checksums follow the packets
+    (link,) = struct.unpack(order + "16xI", exactly(file, 20))  # its upper half: whether checksums follow the packets
+    record = struct.Struct(order + "4I")
     while file.peek(1):
         seconds, fraction, size, length = record.unpack(exactly(file, 16))
         yield RecordedPacket(seconds + fraction * unit, link & 0xFFFF, exactly(file, size), length)
@@ -5340,9 +5338,7 @@ def pcapng_packets(file: io.BufferedReader, notes: Notes) -> Iterator[RecordedPa
             if kind == INTERFACE_BLOCK:
                 (link,) = struct.unpack_from(order + "H", body)
                 option = body[8:-4].partition(struct.pack(order + "2H", 9, 1))[2]
-                resolution = (
-                    option[0] if option else 6
-                )  # of its times: digits behind the point, binary ones from 128 on
+                resolution = option[0] if option else 6  # digits behind the point of its times, binary from 128 on
                 interfaces.append((link, (2.0 if resolution & 0x80 else 10.0) ** -(resolution & 0x7F)))
             elif kind == SIMPLE_BLOCK:
                 (length,) = struct.unpack_from(order + "I", body)
@@ -5548,7 +5544,10 @@ def text_pieces(text: str, notes: Notes) -> Iterator[Recorded]:
 
 
 def byte_pieces(several: list[bytes], notes: Notes, is_alone: bool = False) -> Iterator[Recorded]:
-    """The pieces of packets, and of other bytes: good frames alone of those that can hold addresses."""
+    """The pieces of packets, and of other bytes: good frames alone of those that can hold addresses.
+
+    is_alone: these bytes, and nothing but them, were pasted as hex: they are shown unless they look like a packet.
+    """
     packets, others = [], []
     for data in several:
         link = next((link for link in (1, 113, 276, 101, 0) if TCP_IN_IP.match(data, ip_start(link, data))), None)
@@ -5561,7 +5560,7 @@ def byte_pieces(several: list[bytes], notes: Notes, is_alone: bool = False) -> I
         for piece in pieces_of("", data):
             if piece.kind == FRAME or MARK in data[:8] or MARK not in data:
                 yield piece
-            else:
+            else:  # it can hold addresses
                 notes[LEFT_OUT] += 1
 
 

@@ -6325,7 +6325,7 @@ class RecordingTest(SocketCase):
             ("no such interface", pcapng([one]) + block(6, b"\x99" * 40) + pcapng(packets), [self.ONE, self.TWO], damaged), ("a short block", pcapng([one]) + block(6, b"") + pcapng(packets), [self.ONE, self.TWO], damaged),
             ("an old block", pcapng([one]) + block(2, bytes(40)), [self.ONE], "old packet blocks (save the file as pcap) are not read; left out: 1"), ("modified pcap", b"\x34\xcd\xb2\xa1" + whole[4:], [], "a modified pcap file"),
             ("a fragment", pcap([one[:20] + b"\0\3" + one[22:], packets[1]]), [self.TWO], "fragments of IP packets are not read; left out: 1"),
-            ("IPv6", pcap([ether(ip(b"\6\0\0\x08" + bytes(4) + tcp(self.ONE, 1), version=6, protocol=44)), packets[1]]), [self.TWO], "fragments of IP packets are not read; left out: 1"),
+            ("an IPv6 fragment", pcap([ether(ip(b"\6\0\0\x08" + bytes(4) + tcp(self.ONE, 1), version=6, protocol=44)), packets[1]]), [self.TWO], "fragments of IP packets are not read; left out: 1"),
             ("802.11", pcap(packets, link=105), [], "link type 105"), ("nothing", whole[:24], [], "not a single good frame"),
         ):  # fmt: skip
             with self.subTest(name):
@@ -6483,6 +6483,9 @@ class DecodeTest(SocketCase):
 
     def test_sources(self) -> None:
         """Hex, files and standard input say the same; hex can stand in several arguments, and beside files."""
+        code, out, err = called("decode", b"junk".hex())
+        self.assertEqual((code, json.loads(out)["hex"]), (1, b"junk".hex()))
+        self.assertEqual(err, "sems_mitm.py: not a single good frame in the hex given\n")
         parts = (("outbound", frame()), ("inbound", portal_frame("0304")))
         lines = "".join(sems.capture_line(0, "127.0.0.1:1", direction, "forwarded", part) for direction, part in parts)
         data = frame() + portal_frame("0304")
