@@ -36,7 +36,6 @@ from __future__ import annotations
 
 import argparse
 import binascii
-import bisect
 import collections
 import contextlib
 import difflib
@@ -4967,7 +4966,7 @@ def demo(arguments: list[str]) -> int:
 # are in nothing that leaves this section.
 
 PORTAL_PORT = (20001).to_bytes(2, "big")
-BEGINNINGS = (b"POSTGW\0\0", b"GW\0\0")  # of frames: the caps of the length fields leave their first two bytes 0
+MARK = b"GW\0\0"  # in the first 8 bytes of each frame: the caps of the length fields leave their first two bytes 0
 LONGEST_RECORD, LONGEST_LINE = 16 << 20, 1 << 20  # bytes; above it a record is damage
 SHORTEST = 16  # bytes that an array or a literal inside a text must have
 
@@ -4986,121 +4985,109 @@ LEFT_OUT = "pieces between good frames that can hold anything, left out: {}"
 Recorded = collections.namedtuple("Recorded", "captured wire kind data where", defaults=(0,))
 # time: seconds since 1970, None if not known; link: the type of its link; size: before the snap length cut it
 RecordedPacket = collections.namedtuple("RecordedPacket", "time link data size")
-# source, target: address and port; seq: the sequence number of data's first byte; cut: bytes missing, if above 0
-Segment = collections.namedtuple("Segment", "source target seq is_syn data cut")
-# What one end of a connection sent. first: the sequence number of place 0; is_whole: whether that is the first byte;
-# segments: (place, time, bytes) of each, as they came
-Stream = collections.namedtuple("Stream", "source target first is_whole segments")
+# What one end of a connection sent. outward: 1 to port 20001, -1 from it, 0 if the port does not say; first: the sequence
+# number of place 0; is_whole: whether that is the first byte; segments: (place, time, bytes) of each, as they came
+Stream = collections.namedtuple("Stream", "outward first is_whole segments")
 
-# fmt: off
 PCAP = {  # the first four bytes: byte order, seconds of a unit of the fraction
     b"\xd4\xc3\xb2\xa1": ("<", 1e-6), b"\xa1\xb2\xc3\xd4": (">", 1e-6), b"\x4d\x3c\xb2\xa1": ("<", 1e-9), b"\xa1\xb2\x3c\x4d": (">", 1e-9),
-}
+}  # fmt: skip
 MODIFIED_PCAP = (b"\x34\xcd\xb2\xa1", b"\xa1\xb2\xcd\x34")
 PCAPNG, ORDERS = b"\n\r\r\n", {b"\x4d\x3c\x2b\x1a": "<", b"\x1a\x2b\x3c\x4d": ">"}
 INTERFACE_BLOCK, OLD_BLOCK, SIMPLE_BLOCK, ENHANCED_BLOCK = 1, 2, 3, 6
 LINKS = {  # link type: where the type of its contents stands (-1: nowhere), where they begin
     1: (12, 14), 113: (14, 16), 276: (0, 20), 0: (-1, 4), 108: (-1, 4), **dict.fromkeys((12, 14, 101, 228, 229), (-1, 0)),
-}
-VLAN_TAGS, IP_TYPES, ARP = (b"\x81\0", b"\x88\xa8", b"\x91\0"), (b"\x08\0", b"\x86\xdd"), b"\x08\6"
+}  # fmt: skip
+VLAN_TAGS, IP_TYPES = (b"\x81\0", b"\x88\xa8", b"\x91\0"), (b"\x08\0", b"\x86\xdd")
 IPV4, IPV6, TCP = struct.Struct(">BxH2xHxB2x4s4s"), struct.Struct(">4xHBx16s16s"), struct.Struct(">2s2sI4xBB")
-IPV6_EXTENSIONS = {0: (8, 8), 43: (8, 8), 60: (8, 8), 51: (4, 8), 44: (0, 8)}  # bytes a unit of its length, and beside it
-IP_HEADER = re.compile(rb"[\x45-\x4f].{8}[\1\6\x11].{10}|[\x60-\x6f].{5}[\0\6\x11\x2b\x2c\x33\x3a\x3c].{33}", re.S)
-# fmt: on
+FRAGMENT, IPV6_EXTENSIONS = 44, (0, 43, 44, 60)  # hop-by-hop, routing, fragment, destination options
+TCP_IN_IP = re.compile(rb"[\x45-\x4f].{8}\x06|[\x60-\x6f].{5}[\x06\0\x2b\x2c\x3c]", re.S)
+# What stands in the head of a packet, damaged or not: the type of what it holds, the portal's port, an IP header.
+IP_HEADER = rb"[\x45-\x4f].{8}[\x01\x06\x11]|[\x60-\x6f].{5}[\x06\0\x11\x3a]"
+PACKET_SIGN = re.compile(rb"\x08[\0\x06]|\x86\xdd|\x81\0|\x88\xa8|\x4e\x21|" + IP_HEADER, re.S)
 
 
-def pcap_packets(file: BinaryIO, notes: Notes) -> Iterator[RecordedPacket]:
-    """The packets of a pcap file. Raises ProtocolError for a header that is cut."""
-    order, unit = PCAP[file.read(4)]
-    header, record = file.read(20), struct.Struct(order + "4I")
-    if len(header) < 20:
-        raise ProtocolError("a pcap file without a whole header")
-    link = struct.unpack_from(order + "I", header, 16)[0] & 0xFFFF  # above it: whether checksums follow the packets
-    while len(head := file.read(16)) == 16:
-        seconds, fraction, size, length = record.unpack(head)
-        if size > LONGEST_RECORD:
-            notes[DAMAGED] += 1
-            return
-        data = file.read(size)
-        if len(data) < size:
-            break
-        yield RecordedPacket(seconds + fraction * unit, link, data, length)
-    notes[CUT_END] |= bool(head)
+def exactly(file: BinaryIO, size: int) -> bytes:
+    """So many bytes of a file. Raises EOFError if it ends before, struct.error for a size that no record has."""
+    if not 0 <= size <= LONGEST_RECORD:
+        raise struct.error(size)
+    data = file.read(size)
+    if len(data) < size:
+        raise EOFError
+    return data
 
 
-def pcapng_blocks(file: BinaryIO, notes: Notes) -> Iterator[tuple[int, bytes, str]]:
-    """The blocks of a pcapng file: kind, body, byte order."""
-    order = ""
-    while len(head := file.read(8)) == 8:
-        magic = file.read(4) if head.startswith(PCAPNG) else b""
-        order = ORDERS.get(magic, "") if magic else order
-        kind, size = struct.unpack((order or "<") + "2I", head)
-        if not order or not 12 <= size <= LONGEST_RECORD:
-            notes[DAMAGED] += 1
-            return
-        body = magic + file.read(size - 8 - len(magic))
-        if len(body) < size - 8:
-            break
-        yield kind, body[:-4], order  # at the end stands the size again
-    notes[CUT_END] |= bool(head)
+def pcap_packets(file: io.BufferedReader) -> Iterator[RecordedPacket]:
+    """The packets of a pcap file. Both raise EOFError, struct.error or IndexError where a file is cut or damaged."""
+    order, unit = PCAP[exactly(file, 4)]
+    (link,) = struct.unpack(order + "16xI", exactly(file, 20))  # its upper half: whether checksums follow the packets
+    record = struct.Struct(order + "4I")
+    while file.peek(1):
+        seconds, fraction, size, length = record.unpack(exactly(file, 16))
+        yield RecordedPacket(seconds + fraction * unit, link & 0xFFFF, exactly(file, size), length)
 
 
-def pcapng_packets(file: BinaryIO, notes: Notes) -> Iterator[RecordedPacket]:
+def pcapng_packets(file: io.BufferedReader, notes: Notes) -> Iterator[RecordedPacket]:
     """The packets of a pcapng file: of all its sections and interfaces."""
-    interfaces: list[tuple[int, int, float]] = []
-    for kind, body, order in pcapng_blocks(file, notes):
+    order, interfaces = "<", []  # type: ignore[var-annotated]
+    while file.peek(1):
+        head = exactly(file, 12)
+        if head.startswith(PCAPNG):  # a section
+            order, interfaces = ORDERS.get(head[8:], order), []
+        kind, size = struct.unpack_from(order + "2I", head)
+        body = head[8:] + exactly(file, size - 12)  # at its end stands the size again
         try:
             if kind == INTERFACE_BLOCK:
-                interfaces.append(interface(body, order))
+                (link,) = struct.unpack_from(order + "H", body)
+                option = body[8:-4].partition(struct.pack(order + "2H", 9, 1))[2]
+                resolution = option[0] if option else 6  # digits behind the point of its times, binary from 128 on
+                interfaces.append((link, (2.0 if resolution & 0x80 else 10.0) ** -(resolution & 0x7F)))
             elif kind == SIMPLE_BLOCK:
-                (length,), (link, snap, _) = struct.unpack_from(order + "I", body), interfaces[0]
-                yield RecordedPacket(None, link, body[4 : 4 + min(length, snap or length)], length)
+                (length,) = struct.unpack_from(order + "I", body)
+                yield RecordedPacket(None, interfaces[0][0], body[4:-4][:length], length)
             elif kind == ENHANCED_BLOCK:
                 which, high, low, size, length = struct.unpack_from(order + "5I", body)
-                link, _, unit = interfaces[which]
+                link, unit = interfaces[which]
                 yield RecordedPacket((high << 32 | low) * unit, link, body[20 : 20 + size], length)
             elif kind == OLD_BLOCK:
                 notes[UNREAD.format("old packet blocks (save the file as pcap)")] += 1
-            elif body[:4] in ORDERS:  # a section
-                interfaces = []
         except (IndexError, struct.error):
             notes[DAMAGED] += 1
 
 
-def interface(body: bytes, order: str) -> tuple[int, int, float]:
-    """Link type, snap length, seconds of a unit of time: of an interface description block."""
-    link, snap_length = struct.unpack_from(order + "HxxI", body)
-    unit, at = 1e-6, 8
-    while at + 4 <= len(body):
-        code, size = struct.unpack_from(order + "HH", body, at)
-        if code == 9 and size and at + 4 < len(body):
-            unit = (2.0 if body[at + 4] & 0x80 else 10.0) ** -(body[at + 4] & 0x7F)
-        at += 4 + size + -size % 4
-    return link, snap_length, unit
+def until_cut(items: Iterable, notes: Notes) -> Iterator:
+    """Items from a file, up to where it or its gzip is cut or damaged."""
+    try:
+        yield from items
+    except (struct.error, IndexError):
+        notes[DAMAGED] += 1
+    except (EOFError, OSError, zlib.error) as error:
+        if getattr(error, "errno", None):  # the system's, not gzip's
+            raise
+        notes[CUT_END] = 1
 
 
 def ip_start(link: int, data: bytes) -> int:
-    """Where the IP packet in a packet begins, behind VLAN tags; -1 if there is none."""
+    """Where the IP packet in a packet begins, behind VLAN tags; its end if there is none."""
     kind, at = LINKS[link]
-    while kind >= 0 and data[kind : kind + 2] in VLAN_TAGS:
+    while data[kind : kind + 2] in VLAN_TAGS:
         kind, at = at + 2, at + 4
-    return at if kind < 0 or data[kind : kind + 2] in IP_TYPES else -1
+    return at if kind < 0 or data[kind : kind + 2] in IP_TYPES else len(data)
 
 
-def segment(packet: RecordedPacket, notes: Notes) -> Segment | None:
-    """The TCP segment in a packet. Raises IndexError, struct.error for a packet that ends inside its headers."""
+def segment(packet: RecordedPacket, notes: Notes) -> tuple[bytes, bytes, int, int, bytes] | None:
+    """The TCP segment in a packet: source and target with their ports, number of its first byte, whether it is a SYN, data."""
     data, at = packet.data, ip_start(packet.link, packet.data)
-    version, fragment = data[at] >> 4 if at >= 0 else 0, 0
+    version, fragment = data[at] >> 4, 0
     if version == 4:
         first, size, fragment, protocol, source, target = IPV4.unpack_from(data, at)
-        at, end, fragment = at + (first & 15) * 4, at + size if size else packet.size, fragment & 0x1FFF
+        end, at, fragment = at + size, at + (first & 15) * 4, fragment & 0x1FFF
     elif version == 6:
         size, protocol, source, target = IPV6.unpack_from(data, at)
-        at, end = at + 40, at + 40 + size if size else packet.size
+        end, at = at + 40 + size, at + 40
         while protocol in IPV6_EXTENSIONS and not fragment:
-            unit, more = IPV6_EXTENSIONS[protocol]
-            fragment = struct.unpack_from(">2xH", data, at)[0] & 0xFFF8 if protocol == 44 else 0
-            protocol, at = data[at], at + more + unit * data[at + 1]
+            fragment = struct.unpack_from(">2xH", data, at)[0] >> 3 if protocol == FRAGMENT else 0
+            protocol, at = data[at], at + 8 + 8 * data[at + 1]
     if version not in (4, 6) or protocol != socket.IPPROTO_TCP:
         return None
     if fragment:
@@ -5108,102 +5095,83 @@ def segment(packet: RecordedPacket, notes: Notes) -> Segment | None:
         return None
     source_port, target_port, seq, header, flags = TCP.unpack_from(data, at)
     is_syn = flags >> 1 & 1  # it has a sequence number of its own, before the data's
-    payload = data[at + (header >> 4) * 4 : end]
-    return Segment(
-        source + source_port, target + target_port, (seq + is_syn) & 0xFFFFFFFF, is_syn, payload, end - len(data)
-    )
+    payload = data[at + (header >> 4) * 4 : end if size else None]  # 0: merged before it was recorded
+    return source + source_port, target + target_port, (seq + is_syn) & 0xFFFFFFFF, is_syn, payload
 
 
-def segments(packets: Iterable[RecordedPacket], notes: Notes) -> Iterator[tuple[float, Segment]]:
-    """The TCP segments in packets, each with its time; most packets of other connections are left out at a glance."""
-    elsewhere = False  # a connection has other ports: its packets cannot be known at a glance
-    for number, packet in enumerate(packets):
-        if packet.link not in LINKS:
-            notes[UNREAD.format(f"packets of link type {packet.link}")] += 1
-        elif elsewhere or PORTAL_PORT in packet.data or BEGINNINGS[1] in packet.data:
-            try:
-                part = segment(packet, notes)
-            except (IndexError, struct.error):  # the packet ends inside its headers
-                notes[SNAPPED] += packet.size > len(packet.data)
-                continue
-            if part:
-                elsewhere |= part.data.startswith(BEGINNINGS) and not is_at_port(part)
-                yield number * 1e-9 if packet.time is None else packet.time, part
-
-
-def is_at_port(part: Segment | Stream) -> bool:
-    """Whether one of the two ends has the portal's port."""
-    return PORTAL_PORT in (part.source[-2:], part.target[-2:])
-
-
-def connections(packets: Iterable[RecordedPacket], notes: Notes) -> list[list[Stream]]:
+def connections(packets: Iterable[RecordedPacket], notes: Notes) -> Iterable[list[Stream]]:
     """The streams of each connection to or from port 20001, or with a segment that begins like a frame."""
-    latest: dict[bytes, Stream] = {}
-    found: dict[bytes, list[Stream]] = collections.defaultdict(list)
-    for when, part in segments(packets, notes):
-        way, back = part.source + part.target, part.target + part.source
-        if is_at_port(part) or way in latest or back in latest or part.data.startswith(BEGINNINGS):
-            notes[SNAPPED] += part.cut > 0
+    latest: dict[tuple[bytes, bytes], Stream] = {}
+    found: dict[frozenset[bytes], list[Stream]] = collections.defaultdict(list)
+    is_elsewhere = False  # a connection has other ports: its packets cannot be known at a glance
+    for number, packet in enumerate(packets):
+        is_cut, part = packet.size > len(packet.data), None
+        try:
+            if packet.link not in LINKS:
+                notes[UNREAD.format(f"packets of link type {packet.link}")] += 1
+            elif is_elsewhere or PORTAL_PORT in packet.data or MARK in packet.data:
+                part = segment(packet, notes)
+        except (IndexError, struct.error):  # it ends inside its headers
+            notes[SNAPPED] += is_cut
+        if not part:
+            continue
+        source, target, seq, is_syn, data = part
+        way, ends, ports = (source, target), frozenset((source, target)), (source[-2:], target[-2:])
+        if ends in found or PORTAL_PORT in ports or MARK in data[:8]:
+            notes[SNAPPED] += is_cut
+            is_elsewhere |= PORTAL_PORT not in ports
             stream = latest.get(way)
-            if not stream or part.is_syn and part.seq != stream.first:  # the port is new, or used again
-                stream = latest[way] = Stream(part.source, part.target, part.seq, part.is_syn, [])
-                found[min(way, back)].append(stream)
-            if part.data:
+            if not stream or is_syn and seq != stream.first:  # the port is new, or used again
+                stream = latest[way] = Stream((ports[1] == PORTAL_PORT) - (ports[0] == PORTAL_PORT), seq, is_syn, [])
+                found[ends].append(stream)
+            if data:
                 last = stream.segments[-1][0] if stream.segments else 0  # numbers wrap around: the place nearest to it
-                place = last + ((part.seq - stream.first - last + (1 << 31)) & 0xFFFFFFFF) - (1 << 31)
-                stream.segments.append((place, when, part.data))
-    return list(found.values())
+                place = last + ((seq - stream.first - last + (1 << 31)) & 0xFFFFFFFF) - (1 << 31)
+                stream.segments.append((place, number * 1e-9 if packet.time is None else packet.time, data))
+    return found.values()
 
 
-def stretches(stream: Stream) -> Iterator[tuple[int, bytearray, list[tuple[int, float]]]]:
-    """Runs of bytes without a gap: place, bytes, and where in them segments end with when all up to there had come."""
-    parts = sorted(stream.segments, reverse=True)
-    stream.segments.clear()  # each is let go when its bytes stand in the run: a recording can be large
-    starts_early = not parts or stream.is_whole and parts[-1][0] >= -1  # at -1 stands the byte of a keep-alive probe
-    place, run, ends = 0 if starts_early else parts[-1][0], bytearray(), []  # type: ignore[var-annotated]
-    while parts:
-        at, when, data = parts.pop()
-        if at > place + len(run):
-            yield place, run, ends
-            place, run, ends = at, bytearray(), []
-        new = at + len(data) - place - len(run)  # bytes that no segment before it held
-        if new > 0:
-            run += data[-new:]
-            ends.append((len(run), max(when, ends[-1][1] if ends else 0)))
-    yield place, run, ends
-
-
-def direction_of(stream: Stream) -> Wire:
-    """Towards port 20001 or away from it; otherwise, or between two of them, as the frames say."""
-    to, back = stream.target[-2:] == PORTAL_PORT, stream.source[-2:] == PORTAL_PORT
-    return OUTBOUND if (to if to != back else any(BEGINNINGS[0] in data for _, _, data in stream.segments)) else INBOUND
+def run_pieces(wire: Wire, parts: list[tuple], end: int) -> Iterator[tuple[float, str, bytes, bool]]:
+    """The pieces of segments, taken off parts' end up to a gap: time, kind, bytes, whether the gap left them unfinished."""
+    framer, captured = Framer(wire), 0.0
+    while parts and parts[-1][0] <= end:
+        place, when, data = parts.pop()
+        new = data[max(end - place, 0) :]
+        if new:
+            captured, end = max(captured, when), end + len(new)
+            yield from ((captured, *piece, False) for piece in framer.feed(new, 0))
+    yield from ((captured, *piece, True) for piece in framer.close())
 
 
 def stream_pieces(stream: Stream, notes: Notes) -> Iterator[Recorded]:
     """The pieces of a stream, without those that a gap or an end of the recording tore."""
-    wire = direction_of(stream)
-    for number, (place, data, ends) in enumerate(stretches(stream)):
-        notes[GAPS] += number > 0
-        at = 0
-        for kind, part, is_unfinished in cut(wire, data):
-            begins_inside = kind == JUNK and not at and (number or not stream.is_whole)
+    parts = sorted(stream.segments, reverse=True)
+    stream.segments.clear()
+    outward = stream.outward or any(OUTBOUND.prefix in data for _, _, data in parts)
+    wire = OUTBOUND if outward > 0 else INBOUND
+    first = parts[-1][0] if parts else 0
+    is_inside = not stream.is_whole or first < -1  # of a frame, perhaps; at -1 stands the byte of a keep-alive probe
+    while parts:
+        at, last = parts[-1][0] if is_inside else 0, ""
+        for captured, kind, part, is_unfinished in run_pieces(wire, parts, at):
             at += len(part)
-            if begins_inside or (is_unfinished and kind not in (FRAME, KEEPALIVE)):
-                notes[TORN] += 1
+            is_inside = is_inside and kind == JUNK
+            if not is_inside and (kind in (FRAME, KEEPALIVE) or not is_unfinished):
+                yield Recorded(captured, wire, kind, part, (stream.first + at) & 0xFFFFFFFF)
             else:
-                captured = ends[bisect.bisect_left(ends, (at,))][1]
-                yield Recorded(captured, wire, kind, part, (stream.first + place + at) & 0xFFFFFFFF)
+                notes[TORN] += (last, kind) != (JUNK, JUNK)  # junk comes in a piece for each segment
+            last = kind
+        notes[GAPS] += bool(parts)
+        is_inside = True
 
 
 def conversations(packets: Iterable[RecordedPacket], notes: Notes) -> Iterator[Recorded]:
     """What devices and the portal said in packets, in the order of time; what was recorded twice, once."""
     found: list[Recorded] = []
-    waiting = connections(packets, notes)
-    while waiting:
-        streams, lacks = waiting.pop(), collections.Counter()  # type: ignore[var-annotated]
-        has_frames = any(BEGINNINGS[1] in data for stream in streams for _, _, data in stream.segments)
+    for streams in connections(packets, notes):
+        lacks = Notes()
         pieces = [piece for stream in streams for piece in stream_pieces(stream, lacks)]
-        if has_frames or any(piece.kind != JUNK for piece in pieces):  # else another program uses the port
+        if any(piece.kind != JUNK for piece in pieces):  # else another program uses the port
             notes.update(lacks)
             found += pieces
     found.sort(key=lambda piece: piece.captured)
@@ -5214,33 +5182,30 @@ def conversations(packets: Iterable[RecordedPacket], notes: Notes) -> Iterator[R
             yield piece
 
 
-def cut(wire: Wire, data: bytes | bytearray) -> Iterator[tuple[str, bytes, bool]]:
-    """The pieces of a whole stream: kind, bytes, and whether it is what the end of the stream left unfinished."""
+def cut(wire: Wire, data: bytes) -> list[Piece]:
+    """The pieces of a whole stream."""
     framer = Framer(wire)
-    yield from ((*piece, False) for piece in framer.feed(bytes(data), 0))
-    yield from ((*piece, True) for piece in framer.close())
+    return framer.feed(data, 0) + framer.close()
 
 
 def pieces_of(direction: str, data: bytes, captured: float | None = None) -> Iterator[Recorded]:
     """The pieces of captured bytes: of their direction, or of both if that is not known ("")."""
     wire = INBOUND if direction == INBOUND.name else OUTBOUND
-    for kind, part, _ in cut(wire, data):
-        inward = [] if direction or kind == FRAME else list(cut(INBOUND, part))
-        if any(each in (FRAME, KEEPALIVE) for each, _, _ in inward):
-            yield from (Recorded(captured, INBOUND, each, data) for each, data, _ in inward)
+    for kind, part in cut(wire, data):
+        inward = [] if direction or kind == FRAME else cut(INBOUND, part)
+        if any(each in (FRAME, KEEPALIVE) for each, _ in inward):
+            yield from (Recorded(captured, INBOUND, *each) for each in inward)
         else:
             yield Recorded(captured, wire, kind, part)
 
 
 # Text. A line of a dump is an offset, hex in one or two columns, and often the bytes as text; xxd and tcpdump put a colon
 # behind the offset. Columns are one or two blanks apart, and the text is behind two: so a second one needs 8 bytes before.
-# fmt: off
-DUMP_LINE = re.compile(r"(?im)^[^\S\n]*(?:0x)?([0-9a-f]{4,8}):?[ \t]+((?:[0-9a-f]{2})+(?: (?:[0-9a-f]{2})+)*)(?: {1,2}([0-9a-f]{2}(?: [0-9a-f]{2}){0,7}))?(?=\s|$)")
-LITERAL = re.compile(r"""(["'])((?:\\.|(?!\1)[^\\])*)(?:\1|$)""", re.S)
-ESCAPE = re.compile(r"""\\(?:x[0-9a-fA-F]{2}|[0-3]?[0-7]{1,2}|[abfnrtv\\'"])""")
-ARRAY = re.compile(r"(?:\b0x[0-9a-f]{1,2}\b[,\s]*)+", re.I)
+DUMP_LINE = re.compile(r"(?im)^[^\S\n]*(?:0x)?([0-9a-f]{4,8}):?[ \t]+((?:[0-9a-f]{2})+(?: (?:[0-9a-f]{2})+)*)(?: {1,2}([0-9a-f]{2}(?: [0-9a-f]{2}){0,7}))?(?=\s|$)")  # fmt: skip
 SEPARATORS = str.maketrans("", "", " \t\r\n\f\v,:;|\"'-")
-# fmt: on
+LITERAL = re.compile(r"""(?<!\w)[bB]?(?:"([^"]*)|'([^']*))["']?""")
+ESCAPE = re.compile(r"\\(?:x[0-9a-fA-F]{2}|[0-3]?[0-7]{1,2}|[abfnrtv])")
+COMMENT, ARRAY = re.compile(r"(?m)/\*.*?(?:\*/|$)|//.*"), re.compile(r"(?i)(?:\b0x[0-9a-f]{1,2}\b[,\s]*)+")
 
 
 def dumps(text: str) -> list[bytes]:
@@ -5258,64 +5223,60 @@ def dumps(text: str) -> list[bytes]:
 
 
 def typed(text: str) -> list[bytes]:
-    """The bytes in a text without dumps: hex in any spacing and nothing else, or literals with escapes and arrays of C."""
+    """The bytes in a text without dumps: hex and nothing else, or literals with escapes and arrays of C."""
     with contextlib.suppress(ValueError):
-        return [bytes.fromhex(re.sub("0x|\\\\x", "", text, flags=re.I).translate(SEPARATORS))]
-    literal = "".join(part for _, part in LITERAL.findall(text) if "\\x" in part)
-    found = [ESCAPE.sub(lambda match: match[0].encode().decode("unicode_escape"), literal).encode("latin-1", "replace")]
-    arrays = ARRAY.findall(re.sub(r"/\*.*?\*/|//[^\n]*", "", text, flags=re.S))
-    found += (bytes(int(number, 16) for number in re.findall("(?i)0x([0-9a-f]+)", each)) for each in arrays)
+        return [bytes.fromhex(re.sub(r"(?i)0x|\\x", "", text).translate(SEPARATORS))]
+    closed = re.sub(r"""\\(["'\\])""", lambda match: f"\\x{ord(match[1]):02x}", text)  # no literal holds its quote
+    literal = "".join(part for parts in LITERAL.findall(closed) for part in parts if "\\x" in part)
+    found = [ESCAPE.sub(lambda match: match[0].encode().decode("unicode_escape"), literal).encode("latin-1")]
+    found += (
+        bytes(int(each, 16) for each in re.split(r"[,\s]+", array) if each)
+        for array in ARRAY.findall(COMMENT.sub("", text))
+    )
     return [data for data in found if len(data) >= SHORTEST]
-
-
-def link_of(data: bytes) -> int | None:
-    """The link type of a packet in a dump, from what stands where; None for what is no packet."""
-    for link in (1, 113, 276, 101, 0):
-        kind, at = LINKS[link]
-        if IP_HEADER.match(data, at) if kind < 0 else data[kind : kind + 2] in (*IP_TYPES, *VLAN_TAGS, ARP):
-            return link
-    return None
 
 
 def text_pieces(text: str, notes: Notes) -> Iterator[Recorded]:
     """The pieces in what people paste. Raises ProtocolError if there is nothing of the kind."""
     dumped, others = dumps(text), typed(text)
-    in_dumps, in_others = (any(BEGINNINGS[1] in data for data in each) for each in (dumped, others))
-    if not dumped and not any(others):
+    if not any(dumped + others):
         raise ProtocolError("text without bytes in hex" if text.strip() else "nothing in it")
-    is_dump = bool(dumped) and (in_dumps or not in_others)
-    yield from byte_pieces(dumped if is_dump else others, notes, is_known=not is_dump)
+    best = max(filter(any, (dumped, others)), key=lambda several: any(MARK in data for data in several))
+    yield from byte_pieces(best, notes, is_alone=not dumped and len(others) == 1)
 
 
-def byte_pieces(several: list[bytes], notes: Notes, is_known: bool = False) -> Iterator[Recorded]:
-    """The pieces of packets, and of other bytes. Unless it is known what these are, good frames alone: all else can hold addresses."""
-    links = [link_of(data) for data in several]
-    packets = (RecordedPacket(None, link, data, len(data)) for link, data in zip(links, several) if link is not None)
+def byte_pieces(several: list[bytes], notes: Notes, is_alone: bool = False) -> Iterator[Recorded]:
+    """The pieces of packets, and of other bytes: good frames alone of those that can hold addresses.
+
+    is_alone: these bytes, and nothing but them, were pasted as hex: they are shown unless they look like a packet.
+    """
+    packets, others = [], []
+    for data in several:
+        link = next((link for link in (1, 113, 276, 101, 0) if TCP_IN_IP.match(data, ip_start(link, data))), None)
+        if link is not None:
+            packets.append(RecordedPacket(None, link, data, len(data)))
+        elif MARK in data or (is_alone and not PACKET_SIGN.search(data, 0, 64)):
+            others.append(data)
     yield from conversations(packets, notes)
-    for data in (data for link, data in zip(links, several) if link is None and (is_known or BEGINNINGS[1] in data)):
-        is_shown = is_known or data.startswith(BEGINNINGS)
+    for data in others:
         for piece in pieces_of("", data):
-            if is_shown or piece.kind == FRAME:
+            if piece.kind == FRAME or MARK in data[:8] or MARK not in data:
                 yield piece
-            else:
+            else:  # it can hold addresses
                 notes[LEFT_OUT] += 1
 
 
 def capture_pieces(file: BinaryIO, notes: Notes) -> Iterator[Recorded]:
-    """The pieces in the lines of a capture file, or of what decode printed. Raises ProtocolError if no line is whole."""
-    is_empty = True
-    while line := file.readline(LONGEST_LINE):
+    """The pieces in the lines of a capture file, or of what decode printed."""
+    for line in until_cut(iter(lambda: file.readline(LONGEST_LINE), b""), notes):
         line = line.strip(b"\0\xef\xbb\xbf\r\n")
         try:
             entry = json.loads(line)
             data, direction = bytes.fromhex(entry["hex"]), str(entry.get("direction", ""))
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
             notes[FOREIGN_LINES] += bool(line.strip())
-            continue
-        is_empty = False
-        yield from pieces_of(direction, data, captured_at(entry))
-    if is_empty:
-        raise ProtocolError("not a whole line of a capture in it")
+        else:
+            yield from pieces_of(direction, data, captured_at(entry))
 
 
 def captured_at(entry: dict) -> float | None:
@@ -5326,52 +5287,29 @@ def captured_at(entry: dict) -> float | None:
     return None
 
 
-def until_cut(items: Iterable, notes: Notes) -> Iterator:
-    """Items from a file; where its gzip is cut or damaged, it ends."""
-    try:
-        yield from items
-    except (EOFError, OSError, zlib.error) as error:
-        if getattr(error, "errno", None):  # the system's, not gzip's
-            raise
-        notes[CUT_END] = 1
-
-
 def recording(raw: BinaryIO, notes: Notes) -> Iterator[Recorded]:
-    """The pieces in a file: packets, lines of a capture, frames as they are, or text; gzipped or not.
-
-    Raises ProtocolError if it is nothing of the kind.
-    """
+    """The pieces in a file: packets, lines of a capture, text, frames as they are; gzipped or not. Raises ProtocolError."""
     import gzip  # the exporter never needs it
 
     with io.BufferedReader(raw, RECV_SIZE) as plain:  # type: ignore[type-var]
-        file = gzip.GzipFile(fileobj=plain) if plain.peek().startswith(b"\x1f\x8b") else plain
-        yield from until_cut(file_pieces(file, notes), notes)  # type: ignore[arg-type]
-
-
-def file_pieces(file: io.BufferedReader, notes: Notes) -> Iterator[Recorded]:
-    """The pieces in a file that is not gzipped any more. Raises ProtocolError, and what gzip raises."""
-    head = file.peek(RECV_SIZE)
-    if head[:4] in PCAP:
-        yield from conversations(until_cut(pcap_packets(file, notes), notes), notes)
-    elif head.startswith(PCAPNG):
-        yield from conversations(until_cut(pcapng_packets(file, notes), notes), notes)
-    elif head.startswith(MODIFIED_PCAP):
-        raise ProtocolError("a modified pcap file, which is not read: save it as pcap")
-    elif re.search(rb'(?m)^[\0\xef\xbb\xbf\s]*\{"', head):
-        yield from capture_pieces(file, notes)
-    else:
-        data = b"".join(until_cut(iter(lambda: file.read1(RECV_SIZE), b""), notes))
-        yield from other_pieces(data, notes)
-
-
-def other_pieces(data: bytes, notes: Notes) -> Iterator[Recorded]:
-    """The pieces in text, or in bytes as they are. Raises ProtocolError."""
-    if not re.search(rb"[\0-\x08\x0e-\x1a\x1c-\x1f]", data):
-        yield from text_pieces(data.decode("latin-1"), notes)
-    elif BEGINNINGS[1] in data:
-        yield from byte_pieces([data], notes)
-    else:
-        raise ProtocolError("neither a recording nor text")
+        is_gzip = plain.peek().startswith(b"\x1f\x8b")
+        file: io.BufferedReader = gzip.GzipFile(fileobj=plain) if is_gzip else plain  # type: ignore[assignment]
+        head = b"".join(until_cut(map(file.peek, [RECV_SIZE]), notes))
+        if head[:4] in (*PCAP, PCAPNG):
+            packets = pcapng_packets(file, notes) if head.startswith(PCAPNG) else pcap_packets(file)
+            yield from conversations(until_cut(packets, notes), notes)
+        elif head.startswith(MODIFIED_PCAP):
+            raise ProtocolError("a modified pcap file, which is not read: save it as pcap")
+        elif re.search(rb'(?m)^[\0\xef\xbb\xbf\s]*\{"', head):
+            yield from capture_pieces(file, notes)  # type: ignore[arg-type]
+        else:
+            data = b"".join(until_cut(iter(lambda: file.read1(RECV_SIZE), b""), notes))
+            if not re.search(rb"[\0-\x08\x0e-\x1a\x1c-\x1f]", data):
+                yield from text_pieces(data.decode("latin-1"), notes)
+            elif MARK in data:
+                yield from byte_pieces([data], notes)
+            else:
+                raise ProtocolError("neither a recording nor text")
 
 
 # ---------------------------------------------------------------------------------------------------------- decode
@@ -5384,7 +5322,7 @@ def called(path: str) -> str:
 
 def recorded(path: str, notes: Notes) -> Iterator[Recorded]:
     """The pieces in a file, or in standard input (-). Raises UsageError if it cannot be read, StartError for another's."""
-    if path == "-" and (not sys.stdin or sys.stdin.buffer.closed):
+    if path == "-" and not sys.stdin:
         raise UsageError("standard input is closed")
     try:
         with contextlib.nullcontext(sys.stdin.buffer) if path == "-" else open(path, "rb") as file:
@@ -5395,10 +5333,17 @@ def recorded(path: str, notes: Notes) -> Iterator[Recorded]:
         raise StartError(f"{called(path)}: {error}") from None
 
 
-def missing(notes: Notes) -> list[str]:
-    """What a recording lacks, in words; what the snap length explains is not said again."""
-    explained = {GAPS, TORN} if notes[SNAPPED] else set()
-    return [text.format(count) for text, count in notes.items() if count and text not in explained]
+def say_missing(files: dict[str, Notes], good: int) -> None:
+    """Say on stderr what recordings lack; no more than the snap length explains it. Raises StartError without good frames."""
+    lines = [
+        f"{called(path)}: {text.format(count)}"
+        for path, notes in files.items()
+        for text, count in notes.items()
+        if count and not (notes[SNAPPED] and text in (GAPS, TORN))
+    ]
+    if not good:
+        raise StartError("; ".join([f"not a single good frame in {', '.join(map(called, files))}", *lines]))
+    sys.stderr.writelines(f"{line}\n" for line in lines)
 
 
 def good_packets(pieces: Iterable[Recorded]) -> Iterator[tuple[Recorded, Packet]]:
@@ -5416,8 +5361,8 @@ def contents(where: Address, packet: Packet) -> dict:
         values = {"meaning": allowed(where, clear, {where.cls, *CLOCK}) or "not let through", **values}
         if where.type == CLOCK_TYPE:
             when = device_time(clear[4:10])
-            values.update(zip(("first_register", "last_register"), struct.unpack_from(">HH", clear)))
-            values.update(clock=when and when.isoformat())
+            first, last = struct.unpack_from(">HH", clear)
+            values.update(first_register=first, last_register=last, clock=when and when.isoformat())
     elif where.function == CONFIRMATION:
         values = dict(zip(("first_register", "last_register", "status"), struct.unpack_from(">HHB", clear)))
     elif where.function in DATA:
@@ -5432,21 +5377,16 @@ def contents(where: Address, packet: Packet) -> dict:
 
 SAID = ["direction", "type", "serial", "model", "time", "captured", "crc_ok", "envelope", "blocks", "values", "error", "hex"]  # fmt: skip
 ENVELOPES = {LONG: "long", SHORT: "short", ANSWER: "answer"}
-
-
-def utc_text(seconds: float | None) -> str | None:
-    """Seconds since 1970 in ISO 8601, None for what no clock shows."""
-    with contextlib.suppress(ValueError, OverflowError, OSError):
-        if seconds and seconds >= 86400:  # below it a packet's number stands for its time
-            return datetime.fromtimestamp(round(seconds, 6), timezone.utc).isoformat(timespec="microseconds")
-    return None
+EPOCH = datetime(1970, 1, 1, tzinfo=timezone.utc)
 
 
 def described(piece: Recorded, models: dict[str, str]) -> dict:
     """A piece as decode prints it. models: serial number to the name that the device gave so far; a new one is kept."""
     captured, wire, kind, data, _ = piece
     found: dict = dict.fromkeys(SAID)
-    found.update(direction=wire.name, type=kind, captured=utc_text(captured), hex=data.hex())
+    found.update(direction=wire.name, type=kind, hex=data.hex())
+    if captured and 86400 <= captured < 1 << 37:  # below it a packet's number stands for its time, above it is no year
+        found["captured"] = (EPOCH + timedelta(seconds=captured)).isoformat(timespec="microseconds")
     if kind in (JUNK, KEEPALIVE):
         return {**found, "error": "no frame" if kind == JUNK else None}
     found.update(crc_ok=kind == FRAME, error=None if kind == FRAME else "bad checksum, or cut")
@@ -5464,19 +5404,7 @@ def described(piece: Recorded, models: dict[str, str]) -> dict:
     return found
 
 
-def renamed(data: bytes, packet: Packet, aliases: dict[str, str]) -> bytes:
-    """A frame with other serial numbers. The cipher does not depend on the one in the envelope."""
-    clear, alias = packet.clear, aliases[packet.serial]
-    for serial, other in aliases.items():
-        clear = clear.replace(serial.encode(), other.encode())
-    if clear != packet.clear:
-        return encode(packet._replace(serial=alias, clear=clear))
-    at = address_of(data, packet.wire).form.serial
-    frame = data[:at] + alias.encode() + data[at + len(alias) : -2]
-    return frame + crc16(frame).to_bytes(2, packet.wire.order)
-
-
-def redacted(pieces: Iterable[Recorded]) -> list[Recorded]:
+def redacted(pieces: Iterable[Recorded]) -> Iterator[Recorded]:
     """The good frames among pieces with other serial numbers, in clear and in cipher; says how many others there were."""
     every = list(pieces)
     kept = list(good_packets(every))
@@ -5485,59 +5413,43 @@ def redacted(pieces: Iterable[Recorded]) -> list[Recorded]:
     left_out = f"{len(kept)} good frames, {len(every) - len(kept)} other pieces left out."
     if kept:
         print(left_out, "XXXX0001, XXXX0002, ... count the devices up and are no real serial numbers.", file=sys.stderr)
-    return [piece._replace(data=renamed(piece.data, packet, aliases)) for piece, packet in kept]
+    for piece, packet in kept:
+        clear = packet.clear
+        for serial, alias in aliases.items():
+            clear = clear.replace(serial.encode(), alias.encode())
+        yield piece._replace(data=encode(packet._replace(serial=aliases[packet.serial], clear=clear)))
 
 
 def decode_command(arguments: list[str]) -> int:
     """Recorded traffic or pasted hex as one JSON object a frame."""
     parser = Parser("decode", decode_command.__doc__)
-    # fmt: off
-    parser.add_argument("source", metavar="FILE|-|HEX", nargs="+", help="capture files, pcap and pcapng files, files with hex or dumps, gzipped or not, - for standard input; or hex")
-    parser.add_argument("--redact", action="store_true", help="good frames only, with other serial numbers, for a bug report")
-    # fmt: on
+    parser.add_argument("source", metavar="FILE|-|HEX", nargs="+", help="capture files, pcap and pcapng files, files with hex or dumps, gzipped or not, - for standard input; or hex")  # fmt: skip
+    parser.add_argument("--redact", action="store_true", help="good frames only, with other serial numbers, for a bug report")  # fmt: skip
     given = parser.parse_args(arguments)
-    files: dict[str, Notes] = {}
-    for source in given.source:
-        if source == "-" or os.path.exists(source):
-            files[source] = collections.Counter()
+    files = {path: Notes() for path in given.source if path == "-" or os.path.exists(path)}
     hexes = " ".join(source for source in given.source if source not in files)
-    pieces: Iterable[Recorded] = itertools.chain(*itertools.starmap(recorded, files.items()), typed_hex(hexes))
+    notes = Notes()
+    try:
+        typed = list(text_pieces(hexes, notes)) if hexes else []
+    except ProtocolError:
+        raise UsageError(f"neither a file nor whole bytes in hex: {hexes[:40]!a}") from None
+    pieces: Iterable[Recorded] = itertools.chain(*itertools.starmap(recorded, files.items()), typed)
     models: dict[str, str] = {}
     good = 0
     for piece in redacted(pieces) if given.redact else pieces:
         said = described(piece, models)
         good += piece.kind == FRAME and said["serial"] is not None
         print(json.dumps(said))
-    lines = [f"{called(path)}: {text}" for path, notes in files.items() for text in missing(notes)]
-    if not good:
-        where = ", ".join([*map(called, files), *["the hex given"] * bool(hexes)])
-        raise StartError("; ".join([f"not a single good frame in {where}", *lines]))
-    sys.stderr.writelines(f"{line}\n" for line in lines)
+    say_missing({**files, "the hex given": notes} if hexes else files, good)
     return 0
-
-
-def typed_hex(text: str) -> list[Recorded]:
-    """The pieces of what stands on the command line. Raises UsageError."""
-    try:
-        return list(text_pieces(text, collections.Counter())) if text else []
-    except ProtocolError:
-        raise UsageError(f"neither a file nor whole bytes in hex: {text[:40]!a}") from None
 
 
 # -------------------------------------------------------------------------------------------------------- backfill
 
-Samples = dict[str, dict[str, dict[float, float]]]  # metric to series (labels) to seconds since 1970 to number
 EARLIEST = datetime(2010, 1, 1)  # older than any of these devices: a clock that was never set
-
-
-def frames_in(path: str) -> dict[bytes, Packet]:
-    """The good frames in a file with their packets; says what the file lacks. Raises StartError if there are none."""
-    notes: Notes = collections.Counter()
-    found = {piece.data: packet for piece, packet in good_packets(recorded(path, notes))}
-    if not found:
-        raise StartError(f"{called(path)}: {'; '.join(['not a single good frame in it', *missing(notes)])}")
-    sys.stderr.writelines(f"{called(path)}: {text}\n" for text in missing(notes))
-    return found
+HEAD_SPAN = 3 * 3600  # s that Prometheus keeps in its head before they become a block
+Samples = dict[str, dict[str, dict[float, float]]]  # metric to series (labels) to seconds since 1970 to number
+Readings = dict[tuple[int, str], dict[float, Reading]]  # class and serial number to seconds since 1970 to reading
 
 
 def utc_seconds(times: list[datetime]) -> list[float]:
@@ -5555,95 +5467,62 @@ def utc_seconds(times: list[datetime]) -> list[float]:
     return found
 
 
-def kept_values(readings: list[tuple[float, Reading]]) -> tuple[dict[float, dict[Series, float]], int]:
-    """Time to values of a device's readings, without what the counter rules hold back; and how many values that is.
-
-    The readings are in the order of their times.
-    """
-    counters: dict[Series, HeldCounter] = {}
-    held = 0
-    found: dict[float, dict[Series, float]] = {}
-    first: dict[Series, float] = {}
-    for seconds, one in readings:
-        said = judged(counters, one.values, seconds)
-        shown = {series for series in one.values if metric_type(series[0]) == "gauge"}
-        shown.update(series for series, why in said.items() if why not in HELD_BACK)
-        found[seconds] = {series: number for series, number in one.values.items() if series in shown}
-        for series, why in said.items():
-            first.setdefault(series, seconds)
-            if why == WRONG_FIRST:
-                del found[first[series]][series]
-            held += why in (*HELD_BACK, WRONG_FIRST)
-    return found, held
-
-
-def readings_of(packets: list[Packet], later: collections.Counter, now: float) -> dict[tuple[int, str], dict]:
-    """Time to reading of each class and serial number; counts in `later` the readings of a serial number after now."""
-    times: dict[tuple, list] = collections.defaultdict(list)
+def readings_of(packets: Iterable[Packet], now: float) -> tuple[Readings, dict[str, str], collections.Counter]:
+    """The readings in packets, each once; and by serial number the model's name, and how many were later than now."""
+    times: dict[tuple[str, str], list] = collections.defaultdict(list)
+    found: Readings = collections.defaultdict(dict)
+    names, later = {}, collections.Counter()  # type: ignore[var-annotated]
     latest = datetime.fromtimestamp(now) + timedelta(days=1)  # above it not even a clock of 32 bits can say it
     for packet in packets:
-        when = device_time(packet.time)
-        if when and int(packet.type[2:], 16) in (LIVE, BUFFERED):
-            with contextlib.suppress(ProtocolError):
-                words = registers(packet.clear)
-                if not EARLIEST <= when <= latest:
-                    later[packet.serial] += 1
-                else:
+        with contextlib.suppress(ProtocolError):
+            words, when = registers(packet.clear), device_time(packet.time)
+            names[packet.serial] = info(words).get("model") or names.get(packet.serial, "")
+            if when and int(packet.type[2:], 16) in (LIVE, BUFFERED):
+                if EARLIEST <= when <= latest:
                     times[packet.type, packet.serial].append((when, words))
-    found: dict[tuple[int, str], dict] = collections.defaultdict(dict)
+                else:
+                    later[packet.serial] += 1
     for (kind, serial), several in times.items():
         cls = int(kind[:2], 16)
         for (_, words), seconds in zip(several, utc_seconds([when for when, _ in several])):
-            if seconds > now:
-                later[serial] += 1
-            else:
+            if seconds <= now:
                 found[cls, serial][seconds] = reading(family(cls, serial), words)
-    return found
+            else:
+                later[serial] += 1
+    return found, names, later
 
 
-def model_names(packets: Iterable[Packet]) -> dict[str, str]:
-    """Serial number to the model name that the device gave."""
-    names: dict[str, str] = {}
-    for packet in packets:
-        with contextlib.suppress(ProtocolError):
-            names[packet.serial] = info(registers(packet.clear)).get("model") or names.get(packet.serial, "")
-    return names
-
-
-def samples_of(
-    packets: list[Packet], extra: str, now: float
-) -> tuple[Samples, collections.Counter, collections.Counter]:
-    """The readings in packets, each once; and by serial number how many were later than now, how many values held back."""
+def samples_of(readings: Readings, names: dict[str, str], extra: str) -> tuple[Samples, collections.Counter]:
+    """The samples of readings; and by serial number how many values of counters their rules hold back."""
     found: Samples = {metric: {} for metric in sorted(METRICS)}
-    names, later, held = model_names(packets), collections.Counter(), collections.Counter()  # type: ignore[var-annotated]
-    for (cls, serial), readings in readings_of(packets, later, now).items():
+    held: collections.Counter = collections.Counter()
+    for (cls, serial), by_time in readings.items():
         labels_of_device = device_labels(identity(kind_of(cls), serial, names.get(serial, "")))
-        values, held[serial] = kept_values(sorted(readings.items(), key=lambda item: item[0]))
-        for seconds, one in values.items():
-            for (metric, labels), number in one.items():
+        counters: dict[Series, HeldCounter] = {}
+        for seconds in sorted(by_time):
+            values = by_time[seconds].values
+            said = judged(counters, values, seconds)
+            for (metric, labels), number in values.items():
                 series = ",".join(filter(None, (labels_of_device, labels, extra)))
-                found[metric].setdefault(series, {})[seconds] = number
-    return found, later, held
+                samples, why = found[metric].setdefault(series, {}), said.get((metric, labels))
+                held[serial] += why in (*HELD_BACK, WRONG_FIRST)
+                if why == WRONG_FIRST:
+                    samples.clear()  # of the first, which stands alone
+                if metric_type(metric) == "gauge" or why not in (None, *HELD_BACK):
+                    samples[seconds] = number
+    return found, held
 
 
 def openmetrics(found: Samples) -> Iterator[str]:
     """OpenMetrics text: families together, the samples of a series by time, # EOF at the end."""
     for metric, series in found.items():
-        if series:
+        if any(series.values()):
             kind, meaning = METRICS[metric]
             name = metric[: -len("_total")] if kind == "counter" else metric
             yield f"# HELP {name} {meaning}\n# TYPE {name} {kind}\n"
         for labels, samples in series.items():
             yield from (f"{metric}{{{labels}}} {samples[at]} {at:.0f}\n" for at in sorted(samples))
     yield "# EOF\n"
-
-
-OWN_LABELS = "|".join([*DEVICE_LABELS.split(", "), *(row.labels.split(" ")[0] for row in QUANTITIES if row.labels)])
-NEW_LABEL = rf"(?s)(?!__|({OWN_LABELS})=)[a-zA-Z_][a-zA-Z0-9_]*=.+"
-extra_label = FlagType("", "NAME=VALUE with a name that no series has", lambda text: text.split("=", 1), NEW_LABEL)
-
-
-HEAD_SPAN = 3 * 3600  # s that Prometheus keeps in its head before they become a block
 
 
 def report(times: list[float], now: float) -> None:
@@ -5659,38 +5538,42 @@ def report(times: list[float], now: float) -> None:
         )
 
 
+OWN_LABELS = "|".join([*DEVICE_LABELS.split(", "), *(row.labels.split(" ")[0] for row in QUANTITIES if row.labels)])
+NEW_LABEL = rf"(?s)(?!__|({OWN_LABELS})=)[a-zA-Z_][a-zA-Z0-9_]*=.+"
+extra_label = FlagType("", "NAME=VALUE with a name that no series has", lambda text: text.split("=", 1), NEW_LABEL)
+
+
 def backfill(arguments: list[str]) -> int:
     """Captures and recordings as OpenMetrics text for promtool tsdb create-blocks-from openmetrics."""
     parser = Parser("backfill", backfill.__doc__)
-    # fmt: off
-    parser.add_argument("file", metavar="FILE", nargs="+", help="files of --sems.backfill or --sems.capture, or recordings as decode takes them; - for standard input")
-    parser.add_argument("--job", help="value of a label job, as your Prometheus gives it to this exporter")
-    parser.add_argument("--instance", help="value of a label instance")
-    parser.add_argument("--label", metavar="NAME=VALUE", type=extra_label, action="append", default=[], help="another label that your Prometheus adds; repeatable")
-    # fmt: on
+    parser.add_argument("file", metavar="FILE", nargs="+", help="files of --sems.backfill or --sems.capture, or recordings as decode takes them; - for standard input")  # fmt: skip
+    parser.add_argument("--job", help="value of a label job, as your Prometheus gives it to this exporter")  # fmt: skip
+    parser.add_argument("--instance", help="value of a label instance")  # fmt: skip
+    parser.add_argument("--label", metavar="NAME=VALUE", type=extra_label, action="append", default=[], help="another label that your Prometheus adds; repeatable")  # fmt: skip
     given = parser.parse_args(arguments)
     trouble, step = zone_trouble()
     if trouble:
         raise StartError(f"{trouble}, so the times would be wrong: {step}")
     frames: dict[bytes, Packet] = {}
-    for path in given.file:
-        frames.update(frames_in(path))
+    for path in dict.fromkeys(given.file):
+        notes = Notes()
+        found = {piece.data: packet for piece, packet in good_packets(recorded(path, notes))}
+        say_missing({path: notes}, len(found))
+        frames.update(found)
     extra = {"job": given.job, "instance": given.instance, **dict(given.label)}
     labels = ",".join(label(name, value) for name, value in extra.items() if value)
     now = time.time()
-    packets = [packet for packet in frames.values() if packet.wire is OUTBOUND]
-    found, later, held = samples_of(packets, labels, now)
-    for serial, count in sorted(later.items()):
-        text = f"{serial}: left out {count} readings that are later than now, or older than {EARLIEST.year}"
-        print(text, file=sys.stderr)
-    times = sorted({seconds for series in found.values() for samples in series.values() for seconds in samples})
+    readings, names, later = readings_of(frames.values(), now)  # answers have no time
+    samples, held = samples_of(readings, names, labels)
+    readings_left = f"readings that are later than now, or older than {EARLIEST.year}"
+    values_left = "values of counters that fell, or rose more than is possible"
+    for counts, what in ((later, readings_left), (+held, values_left)):
+        sys.stderr.writelines(f"{serial}: left out {count} {what}\n" for serial, count in sorted(counts.items()))
+    times = sorted({seconds for series in samples.values() for values in series.values() for seconds in values})
     if not times:
         raise StartError(f"{' '.join(given.file)}: no readings in it")
-    sys.stdout.writelines(openmetrics(found))
+    sys.stdout.writelines(openmetrics(samples))
     report(times, now)
-    for serial, count in sorted((+held).items()):
-        text = f"{serial}: left out {count} values of counters that fell, or rose more than is possible"
-        print(text, file=sys.stderr)
     return 0
 
 
