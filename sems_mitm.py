@@ -28,8 +28,9 @@ The file reads as a packet travels:
     settings, serve; simulator; demo             the flags, how the parts are put together; a house without hardware
     recordings; decode; backfill; doctor         captures and dumps to pieces, JSON, OpenMetrics; checks of a set-up
 
-One thread, that of Loop, does all of it but look names up. A round: owners (Relay, Answerer, SpoolSender, HttpClient) read
-and queue; the spool commits; owners settle, which is where they answer and send; files are written.
+One thread, that of Loop, does everything except name look-ups. A round: owners (Relay, Answerer, SpoolSender,
+HttpClient) read and queue, and a Relay sends to the portal at once; the spool commits; owners settle, which is where
+they answer and send what waits; files are written.
 """
 
 from __future__ import annotations
@@ -80,27 +81,27 @@ RELEASED = 1795996800  # 2026-11-30: a machine whose clock is before this is wro
 
 # ---------------------------------------------------------------------------------------------------------- limits
 
-RECV_SIZE = 16 << 10  # one read of a socket: a burst, and no longer than the others can wait for it
+RECV_SIZE = 16 << 10  # one read of a socket: enough for a burst, small enough that others need not wait
 SEND_SIZE = 64 << 10  # one write: so many small pieces are joined
 SOCKET_BUFFERS = 16 << 10  # the kernel's buffers of a connection, each way: 256 connections are memory, too
 SEGMENT = 4 << 10  # bytes of a TCP segment at most
-EVENTS = 32  # of a round, and connections accepted in a row, before what came is committed and sent on
+EVENTS = 32  # sockets that are read, or connections accepted, before a commit and a settle
 PATIENCE = {"outbound": 30, "inbound": 5}  # s that the bytes of an unfinished frame wait for its end
 BACKLOG = 256 << 10  # bytes that wait for a connected peer: above it the other side is not read
 ANSWERS = 64 << 10  # bytes of our own answers that wait for a device: above it the device is not read
-QUEUE = 1 << 20  # bytes of a device's frames that wait for an absent portal: days of a HomeKit 1000
+QUEUE = 1 << 20  # bytes of a device's frames that wait for an absent portal, as long as the device is connected
 QUEUES = 16 << 20  # bytes in all queues in memory
 SPOOL_MEMORY = (4 << 20, 16 << 20)  # bytes that a spool in memory holds: of a device, of all
 SPOOL_FILE = (32 << 20, 256 << 20)  # the same in a file: three months of a HomeKit 1000
 SPOOL_LOCKED = 2  # s to wait for the process before us to let its spool file go
 SPOOL_RESERVE = (0.02, 1 << 20, 64 << 20)  # part of its disk that a spool file leaves free, at least, at most
-NEWEST = 64  # frames of a spool that a device can repeat without effect
+NEWEST = 64  # waiting frames of a spool in which a repeat is recognized
 WINDOW, WINDOW_OF_TYPE = 32, 16  # frames of a spool that are under way unanswered: all, of one type
 HESITATION = 2  # s for which a type with WINDOW_OF_TYPE unanswered frames holds the other types back
-GIVEN_UP = 3  # counts against a frame that the portal refuses or does not answer, after which it is deleted
+GIVEN_UP = 3  # failed deliveries of a frame, each after an ACK for another frame, before it is deleted
 ANSWER_TIMEOUT = 30  # s for the portal to answer a frame of a spool
 STALL = 60  # s without progress of what waits for a peer, before it counts as lost
-CONNECT_TIMEOUT = 10  # s for an attempt to reach the portal, all addresses together
+CONNECT_TIMEOUT = 10  # s for a look-up, and for an attempt to connect; if there are several addresses, half for each
 ADDRESSES = 4  # of the portal that an attempt tries
 BACKOFF = (1, 60)  # s between attempts to reach the portal, doubling
 SILENCE = 30 * 60  # s before a silent device's connection is closed, and an idle spool's
@@ -112,7 +113,7 @@ SHUTDOWN = 2  # s to send what is queued at the end
 TICK = 1  # s between looks at deadlines
 SLOW = 1  # s in a file system after which the log names it
 LOOP_WINDOW = 2  # s after we sent a piece to the portal in which a device's connection that begins with it is a loop
-WRITES = 16  # to the portal, of which a connection remembers the first piece: its first write, and the newest
+WRITES = 16  # to the portal, remembered for each connection by their first pieces: the first write, and the newest
 RETURN_WINDOW = 60  # s in which a frame that left a spool and comes in again is a loop
 SENT_FRAMES = 4096  # of spools that are remembered for that
 DECODING = 0.25  # s in a row for decoding
@@ -125,7 +126,7 @@ HTTP_HEAD_TIMEOUT = 10  # s for a request's head
 HTTP_ANSWER_TIMEOUT = 30  # s for a client to take an answer
 HTTP_ANSWERS = 8 << 20  # bytes of answers that wait for slow clients
 LOG_HEX = 256  # bytes of a packet in a log line
-PERIOD, CLOCK_PERIOD = 60, 3600  # s in which the same trouble is one line; a clock that is not good enough stays so
+PERIOD, CLOCK_PERIOD = 60, 3600  # s in which the same trouble is one line; the second for a wrong clock
 
 # ---------------------------------------------------------------------------------------------------------- errors
 
@@ -139,7 +140,7 @@ class UsageError(ValueError):
 
 
 class StartError(OSError):
-    """A port or a file that the exporter needs cannot be had: exit code 1."""
+    """A port, a file or a time zone that a command needs cannot be had: exit code 1."""
 
 
 # ------------------------------------------------------------------------------------------------------- registers
@@ -289,7 +290,7 @@ INFO = {
     "portal": ((40075, 40100), (4609, 4622)),
 }
 # The device's time, and the numbers of its versions: known, and no metric.
-SILENT = ((30034, 30039), (30100, 30102), (35000, 35032), (35100, 35102))
+WITHOUT_METRIC = ((30034, 30039), (30100, 30102), (35000, 35032), (35100, 35102))
 
 # A series of a family as it is read. later: its registers behind the first; missing: the raw number that means "not
 # available"; series: (metric, labels); when: None, or a register and the words with which the value is there (not 0);
@@ -335,7 +336,7 @@ VALUES = {
     family: tuple(value for row in QUANTITIES if family in row.read for value in row_values(row, family))
     for family in FAMILIES
 }
-NO_METRIC = {at for first, last in itertools.chain(SILENT, *INFO.values()) for at in range(first, last + 1)}
+NO_METRIC = {at for first, last in itertools.chain(WITHOUT_METRIC, *INFO.values()) for at in range(first, last + 1)}
 KNOWN = {
     family: NO_METRIC.union(*((value.register, *value.later) for value in values)) for family, values in VALUES.items()
 }
@@ -435,8 +436,8 @@ def metric_rows() -> list[tuple[str, ...]]:
         label, _, values = row.labels.partition(" ")
         labels = f"{DEVICE_LABELS}, {label} ({values})" if label else DEVICE_LABELS
         known = {family: " + ".join(sorted(set(evidence(row, family)))) for family in row.read}
-        told = metric_type(row.metric), labels, unit(row.metric), row.help
-        rows.append((row.metric, *told, ", ".join(known), ", ".join(known.values())))
+        columns = metric_type(row.metric), labels, unit(row.metric), row.help
+        rows.append((row.metric, *columns, ", ".join(known), ", ".join(known.values())))
     for name, kind, label, values, meaning in INTERNALS:
         labels = f"{label} ({' '.join(values)})" if label and values else label
         rows.append((name, kind, labels, unit(name), meaning, "", "exporter"))
@@ -606,9 +607,9 @@ FRAME, MALFORMED, JUNK, KEEPALIVE = "frame", "malformed", "junk", "keepalive"
 Piece = tuple[str, bytes]
 
 # One direction on the wire. overhead: bytes that a frame has beside its length field's number; head: bytes that name
-# its type and serial; cap: of the length field; order: of the CRC's bytes; beat: a keep-alive, which can stand between
+# its type and serial; cap: of the length field; order: of the CRC's bytes; keepalive: a keep-alive, which can stand between
 # frames.
-Wire = collections.namedtuple("Wire", "name prefix overhead head cap order beat")
+Wire = collections.namedtuple("Wire", "name prefix overhead head cap order keepalive")
 OUTBOUND = Wire("outbound", b"POSTGW", 13, 30, 8 << 10, "big", b"")
 INBOUND = Wire("inbound", b"GW", 9, 24, 4 << 10, "little", b"\x01\x02")
 LENGTH = struct.Struct(">I")
@@ -617,9 +618,9 @@ LENGTH = struct.Struct(">I")
 class Framer:
     """Cuts a stream into pieces, wherever its reads were cut.
 
-    A frame with a bad CRC ends where another begins inside it, so that a good frame behind a torn one is found at once.
-    The next one, if it is bad too, is taken whole, and so is one that claims more than may be checked again: claims
-    inside claims cost no more than checking each byte about twice.
+    A frame with a bad CRC ends where another begins inside it, so that a good frame behind a torn one is found at once:
+    but for the second of two bad frames in a row, and only as long as there is a budget of bytes that may be checked
+    twice. Any other bad frame is taken whole, so each byte is checked about twice at most.
     """
 
     def __init__(self, wire: Wire) -> None:
@@ -662,12 +663,12 @@ class Framer:
     def _cut(self, data: bytes) -> tuple[list[Piece], int]:
         """The whole pieces of data, and how many bytes they are."""
         wire, pieces, pos, size = self.wire, [], 0, len(data)  # type: ignore[var-annotated]
-        prefix, header, overhead, beat = wire.prefix, len(wire.prefix) + 4, wire.overhead, wire.beat
+        prefix, header, overhead, keepalive = wire.prefix, len(wire.prefix) + 4, wire.overhead, wire.keepalive
         while pos < size:
-            if beat and self._at_boundary and data.startswith(beat[:1], pos):
-                if data.startswith(beat, pos):
-                    pieces.append((KEEPALIVE, beat))
-                    pos += len(beat)
+            if keepalive and self._at_boundary and data.startswith(keepalive[:1], pos):
+                if data.startswith(keepalive, pos):
+                    pieces.append((KEEPALIVE, keepalive))
+                    pos += len(keepalive)
                     continue
                 if pos + 1 == size:  # the first byte of one, perhaps
                     break
@@ -733,7 +734,7 @@ def kind_of(cls: int) -> str:
 
 @functools.lru_cache(maxsize=1024)
 def address(head: bytes, size: int, wire: Wire) -> Address:
-    """The address of a frame from its first wire.head bytes (of a shorter frame more: it is refused by its size).
+    """The address of a frame from its first wire.head bytes, or all of a shorter one, which its size rejects.
 
     Raises ProtocolError for a bad envelope or serial number.
     """
@@ -889,10 +890,10 @@ def reading(name: str, words: dict[int, int]) -> Reading:
 FIXED_MODELS = {"91000HKU": "HomeKit 1000 Smart Meter", "53000DSC": "GW3000-DNS-30"}  # the original exporter's names
 
 
-def model(serial: str, told: str = "") -> str:
-    """The model of a serial number; told is the name that the device itself gave, if it has."""
+def model(serial: str, given_name: str = "") -> str:
+    """The model of a serial number; given_name is what the device itself sends, if it does."""
     rating, kind = serial[1:5], serial[5:8]
-    known = FIXED_MODELS.get(serial[:8]) or told
+    known = FIXED_MODELS.get(serial[:8]) or given_name
     if known:
         return known
     if kind == "HKU" and rating in ("1000", "3000"):
@@ -902,9 +903,9 @@ def model(serial: str, told: str = "") -> str:
     return label_text(f"GoodWe {kind} {size} {'kW' if kilo else 'W'}" if size else f"GoodWe {kind}")
 
 
-def identity(kind: str, serial: str, told: str = "") -> tuple[str, str, str]:
+def identity(kind: str, serial: str, given_name: str = "") -> tuple[str, str, str]:
     """What tells a device's series from those of others: the values of device, model and serial."""
-    return kind, model(serial, told), label_text(serial[-8:])
+    return kind, model(serial, given_name), label_text(serial[-8:])
 
 
 def device_labels(name: tuple[str, str, str]) -> str:
@@ -1045,8 +1046,7 @@ class HeldCounter:
 def judged(held: dict[Series, HeldCounter], values: Mapping[Series, float], now: float) -> dict[Series, str]:
     """What became of each counter of a reading of a device with these counters, to which the new ones are added.
 
-    Where all of a group are 0 they are left out, and say nothing: so reads an inverter's controller while it boots.
-    The meter of a hybrid is a group of its own.
+    A group that is all 0 is left out: an inverter that boots reports that. The meter of a hybrid is a group of its own.
     """
     found: dict[Series, str] = {}
     counted = {series: number for series, number in values.items() if metric_type(series[0]) == "counter"}
@@ -1061,7 +1061,7 @@ def judged(held: dict[Series, HeldCounter], values: Mapping[Series, float], now:
     return found
 
 
-COUNTED = {  # energies that a house lives by: the counters of which the first that there is counts
+COUNTED = {  # energies of a household: of these counters the first that a device has is used
     "generated": ("meter_energy_generation_decawatt_hours_total", "inverter_energy_output_hectowatt_hours_total"),
     "imported": ("meter_energy_import_decawatt_hours_total", "inverter_meter_energy_import_watthours_total"),
     "exported": ("meter_energy_export_decawatt_hours_total", "inverter_meter_energy_export_watthours_total"),
@@ -1321,7 +1321,7 @@ class Store:
             key = key if kind in others or len(others) < OTHER_TYPES else (wire.name, "other", verdict)
         self.packets[key] += 1
 
-    def broke(self, where: str) -> None:
+    def count_own_error(self, where: str) -> None:
         """Count and log the exception of our own that is being handled; `where` names the boundary that contains it."""
         self.add("sems_mitm_internal_errors_total")
         text = f"an error of our own in {where}; please report it:\n{traceback.format_exc().rstrip()}"
@@ -1419,7 +1419,7 @@ class Store:
             device.counts[UNREADABLE] += 1
             self.troubles.say("payload", f"a packet of {device.serial} cannot be read: {error}", came)
         except Exception:
-            self.broke("a reading")
+            self.count_own_error("a reading")
 
     def _take(self, device: Device, found: Reading, stamp: datetime | None, came: float) -> None:
         """Take a device's reading of its own time `stamp`, which came at `came`."""
@@ -1548,7 +1548,7 @@ class Outbox:
 
     def __init__(self) -> None:
         self._pieces: collections.deque[bytes] = collections.deque()
-        self._sent = 0  # bytes of the first piece that are sent
+        self._search_after = 0  # bytes of the first piece that are sent
         self.size = 0
 
     def put(self, piece: bytes) -> None:
@@ -1559,8 +1559,8 @@ class Outbox:
     def ready(self) -> bytes | memoryview:
         """The next bytes to send: the rest of the first piece, or several small pieces."""
         first = self._pieces[0]
-        if self._sent or len(self._pieces) == 1 or len(first) >= SEND_SIZE:
-            return memoryview(first)[self._sent : self._sent + SEND_SIZE]
+        if self._search_after or len(self._pieces) == 1 or len(first) >= SEND_SIZE:
+            return memoryview(first)[self._search_after : self._search_after + SEND_SIZE]
         pieces, length = [], 0
         for piece in self._pieces:
             pieces.append(piece)
@@ -1571,24 +1571,24 @@ class Outbox:
 
     def first(self) -> bytes:
         """The first piece of which nothing is sent yet, if that is the next."""
-        return b"" if self._sent else self._pieces[0]
+        return b"" if self._search_after else self._pieces[0]
 
     def took(self, count: int) -> None:
         """Remove so many bytes, which the peer has taken."""
         self.size -= count
-        self._sent += count
-        while self._pieces and self._sent >= len(self._pieces[0]):
-            self._sent -= len(self._pieces.popleft())
+        self._search_after += count
+        while self._pieces and self._search_after >= len(self._pieces[0]):
+            self._search_after -= len(self._pieces.popleft())
 
     def restart(self, is_wanted: Callable[[bytes], bool]) -> None:
         """Called when the connection is lost: keep only wanted pieces, a half-sent one from its first byte."""
         self._pieces = collections.deque(filter(is_wanted, self._pieces))
-        self._sent, self.size = 0, sum(map(len, self._pieces))
+        self._search_after, self.size = 0, sum(map(len, self._pieces))
 
     def shed(self, excess: int) -> int:
         """Drop the oldest pieces that are not half sent, until so many bytes are dropped; how many pieces these
         were."""
-        count, half_sent = 0, [self._pieces.popleft()] if self._sent else []
+        count, half_sent = 0, [self._pieces.popleft()] if self._search_after else []
         while excess > 0 and self._pieces:
             piece = self._pieces.popleft()
             self.size -= len(piece)
@@ -1614,7 +1614,7 @@ Departure = collections.namedtuple("Departure", "first latest")  # when a frame 
 
 
 class SentFrames:
-    """The frames that have left spools lately, each by its hash: one that comes in from a device can be a loop."""
+    """Hashes of the frames that have left spools lately: a device that sends one of them can be ourselves."""
 
     def __init__(self) -> None:
         self._departures: collections.OrderedDict[int, Departure] = collections.OrderedDict()
@@ -1659,7 +1659,7 @@ def capture_line(wall: float, peer: str, direction: str, verdict: str, data: byt
 
 
 class RecordFile:
-    """A file to which lines are appended; what it does not take is counted, said once a minute, and nothing else."""
+    """A file to which lines are appended. What cannot be written is counted, logged once a minute and discarded."""
 
     def __init__(self, path: str, name: str, store: Store) -> None:
         self.path, self.name, self.store = path, name, store
@@ -1739,7 +1739,7 @@ class Files:
             file.close()
 
     def reopen(self) -> None:
-        """Called when others stand under the names now: open those."""
+        """Called after a rotation of logs: open the files that have these names now."""
         self.close()
         for file in self.open:
             file.flush()
@@ -1759,16 +1759,16 @@ COMMIT;
 """
 # Of a Debian build, secure_delete alone would write 28 MB to delete 28 MB. In exclusive mode there is no -shm file, and
 # a second process is locked out.
-SPOOL_PRAGMAS = (
+BEFORE_SCHEMA = (
     "locking_mode = EXCLUSIVE", "secure_delete = OFF", "synchronous = FULL", "temp_store = MEMORY", "cache_size = -256",
-    "journal_mode = WAL", "wal_autocheckpoint = 64",
 )  # fmt: skip
+AFTER_SCHEMA = ("journal_mode = WAL", "wal_autocheckpoint = 64")
 
 THIS_ROW = "serial = ? AND type = ? AND id = ?"
 DISK_TROUBLE = (errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EIO)  # which can pass
 NO_ANSWER = "none"
-# A frame of the spool. type: of the answer to it, or NO_ANSWER; id: its place; count: how often it has counted against
-# it that the portal did not like it; mark: what `acked` was then.
+# A frame of the spool. type: of the answer to it, or NO_ANSWER; id: its place; count: failed deliveries (see GIVEN_UP);
+# mark: what `acked` was at the last of them.
 Row = collections.namedtuple("Row", "type id count mark frame")
 
 
@@ -1823,7 +1823,7 @@ class SpoolTable:
         self._limits = SPOOL_FILE if path else SPOOL_MEMORY
         self._db: sqlite3.Connection | None = None
         self.totals: dict[str, Total] = {}
-        self.is_stored = True  # the new frames of this round are
+        self.is_stored = True  # whether the new frames of this round are stored
         self.size = 0  # bytes of all frames
         self._new: list[tuple[str, str, int, bytes]] = []  # serial, type, id, frame
         # what is not written yet: serial, type, id of a row to its new id, count, mark, or None where it is delivered
@@ -1848,11 +1848,11 @@ class SpoolTable:
         try:
             # A frame of over a quarter of a page takes pages of its own: in memory that counts, in a file each write.
             db.execute(f"PRAGMA page_size = {4096 if is_file else 16384}")
-            for pragma in SPOOL_PRAGMAS[:-2]:
+            for pragma in BEFORE_SCHEMA:
                 db.execute(f"PRAGMA {pragma}")
             if not db.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]:
                 db.executescript(SPOOL_SCHEMA)
-            for pragma in SPOOL_PRAGMAS[-2:]:
+            for pragma in AFTER_SCHEMA:
                 db.execute(f"PRAGMA {pragma}").fetchall()
             for serial, *numbers in db.execute("SELECT serial, bytes, last, acked FROM totals"):
                 self.totals[serial] = Total(*numbers)
@@ -1890,8 +1890,7 @@ class SpoolTable:
         return total.last
 
     def commit(self) -> list[tuple[str, str, int, bytes]]:
-        """Store the new frames of a round; those that are not, because the disk does not take them. Sets
-        `is_stored`."""
+        """Store the new frames of a round and set `is_stored`; returns the frames that could not be stored."""
         new, self._new = self._new, []
         self._changed.update(serial for serial, *_ in new)
         # Changes alone wait for the next frames or the next look; only when WINDOW of them wait are they written now.
@@ -1930,7 +1929,7 @@ class SpoolTable:
             with contextlib.suppress(self._sqlite.Error):
                 db.execute("ROLLBACK")
             if not isinstance(error, self._sqlite.Error):
-                self._store.broke("the spool")
+                self._store.count_own_error("the spool")
             return str(error) or type(error).__name__
         self._changes.clear()
         self._changed.clear()
@@ -2015,6 +2014,8 @@ class SpoolTable:
     def forget(self, serial: str) -> None:
         """Drop the total of a serial number without frames."""
         self.apply()
+        if self._changed:
+            return  # that could not be written
         if self.totals.pop(serial, None):
             self._rows("DELETE FROM totals WHERE serial = ? AND bytes = 0", serial)
 
@@ -2434,8 +2435,8 @@ class DevicePeer(Peer):
         super().__init__(loop, OUTBOUND, name, set())
         self.connection = Connection(loop, sock, owner, Outbox(), now)
         self.is_loop = False
-        # when it connected; inf once it was named a stranger; None once its first piece is complete
-        self._began: float | None = now
+        self._connected_at = now
+        self._has_begun = self._was_named = False  # its first piece is complete; the log has named it
 
     def read(self, now: float) -> list[Message]:
         """Read once: the messages that are complete."""
@@ -2444,20 +2445,21 @@ class DevicePeer(Peer):
     def overdue(self, now: float) -> list[Message]:
         """See to deadlines: an unfinished frame, a silent device, one that takes nothing."""
         connection, framer, window = self.connection, self.framer, LOOP_WINDOW + PATIENCE[OUTBOUND.name]
-        if self._began is not None and now - self._began >= STRANGER and not framer.rest:
-            self._began = math.inf
+        is_silent = not (self._has_begun or framer.rest) and now - self._connected_at >= STRANGER
+        if is_silent and not self._was_named:
+            self._was_named = True
             self._name_stranger("nothing", now)
         pieces = framer.expire(now)
-        is_silent = not connection.ended and now - connection.heard >= SILENCE
-        if is_silent or connection.is_stalled(now):
+        is_gone = not connection.ended and now - connection.heard >= SILENCE
+        if is_gone or connection.is_stalled(now):
             connection.ended, connection.error = True, TimeoutError()
             pieces += framer.close()
         return self._checked(pieces, window, now)
 
     def _checked(self, pieces: list[Piece], window: float, now: float) -> list[Message]:
         """The messages of pieces; none if the first piece of the connection has come back from the portal."""
-        if pieces and self._began is not None:
-            self._began, (_, first) = None, pieces[0]
+        if pieces and not self._has_begun:
+            self._has_begun, (_, first) = True, pieces[0]
             if first.startswith(b"\x16\x03"):  # a TLS record with a client hello
                 self._name_stranger("tls", now)
             self.is_loop = self.loop.portal.notice_loop(first, self.name, window, now)
@@ -2552,11 +2554,11 @@ class Portal:
         return any((name, port) in own for name in ("0.0.0.0", "::", host)) and is_this_machine(host)
 
     def note_write(self, link: PortalLink, piece: bytes, now: float) -> None:
-        """Remember that a link sends this piece, and what is behind it."""
+        """Remember a write of a link, which begins with this piece."""
         writes = self.writes[link]
         writes.append(Write(piece, now))
         if len(writes) > WRITES:
-            del writes[1]  # a loop begins with the first of all, or with one that left just now
+            del writes[1]  # not the first of all: with that the connection begins that a loop makes
 
     def notice_loop(self, piece: bytes, peer: str, window: float, now: float) -> bool:
         """Whether a device's connection is a loop: it begins with the piece with which a write of ours began.
@@ -2629,7 +2631,7 @@ class PortalLink:
         self._try_next("other", "it has no address", now)
 
     def _try_next(self, reason: str, text: str, now: float) -> None:
-        """Connect to the next address; behind the last, the attempt has failed for this reason."""
+        """Connect to the next address; if none is left, the attempt has failed for this reason."""
         self._disconnect()
         while self._addresses:
             endpoint, patience = self._addresses.pop(0)
@@ -2679,7 +2681,8 @@ class PortalLink:
         if self.state != UP or not self.outbox.size:
             return []
         self.has_sent = True
-        self.loop.portal.note_write(self, self.outbox.first(), now)
+        if self.outbox.first():
+            self.loop.portal.note_write(self, self.outbox.first(), now)
         self.peer.connection.send(now)
         messages = self.peer.rest(now)
         self._notice_end(now)
@@ -2700,7 +2703,9 @@ class PortalLink:
         if self.state == UP:
             messages = self.peer.overdue(now)
             if self.peer.connection.is_stalled(now):
-                self.lose(TimeoutError(errno.ETIMEDOUT, "it takes nothing"), now)
+                text = f"the portal has taken nothing for {STALL} s: it is connected to anew"
+                self.loop.store.troubles.say("portal stalled", text, now)
+                self.lose(TimeoutError(), now)
         elif self.state == LOOKING and now >= self._until:
             self._fail("dns", f"the name servers have not answered for {CONNECT_TIMEOUT} s", now)
         elif self.state == CONNECTING and now >= self._until:
@@ -2737,7 +2742,7 @@ class PortalLink:
 # Four owners of connections. The loop calls them so:
 #
 #     ready(connection, events, now)   a socket of theirs is ready: they read, and put pieces where they are to go
-#     settle(now)                      the end of a round that touched them: a lost connection, writes, the end, in this order
+#     settle(now)                      the end of a round that touched them: writes, a lost connection, the end, in this order
 #     look(now)                        once a second: deadlines
 #     close()                          at once, whatever the state; also after an error of our own
 #
@@ -2755,8 +2760,8 @@ class Relay:
         self.loop = loop
         self.device = DevicePeer(loop, sock, self, name, now)
         self.link = PortalLink(loop, self, name, self.device.classes)
-        self._is_away = False  # the portal: set by settle when the link was lost, cleared when it is connected
-        self._deadline: float | None = None  # when all ends, behind the device's end
+        self._portal_is_away = False  # set by settle when the link was lost, cleared when it is connected
+        self._deadline: float | None = None  # when to close both connections, after the device has closed its own
         self._is_half_closed = False  # towards the portal
 
     @property
@@ -2772,10 +2777,10 @@ class Relay:
             self._pass_outward(self.device.read(now), now)
 
     def _pass_outward(self, messages: list[Message], now: float) -> None:
-        """Send what the device sent to the portal, or queue it; count it only then, since that would delay it."""
+        """Send what the device sent to the portal, or queue it; count afterwards, because counting takes time."""
         outbox, draws, verdicts = self.link.outbox, self.loop.store.batsignal, []
         for _, piece, where, _ in messages:
-            passes = bool(where) or not self._is_away
+            passes = bool(where) or not self._portal_is_away
             drawn = with_bat(piece) if draws and where and draws_bat(where) else None
             if passes:
                 outbox.put(drawn or piece)
@@ -2800,7 +2805,7 @@ class Relay:
 
     def _bound_queue(self) -> None:
         """Bound what waits for an absent portal."""
-        if self._is_away and self.link.outbox.size > QUEUE:
+        if self._portal_is_away and self.link.outbox.size > QUEUE:
             self.shed(self.link.outbox.size - QUEUE)
 
     def shed(self, excess: int) -> int:
@@ -2822,19 +2827,21 @@ class Relay:
         self._pass_outward(device.rest(now), now)
         self._pass_inward(link.write(now), now)
         if link.was_lost:
-            link.was_lost, self._is_away = False, True
+            link.was_lost, self._portal_is_away = False, True
             link.outbox.restart(is_good_frame)
             self._bound_queue()
         elif link.state == UP:
-            self._is_away, self._deadline = False, self._deadline if self._is_half_closed else None
-        if device.connection.ended and self._is_over(now):
+            self._portal_is_away = False
+            if not self._is_half_closed:
+                self._deadline = None  # it was that of the attempt
+        if device.connection.ended and self._finish(now):
             return self.close()
-        device.connection.watch(self._is_away or link.outbox.size < BACKLOG)
+        device.connection.watch(self._portal_is_away or link.outbox.size < BACKLOG)
         link.watch(device.connection.outbox.size < BACKLOG)
 
-    def _is_over(self, now: float) -> bool:
-        """Whether nothing is left to do for a device that sends no more; takes the next step if something is."""
-        if self.link.outbox.size and not self._is_away:
+    def _finish(self, now: float) -> bool:
+        """Take the next step for a device that sends no more; whether nothing is left to do."""
+        if self.link.outbox.size and not self._portal_is_away:
             self.link.reach(now)
         if self.link.state == IDLE:
             return True
@@ -2853,12 +2860,12 @@ class Relay:
             return self.close()
         self._pass_outward(self.device.overdue(now), now)
         self._pass_inward(self.link.overdue(now), now)
-        is_waiting = self.link.outbox.size or self.device.framer.rest and not self._is_away
+        is_waiting = self.link.outbox.size or self.device.framer.rest and not self._portal_is_away
         if is_waiting and not self.device.is_loop:
             self.link.reach(now)
 
     def close(self) -> None:
-        """Close both sockets, and be forgotten."""
+        """Close both sockets, and leave the loop."""
         self.device.connection.close()
         self.link.drop(time.monotonic())
         self.loop.forget(self)
@@ -2868,7 +2875,7 @@ KEPT, REFUSED, COMES_BACK = "kept", "refused", "comes back"  # what becomes of a
 
 
 class Answerer:
-    """Modes local and spool: a device's connection that the exporter answers, in mode spool behind the commit."""
+    """Modes local and spool: a device's connection that the exporter answers, in mode spool after the commit."""
 
     def __init__(self, loop: Loop, sock: socket.socket, name: str, now: float) -> None:
         self.loop = loop
@@ -2912,7 +2919,7 @@ class Answerer:
         connection.watch(connection.outbox.size < ANSWERS)
 
     def answer(self, now: float) -> None:
-        """Answer the frames of this round that are kept, and decide the fate of all; called behind the commit."""
+        """Answer the frames of this round that are kept, and decide the fate of all; called after the commit."""
         messages, self._messages = self._messages, []
         spools, local = self.loop.spools, datetime.fromtimestamp(self.loop.store.clock(now))
         for message, outcome in messages:
@@ -2934,10 +2941,11 @@ class Answerer:
         self._take(self.device.overdue(now), now)
 
     def close(self) -> None:
-        """Close the socket, and be forgotten."""
+        """Close the socket, and leave the loop."""
         messages, self._messages = self._messages, []
-        for (kind, frame, _, _), _ in messages:  # what comes back is no device's
-            self.device.decide((kind, frame, None, ""), "dropped", time.monotonic())
+        for (kind, frame, where, meaning), outcome in messages:
+            device = None if outcome == COMES_BACK else where  # what comes back is no device's
+            self.device.decide((kind, frame, device, meaning), "dropped", time.monotonic())
         self.device.connection.close()
         self.loop.forget(self)
 
@@ -2963,13 +2971,13 @@ class SpoolSender:
         self.spools, self.serial = spools, serial
         self.heard = now  # when its device's last frame came
         self._last = spools.table.types(serial)  # of each type, the last id in the table
-        self._sent: dict[str, int] = {}  # of each type, the last id that was sent on this connection
+        self._search_after: dict[str, int] = {}  # of each type: no row up to this id is to be sent on this connection
         self._newest = dict.fromkeys(map(hash, spools.table.newest(serial, self._last)))  # of the frames that wait
         self._under_way: list[UnderWay] = []  # oldest first
         self._has_answered = False  # the portal has, on this connection
         self._acknowledged_at = -math.inf  # when it last acknowledged a frame there
-        # frames that were put behind: id to type, and until when they are not sent again on this connection
-        self._behind: dict[int, tuple[str, float]] = {}
+        # of frames that were put behind: id to type, and until when they are not sent again on this connection
+        self._held_until: dict[int, tuple[str, float]] = {}
         self._own_answers: collections.deque[bytes] = collections.deque(maxlen=WINDOW)  # to frames under way
         classes = {int(kind[:2], 16) for kind in self._last if kind != NO_ANSWER}
         self.link = PortalLink(spools.loop, self, serial, classes)
@@ -2985,7 +2993,7 @@ class SpoolSender:
         total = self.spools.table.totals.get(self.serial)
         return total.bytes if total else 0
 
-    # Frames come
+    # Receiving
 
     def has(self, frame: bytes) -> bool:
         """Whether a frame is one of the newest that wait."""
@@ -3064,12 +3072,12 @@ class SpoolSender:
             return self._deliver(frame)
         self._under_way.remove(frame)
         self._last[row.type] = table.move_behind(self.serial, row, count, mark)
-        self._behind[self._last[row.type]] = (row.type, now + ANSWER_TIMEOUT)
+        self._held_until[self._last[row.type]] = (row.type, now + ANSWER_TIMEOUT)
 
-    # Frames go
+    # Sending
 
     def settle(self, now: float) -> None:
-        """See to a lost connection; send what waits, as much as can be under way; wait for what can come next."""
+        """Send what waits, as much as can be under way; see to a lost connection; wait for what can come next."""
         if self.link.state == UP:
             self._send(now)
             self._take(self.link.write(now), now)
@@ -3092,7 +3100,7 @@ class SpoolSender:
         if unanswered and not self._has_answered:
             self.spools.loop.portal.up = 0
             self._put_behind(unanswered[0], now)
-        for of_connection in (self._behind, self._under_way, self._own_answers, self._sent):
+        for of_connection in (self._held_until, self._under_way, self._own_answers, self._search_after):
             of_connection.clear()
         self._has_answered, self._acknowledged_at = False, -math.inf
 
@@ -3100,26 +3108,26 @@ class SpoolSender:
         """Queue the next frames for the portal."""
         outbox, draws = self.link.outbox, self.spools.loop.store.batsignal
         while len(self._under_way) < WINDOW and outbox.size < SEND_SIZE:
-            if len(self._behind) >= WINDOW and self._acknowledged_at == -math.inf:
+            if len(self._held_until) >= WINDOW and self._acknowledged_at == -math.inf:
                 break  # it can be that it refuses everything
             row = self._next(now)
             if row is None:
                 break
-            self._sent[row.type] = row.id
+            self._search_after[row.type] = row.id
             drawn = with_bat(row.frame) if draws and draws_bat(address_of(row.frame, OUTBOUND)) else None
             outbox.put(drawn or row.frame)
             self.spools.sent.note(drawn or row.frame, now)
             self._under_way.append(UnderWay(row, now))
 
     def _next(self, now: float) -> Row | None:
-        """The next frame to send: the oldest. If its type has WINDOW_OF_TYPE unanswered, none for HESITATION s; then
-        other types go first."""
-        table, skipped = self.spools.table, {*self._behind, *(frame.row.id for frame in self._under_way)}
+        """The oldest row to send. A type with WINDOW_OF_TYPE unanswered frames blocks all types until its oldest has
+        waited for HESITATION s; after that it is passed over."""
+        table, skipped = self.spools.table, {*self._held_until, *(frame.row.id for frame in self._under_way)}
         rows = []
         for kind, last in self._last.items():
             unanswered = [frame.at for frame in self._under_way if frame.row.type == kind]
             is_full = len(unanswered) >= WINDOW_OF_TYPE
-            after = self._sent.get(kind, 0)
+            after = self._search_after.get(kind, 0)
             if after < last and not (is_full and now - unanswered[0] >= HESITATION):
                 row = table.next(self.serial, kind, after)
                 while row and row.id in skipped:
@@ -3135,10 +3143,10 @@ class SpoolSender:
         if not self.undelivered and now - self.heard >= SILENCE:
             return self.spools.forget(self)
         self._take(self.link.overdue(now), now)
-        for at, (kind, until) in list(self._behind.items()):
+        for at, (kind, until) in list(self._held_until.items()):
             if now >= until:
-                del self._behind[at]
-                self._sent[kind] = min(self._sent.get(kind, 0), at - 1)
+                del self._held_until[at]
+                self._search_after[kind] = min(self._search_after.get(kind, 0), at - 1)
         late = [frame for frame in self._under_way if now - frame.at >= ANSWER_TIMEOUT and frame.row.type != NO_ANSWER]
         passed_over = [frame for frame in late if frame.is_passed_over]
         for frame in passed_over:
@@ -3152,7 +3160,7 @@ class SpoolSender:
             self.link.lose(None, now)
 
     def close(self) -> None:
-        """End the connection, and be forgotten; what is spooled stays, and `Spools.wake` makes another sender for it."""
+        """End the connection, and leave the loop; what is spooled stays: `Spools.wake` makes another sender for it."""
         self.link.drop(time.monotonic())
         self.spools.senders.pop(self.serial, None)
         self.spools.loop.forget(self)
@@ -3167,7 +3175,7 @@ class Spools:
         self.sent = SentFrames()
 
     def wake(self, now: float) -> None:
-        """Have senders for what the table holds, as many as can be active; called at the start and once a second."""
+        """Make a sender for each serial number with frames, as many as can be active. Called every second."""
         for serial, total in self.table.totals.items():
             if total.bytes:
                 self._sender(serial, now)
@@ -3373,7 +3381,7 @@ class Loop:
         self.store.troubles.say("clock", f"the devices' clocks are not set: {why}", now, CLOCK_PERIOD)
         return False
 
-    # Connections come
+    # Accepting
 
     def _admit(self, sock: socket.socket, sockaddr: tuple, now: float) -> None:
         """Give a device's connection an owner, or refuse it."""
@@ -3437,7 +3445,7 @@ class Loop:
         try:
             work(*arguments)
         except Exception:
-            self.store.broke(where)
+            self.store.count_own_error(where)
             if owner and not self.do("the end of a connection", None, owner.close):
                 self.forget(owner)
             return False
@@ -3536,7 +3544,7 @@ class Loop:
         self.close()
 
     def close(self) -> None:
-        """Give back what `run` needs; it does so itself at its end."""
+        """Release sockets, files and the selector; `run` calls this at its end."""
         self._stop_listening(0.0)
         self.files.close()
         if self.spools:
@@ -5650,7 +5658,7 @@ def device_findings(settings: Settings, running: dict | None) -> Iterator[Findin
         return
     shown = (local_get(settings, settings.telemetry_path) or b"").decode()
     if re.search(r'^sems_mitm_\w+_total\{reason="loop"\} [^0]', shown, re.M):
-        yield FAIL, "the exporter has met itself instead of the portal", "redirect only what the devices send, not this machine: a DNAT rule needs the devices' addresses (-s)"
+        yield FAIL, "the exporter has met itself instead of the portal, or a device has repeated itself at once", "redirect only what the devices send, not this machine: a DNAT rule needs the devices' addresses (-s)"
     for device in running["devices"]:
         text, asleep = "{model} {full_serial}: last packet {0} ago".format(span(device["age_seconds"]), **device), "look at its Wi-Fi, and power-cycle its module"
         yield first_true(
