@@ -3335,6 +3335,13 @@ class LoopTest(SocketCase):
                     portal.receives(frame())
                 running.becomes(not later, "sems_mitm_refused_connections_total", reason="loop")
 
+    def test_new_frame_before_one_that_comes_back(self) -> None:
+        """What a device sent before a frame that is taken for a loop is kept and counted, and the device sends it again."""
+        running, leg = self.talking("--sems.mode=spool")[1::2]
+        self.assertEqual(running.device(frame(when=minute(1)) + frame()).rest(), b"")
+        running.becomes(2, "meter_metrics_packets_total")
+        leg.expect(frame(when=minute(1)))
+
     def test_never_spirals(self) -> None:
         """However the first bytes are cut, and whatever they are: our own bytes come back once an attempt, and go no further."""
         data, other = frame(), frame(when=minute(1))
