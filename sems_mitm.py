@@ -1548,7 +1548,7 @@ class Outbox:
 
     def __init__(self) -> None:
         self._pieces: collections.deque[bytes] = collections.deque()
-        self._search_after = 0  # bytes of the first piece that are sent
+        self._sent = 0  # bytes of the first piece that are sent
         self.size = 0
 
     def put(self, piece: bytes) -> None:
@@ -1559,8 +1559,8 @@ class Outbox:
     def ready(self) -> bytes | memoryview:
         """The next bytes to send: the rest of the first piece, or several small pieces."""
         first = self._pieces[0]
-        if self._search_after or len(self._pieces) == 1 or len(first) >= SEND_SIZE:
-            return memoryview(first)[self._search_after : self._search_after + SEND_SIZE]
+        if self._sent or len(self._pieces) == 1 or len(first) >= SEND_SIZE:
+            return memoryview(first)[self._sent : self._sent + SEND_SIZE]
         pieces, length = [], 0
         for piece in self._pieces:
             pieces.append(piece)
@@ -1571,24 +1571,24 @@ class Outbox:
 
     def first(self) -> bytes:
         """The first piece of which nothing is sent yet, if that is the next."""
-        return b"" if self._search_after else self._pieces[0]
+        return b"" if self._sent else self._pieces[0]
 
     def took(self, count: int) -> None:
         """Remove so many bytes, which the peer has taken."""
         self.size -= count
-        self._search_after += count
-        while self._pieces and self._search_after >= len(self._pieces[0]):
-            self._search_after -= len(self._pieces.popleft())
+        self._sent += count
+        while self._pieces and self._sent >= len(self._pieces[0]):
+            self._sent -= len(self._pieces.popleft())
 
     def restart(self, is_wanted: Callable[[bytes], bool]) -> None:
         """Called when the connection is lost: keep only wanted pieces, a half-sent one from its first byte."""
         self._pieces = collections.deque(filter(is_wanted, self._pieces))
-        self._search_after, self.size = 0, sum(map(len, self._pieces))
+        self._sent, self.size = 0, sum(map(len, self._pieces))
 
     def shed(self, excess: int) -> int:
         """Drop the oldest pieces that are not half sent, until so many bytes are dropped; how many pieces these
         were."""
-        count, half_sent = 0, [self._pieces.popleft()] if self._search_after else []
+        count, half_sent = 0, [self._pieces.popleft()] if self._sent else []
         while excess > 0 and self._pieces:
             piece = self._pieces.popleft()
             self.size -= len(piece)
