@@ -4749,13 +4749,15 @@ class House:
         self.generation = self.load = self.battery = self.export = self._cloud = 0.0  # battery: positive while it gives
         self.today = 0.0  # generated, Wh
         self.energy = dict.fromkeys(self.flows(), 0.0)
-        self.energy.update({"export": 270_780, "import": 801_550, "generation": 579_410, "load": 1_110_180})
+        self.energy.update(
+            {"export": 270_780, "import": 801_550, "generation": 579_410, "load": 1_110_180, "sun": 1667}
+        )
 
     def flows(self) -> dict[str, float]:
-        """Power by the name of the energy that it adds to while it is positive."""
+        """Power by the name of the energy that it adds to while it is positive; the sun adds hours."""
         return {
             "export": self.export, "import": -self.export, "generation": self.generation, "standby": -self.generation,
-            "load": self.load, "discharge": self.battery, "charge": -self.battery,
+            "load": self.load, "discharge": self.battery, "charge": -self.battery, "sun": self.generation > 0,
         }  # fmt: skip
 
     def move(self, clock: datetime) -> None:
@@ -4800,7 +4802,7 @@ def inverter_says(house: House) -> dict:
         "inverter_power_output_watts": power, "inverter_apparent_power_voltamperes": power * 1.01, "inverter_reactive_power_vars": -power / 20, "inverter_power_factor_ratio": 0.99,
         "inverter_string_voltage_volts": (string, 0), "inverter_string_current_amperes": (power * 1.03 / string, 0), "inverter_bus_voltage_volts": 380,
         "inverter_phase_voltage_volts": volts, "inverter_phase_current_amperes": power / volts, "inverter_phase_frequency_hertz": 50.01,
-        "inverter_energy_output_hectowatt_hours_day": house.today / 100, "inverter_energy_output_hectowatt_hours_total": house.energy["generation"] / 100, "inverter_uptime_hours_total": house.energy["generation"] / 348,
+        "inverter_energy_output_hectowatt_hours_day": house.today / 100, "inverter_energy_output_hectowatt_hours_total": house.energy["generation"] / 100, "inverter_uptime_hours_total": house.energy["sun"],
         "inverter_work_mode": 1, "inverter_error_bitmap": 0, "inverter_warning_bitmap": 0, "inverter_grid_code": 85,
         "inverter_internal_temperature_decidegrees_celsius": 250 + power / 12, "inverter_rssi_percent": 59,
     }  # fmt: skip
@@ -4814,7 +4816,7 @@ def hybrid_says(house: House) -> dict:
         "inverter_power_output_watts": power, "inverter_active_power_watts": out, "inverter_load_watts": house.load, "inverter_hybrid_work_mode": 1,
         "inverter_string_voltage_volts": (600 if solar else 0,) * 2, "inverter_string_current_amperes": (solar * 0.001, solar * 0.0007), "inverter_string_power_watts": (solar * 0.6, solar * 0.4),
         "inverter_phase_voltage_volts": (231, 232, 230), "inverter_phase_current_amperes": (abs(power) / 693,) * 3, "inverter_phase_frequency_hertz": (50.01,) * 3, "inverter_phase_power_watts": (power / 3,) * 3,
-        "inverter_energy_output_hectowatt_hours_day": house.today / 100, "inverter_energy_output_hectowatt_hours_total": energy["generation"] / 100, "inverter_uptime_hours_total": house.energy["generation"] / 348,
+        "inverter_energy_output_hectowatt_hours_day": house.today / 100, "inverter_energy_output_hectowatt_hours_total": energy["generation"] / 100, "inverter_uptime_hours_total": energy["sun"],
         "inverter_energy_export_watthours_total": energy["export"], "inverter_energy_import_watthours_total": energy["import"], "inverter_energy_load_watthours_total": energy["load"],
         "inverter_internal_temperature_decidegrees_celsius": 250 + abs(power) / 12, "inverter_rssi_percent": 59,
         "battery_power_watts": battery, "battery_voltage_volts": 380, "battery_current_amperes": battery / 380, "battery_mode": mode, "battery_temperature_celsius": 24,

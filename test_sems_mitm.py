@@ -5926,6 +5926,8 @@ class SimulatorTest(SocketCase):
                     gained = (day[-1][2][name][metric, ""] - day[0][2][name][metric, ""]) * sems.watt_hours(metric)
                     self.assertAlmostEqual(gained, energy[flow], delta=110, msg=flow)
                 self.assertGreater(energy["generation"], 3000)
+                sun = sum(flows["generation"] > 0 for _, flows, _ in day) / 12  # hours
+                self.assertAlmostEqual(held["inverter_uptime_hours_total", ""] - 1667, sun, delta=1)
                 if name == "HYBRID":
                     self.assertGreater(energy["discharge"], 1000)
                     stored = 4000 + energy["charge"] - energy["discharge"]
