@@ -995,9 +995,9 @@ class HeldCounter:
 
     def __init__(self, metric: str, number: float, now: float) -> None:
         self.shown = Count(number, now)  # the last reading that was taken
-        self.sure = self.shown  # the last taken one that was right: the reading right after it was not below it
+        self.confirmed = self.shown  # the last taken one after which the next reading was not below it
         self.gained: float = 0  # from the first reading on
-        self._doubted = False  # a fall went on from `sure`, so the shown value can be a wrong one
+        self._doubted = False  # a lower reading fits `confirmed`, so `shown` can be the wrong one
         self._wh, self._readings = watt_hours(metric), 1
         self._row: list[Count] = []  # held-back readings in a row that agree: the first two and the last of them
 
@@ -1014,20 +1014,20 @@ class HeldCounter:
         """What becomes of the next reading: TAKEN, RESET, RISEN, WRONG_FIRST, FALL or JUMP."""
         new, row = Count(number, now), self._row
         self._readings += 1
-        # A shown value that can be wrong must not carry a second one.
-        if self._agree(self.shown, new) and (not self._doubted or self._agree(self.sure, new)):
-            return self._show(new, number - self.shown.number, TAKEN, self.sure if self._doubted else self.shown)
+        fits_shown, fits_confirmed = self._agree(self.shown, new), self._agree(self.confirmed, new)
+        if fits_shown and (fits_confirmed or not self._doubted):  # a value in doubt must not carry a second one
+            return self._show(new, number - self.shown.number, TAKEN, self.confirmed if self._doubted else self.shown)
         is_fall = number < self.shown.number
-        self._doubted |= is_fall and self._agree(self.sure, new)
+        self._doubted |= is_fall and fits_confirmed
         goes_on = row and is_fall == (row[-1].number < self.shown.number) and self._agree(row[-1], new)
         self._row = [*row[:2], new] if goes_on else [new]
         if is_fall:
             return self._fallen(new)
         return JUMP if len(self._row) < 3 else self._show(new, number - self.shown.number, RISEN, self._row[1])
 
-    def _show(self, new: Count, gained: float, why: str, sure: Count) -> str:
+    def _show(self, new: Count, gained: float, why: str, confirmed: Count) -> str:
         self.gained += gained
-        self.shown, self.sure, self._row, self._doubted = new, sure, [], False
+        self.shown, self.confirmed, self._row, self._doubted = new, confirmed, [], False
         return why
 
     def _fallen(self, new: Count) -> str:
@@ -1035,7 +1035,7 @@ class HeldCounter:
         is_second = self._readings == 3 and first is not new  # of two after the first reading of all
         if is_second and first.number > 0 and 10 * new.number < self.shown.number:
             return self._show(new, 0, WRONG_FIRST, new)
-        is_low = 2 * new.number < self.sure.number
+        is_low = 2 * new.number < self.confirmed.number
         was_made = all(count.number <= self.could_make(count.at - self.shown.at) for count in (first, new))
         # What stands still for a day is a fault as likely as a reset, and nothing is lost until it counts.
         if is_low and was_made and new.at - first.at >= DAY and new.number > first.number:
@@ -1764,7 +1764,6 @@ BEFORE_SCHEMA = (
 )  # fmt: skip
 AFTER_SCHEMA = ("journal_mode = WAL", "wal_autocheckpoint = 64")
 
-THIS_ROW = "serial = ? AND type = ? AND id = ?"
 DISK_TROUBLE = (errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EIO)  # which can pass
 NO_ANSWER = "none"
 # A frame of the spool. type: of the answer to it, or NO_ANSWER; id: its place; count: failed deliveries (see GIVEN_UP);
@@ -1913,8 +1912,8 @@ class SpoolTable:
         moved = [(*place, *row) for row, place in self._changes.items() if place]
         totals = [(one, *self.totals[one].row()) for one in self._changed if one in self.totals]
         statements = (
-            (f"DELETE FROM spool WHERE {THIS_ROW}", delivered),
-            (f"UPDATE spool SET id = ?, count = ?, mark = ? WHERE {THIS_ROW}", moved),
+            ("DELETE FROM spool WHERE serial = ? AND type = ? AND id = ?", delivered),
+            ("UPDATE spool SET id = ?, count = ?, mark = ? WHERE serial = ? AND type = ? AND id = ?", moved),
             ("INSERT INTO spool VALUES (?, ?, ?, 0, 0, ?)", new),
             ("REPLACE INTO totals VALUES (?, ?, ?, ?)", totals),
         )
@@ -1967,7 +1966,8 @@ class SpoolTable:
 
     def frame(self, serial: str, row: Row) -> bytes:
         """The frame of a row."""
-        rows = self._rows(f"SELECT frame FROM spool WHERE {THIS_ROW}", serial, row.type, row.id)
+        query = "SELECT frame FROM spool WHERE serial = ? AND type = ? AND id = ?"
+        rows = self._rows(query, serial, row.type, row.id)
         return rows[0][0] if rows else b""
 
     def newest(self, serial: str, kinds: Iterable[str]) -> list[bytes]:

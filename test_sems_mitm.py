@@ -4061,8 +4061,9 @@ class NamespaceTest(SocketCase):
         self.ip("link set v0 up", inside=self.there)
         for mode, talks, portal, *_ in started:
             with self.subTest(mode, talks=talks):
-                talked = [frame(when=minute(1))] if talks and mode == "spool" else []
-                until(lambda: portal.got[1:] == [*talked, frame(when=minute(2))], 100)
+                until(lambda: portal.got[-1] == frame(when=minute(2)), 100)
+                if talks and mode == "spool":  # in mode forward the kernel can still deliver it
+                    self.assertIn(frame(when=minute(1)), portal.got)
         self.assertEqual(max(asked["TCP_USER_TIMEOUT"]), 60_000)
         self.assertTrue(asked["TCP_KEEPIDLE"] >= {20} and asked["TCP_KEEPINTVL"] >= {10}, asked)
         if slow:
