@@ -112,11 +112,11 @@ LINGER = 2  # s for the portal's last words after its device has gone
 SHUTDOWN = 2  # s to send what is queued at the end
 TICK = 1  # s between looks at deadlines
 SLOW = 1  # s in a file system after which the log names it
-LOOP_WINDOW = 2  # s after we sent a piece to the portal in which a device's connection that begins with it is a loop
-WRITES = 16  # to the portal, remembered for each connection by their first pieces: the first write, and the newest
+LOOP_WINDOW = 2  # s in which a device's connection that begins with what we sent to the portal is a loop
+WRITES = 16  # to the portal that are remembered for each connection: the first, and the newest
 RETURN_WINDOW = 60  # s in which a frame that left a spool and comes in again is a loop
 SENT_FRAMES = 4096  # of spools that are remembered for that
-DECODING = 0.25  # s in a row for decoding
+DECODING = 0.25  # s that decoding can take before other work goes on
 DECODED = 3  # of a device's waiting packets of a function: what the jump rule needs to see
 OTHER_TYPES = 32  # packet types beyond the known with a label of their own
 UNKNOWN_REGISTERS = 128  # series of unknown registers a device
@@ -305,7 +305,7 @@ def metric_type(metric: str) -> str:
 
 
 def evidence(row: Quantity, family: str) -> list[str]:
-    """Where each register that a row has in a family is known from."""
+    """Where each register that a row has in a family is known from: map for 30195? in "u32 30195? if 30209=1"."""
     known = GUESS if family == "HK3000" else SEEN
     return [MAP if mark else known for mark in re.findall(r" \d+(\??)(?![\d?=>])", row.read[family])]
 
@@ -373,7 +373,7 @@ INTERNALS = (
     ("sems_mitm_unreadable_packets_total",             "counter", DEVICE_LABELS, (), "Good frames of the device whose payload cannot be read: settings, live and buffered packets that were decoded."),
 
     # packets and connections
-    ("sems_mitm_packets_total",                   "counter", "direction, type, verdict", (), "Packets by type and by what became of them: forwarded, rewritten, answered or dropped."),
+    ("sems_mitm_packets_total",                   "counter", "direction, type, verdict", (), "Packets by type and by what became of them: forwarded (or waiting for that), rewritten, answered or dropped."),
     ("sems_mitm_rejected_values_total",           "counter", "reason",    ("fall", "jump", "not_finite"), "Values of live packets that were not taken."),
     ("sems_mitm_queue_bytes",                     "gauge",   "",          (),    "Bytes that wait for the portal: queues in memory, and the spool."),
     ("sems_mitm_queue_dropped_packets_total",     "counter", "",          ALONE, "Packets that were dropped because a queue was full."),
@@ -619,7 +619,7 @@ class Framer:
     """Cuts a stream into pieces, wherever its reads were cut.
 
     A frame with a bad CRC ends where another begins inside it, so that a good frame behind a torn one is found at once:
-    but for the second of two bad frames in a row, and only as long as there is a budget of bytes that may be checked
+    except inside the second of two bad frames in a row, and only as long as there is a budget of bytes that may be checked
     twice. Any other bad frame is taken whole, so each byte is checked about twice at most.
     """
 
@@ -990,7 +990,8 @@ class HeldCounter:
 
     Prometheus, Home Assistant and `today` take any fall for a reset, after which they add the whole new value. So a
     value is shown when a house could have made the difference since the last one that was shown, and else held back
-    until other readings confirm it. The clock is handed in; it must not go back.
+    until other readings confirm it: of 1001 5000 1002 5001 5002 5003 1003, each a minute after the other, 1001 and 1002
+    are taken, 5003 is the third in a row that agrees and has risen, and 1003 is a fall. The clock must not go back.
     """
 
     def __init__(self, metric: str, number: float, now: float) -> None:
@@ -1097,30 +1098,36 @@ class Live:
         # but one whose battery is silent for a packet has it still.
         self.has_battery = False
 
-    def take(self, found: Reading, came: float, at: float, looked: datetime, own: float | None) -> dict[Series, str]:
-        """Take a reading that came at `came`, which is `at` for the counter rules; what became of its counters.
+    def take(
+        self, found: Reading, came: float, rules_at: float, local: datetime, own: float | None
+    ) -> dict[Series, str]:
+        """Take a reading that came at `came`, which is `rules_at` on their clock; what became of its counters.
 
-        looked: the time of day; own: an inverter's own count of the day, if its day is ours. What the energies gained
+        local: the time of day; own: an inverter's own count of the day, if its day is ours. What the energies gained
         over a silence or by a confirmed jump can be of an earlier day: then counting begins anew.
         """
         before = {series: self.held[series].shown for series in self.energies()}
-        said = judged(self.held, found.values, at)
+        said = judged(self.held, found.values, rules_at)
         is_new = not {RESET, RISEN, WRONG_FIRST}.isdisjoint(map(said.get, before))
-        is_unsure = is_new or bool(said) and self._is_over_midnight(before, at)
-        self.fresh, self.at = max(self.fresh, came), at if said else self.at  # a repeated frame can have come since
+        is_unsure = is_new or bool(said) and self._is_over_midnight(before, rules_at)
+        self.fresh, self.at = (
+            max(self.fresh, came),
+            rules_at if said else self.at,
+        )  # a repeated frame can have come since
         self.unknown = dict(itertools.islice(found.unknown.items(), UNKNOWN_REGISTERS))
         self.gauges = {series: number for series, number in found.values.items() if metric_type(series[0]) == "gauge"}
         self.counters = {series: counter.shown.number for series, counter in self.held.items()}
         self.has_battery = self.has_battery or not BATTERIES.isdisjoint(self.gauges)
         if not self.day or is_unsure and not self._slept(own):
-            self.begin(looked, looked, at)
+            self.begin(local, local, rules_at)
         if said.get(OWN_TOTAL, FALL) not in HELD_BACK and own is not None:
             self._complete(own)
         return said
 
-    def _is_over_midnight(self, before: dict[Series, Count], at: float) -> bool:
-        """Whether the device, or a counter that has now gained much, was silent for an hour over the day's begin."""
-        begun = min(self.day.at, at - LONGEST) if self.day else -math.inf
+    def _is_over_midnight(self, before: dict[Series, Count], rules_at: float) -> bool:
+        """Whether part of what was gained can be yesterday's: the device, or a counter that has gained much, was last
+        heard before the day began, and over an hour ago."""
+        begun = min(self.day.at, rules_at - LONGEST) if self.day else -math.inf
         gained = ((self.held[series], last) for series, last in before.items() if last.at < begun)
         return self.at < begun or any(one.shown.number - last.number > one.could_make(0) for one, last in gained)
 
@@ -1808,7 +1815,7 @@ class SpoolTable:
     """The frames that mode spool has not delivered yet, a row a frame, in an SQLite database: a file, or memory.
 
     The frames of a round are stored by `commit`, before they are acknowledged; what is delivered is deleted with the
-    next frames or at the next look, so after a kill only what was under way is sent again.
+    next frames or at the next look; so after a kill what was under way, or delivered just before, is sent again.
     """
 
     def __init__(self, path: str, store: Store) -> None:
@@ -2005,8 +2012,8 @@ class SpoolTable:
         return total.last
 
     def apply(self) -> None:
-        """Write the changes that wait."""
-        if self._changed:
+        """Write the changes that wait, but not while new frames do: the totals count those already."""
+        if self._changed and not self._new:
             trouble = self._write([])
             if trouble:
                 self._failed(trouble, 0)
@@ -2040,6 +2047,7 @@ class SpoolTable:
 
     def close(self) -> None:
         """Write what waits, and let another process have the file."""
+        self.commit()
         self.apply()
         if self._db:
             with contextlib.suppress(self._sqlite.Error):
@@ -2466,9 +2474,14 @@ class DevicePeer(Peer):
         messages = self.recognized(pieces, now)
         if not self.is_loop:
             return messages
-        for kind, piece, _, _ in messages:  # its frames are no device's
-            self.decide((kind, piece, None, ""), "dropped", now)
+        self.refuse(messages, now)
         return []
+
+    def refuse(self, messages: list[Message], now: float) -> None:
+        """Called when the connection is a loop: what comes on it is dropped, and is no device's."""
+        self.is_loop = True
+        for kind, piece, _, _ in messages:
+            self.decide((kind, piece, None, ""), "dropped", now)
 
     def _name_stranger(self, said: str, now: float) -> None:
         self.loop.store.name_stranger(self.name.rpartition(":")[0].strip("[]"), said, now)
@@ -2558,7 +2571,7 @@ class Portal:
         writes = self.writes[link]
         writes.append(Write(piece, now))
         if len(writes) > WRITES:
-            del writes[1]  # not the first of all: with that the connection begins that a loop makes
+            del writes[1]  # a loop's connection begins with the first, or with a new one if it is made anew
 
     def notice_loop(self, piece: bytes, peer: str, window: float, now: float) -> bool:
         """Whether a device's connection is a loop: it begins with the piece with which a write of ours began.
@@ -2596,8 +2609,8 @@ IDLE, LOOKING, CONNECTING, UP = "idle", "looking", "connecting", "up"  # states 
 class PortalLink:
     """The way of one owner to the portal: an attempt, a connection, the wait until the next attempt.
 
-    `outbox` outlives connections. `was_lost` is set when an attempt has failed or a connection has ended; the owner,
-    which then decides what waits on, resets it.
+    `outbox` outlives connections. `was_lost` is set when an attempt has failed or a connection has ended; the owner
+    resets it, and decides what keeps waiting.
     """
 
     def __init__(self, loop: Loop, owner: Owner, name: str, classes: set[int]) -> None:
@@ -2844,7 +2857,7 @@ class Relay:
         if self.link.outbox.size and not self._portal_is_away:
             self.link.reach(now)
         if self.link.state == IDLE:
-            return True
+            return True  # what waits for an absent portal goes with its device
         if self.link.state != UP:
             self._deadline = self._deadline or now + LAST_ATTEMPT
         elif not self.link.has_sent and not self.link.outbox.size:
@@ -2871,16 +2884,13 @@ class Relay:
         self.loop.forget(self)
 
 
-KEPT, REFUSED, COMES_BACK = "kept", "refused", "comes back"  # what becomes of a device's frame
-
-
 class Answerer:
     """Modes local and spool: a device's connection that the exporter answers, in mode spool after the commit."""
 
     def __init__(self, loop: Loop, sock: socket.socket, name: str, now: float) -> None:
         self.loop = loop
         self.device = DevicePeer(loop, sock, self, name, now)
-        self._messages: list[tuple[Message, str]] = []  # of this round, each with what `Spools.take` says of it
+        self._messages: list[tuple[Message, bool]] = []  # of this round, and whether each is kept
 
     @property
     def waiting(self) -> int:
@@ -2893,15 +2903,14 @@ class Answerer:
             self._take(self.device.read(now), now)
 
     def _take(self, messages: list[Message], now: float) -> None:
-        """Have the spool keep good frames; a frame of ours that comes back ends the connection."""
+        """Have the spool keep good frames. If one is ours that comes back, none: the device sends all of them again."""
         spools = self.loop.spools
+        if spools and any(where and spools.is_back(frame, where, now) for _, frame, where, _ in messages):
+            return self.device.refuse(messages, now)
         for message in messages:
             _, frame, where, _ = message
-            outcome = KEPT if where else REFUSED
-            if where and spools:
-                outcome = spools.take(frame, where, now)
-            self._messages.append((message, outcome))
-            self.device.is_loop = self.device.is_loop or outcome == COMES_BACK
+            is_kept = where is not None and (not spools or spools.take(frame, where, now))
+            self._messages.append((message, is_kept))
 
     def settle(self, now: float) -> None:
         """Answer and send; wait for what can come next, or end."""
@@ -2922,10 +2931,10 @@ class Answerer:
         """Answer the frames of this round that are kept, and decide the fate of all; called after the commit."""
         messages, self._messages = self._messages, []
         spools, local = self.loop.spools, datetime.fromtimestamp(self.loop.store.clock(now))
-        for message, outcome in messages:
+        for message, is_kept in messages:
             _, frame, where, _ = message
             verdict, reply = "dropped", b""
-            if where and outcome == KEPT and (not spools or spools.table.is_stored):
+            if where and is_kept and (not spools or spools.table.is_stored):
                 sets_clock = where.function == SETTINGS and self.loop.has_good_clock(now)
                 reply = answer(where, local, sets_clock)
                 verdict = "answered" if reply else "forwarded" if spools else "dropped"
@@ -2943,9 +2952,8 @@ class Answerer:
     def close(self) -> None:
         """Close the socket, and leave the loop."""
         messages, self._messages = self._messages, []
-        for (kind, frame, where, meaning), outcome in messages:
-            device = None if outcome == COMES_BACK else where  # what comes back is no device's
-            self.device.decide((kind, frame, device, meaning), "dropped", time.monotonic())
+        for message, _ in messages:
+            self.device.decide(message, "dropped", time.monotonic())
         self.device.connection.close()
         self.loop.forget(self)
 
@@ -3008,7 +3016,7 @@ class SpoolSender:
         if len(self._newest) > NEWEST:
             del self._newest[next(iter(self._newest))]
 
-    def lose(self, frame: bytes) -> None:
+    def not_stored(self, frame: bytes) -> None:
         """Called when the table could not store a new frame."""
         self._newest.pop(hash(frame), None)
 
@@ -3099,7 +3107,7 @@ class SpoolSender:
         unanswered = [frame for frame in self._under_way if frame.row.type != NO_ANSWER]
         if unanswered and not self._has_answered:
             self.spools.loop.portal.up = 0
-            self._put_behind(unanswered[0], now)
+            self._put_behind(unanswered[0], now)  # the new connection sends it at once, but last
         for of_connection in (self._held_until, self._under_way, self._own_answers, self._search_after):
             of_connection.clear()
         self._has_answered, self._acknowledged_at = False, -math.inf
@@ -3133,8 +3141,8 @@ class SpoolSender:
                 while row and row.id in skipped:
                     row = table.next(self.serial, kind, row.id)
                 rows += [(row.id, is_full, row)] if row else []
-        _, is_full, row = min(rows, default=(0, True, None))
-        return None if is_full else row
+        _, is_full, oldest = min(rows, default=(0, False, None))
+        return None if is_full else oldest  # if its type is full, all others wait for it
 
     # Deadlines
 
@@ -3188,24 +3196,25 @@ class Spools:
             self.loop.touch(sender)
         return self.senders.get(serial)
 
-    def take(self, frame: bytes, where: Address, now: float) -> str:
-        """What becomes of a device's good frame. What is kept can be answered once the table has stored this round's."""
+    def is_back(self, frame: bytes, where: Address, now: float) -> bool:
+        """Whether a device's good frame is one that left here within the last minute: then its connection is a loop."""
         sender = self.senders.get(where.serial)
-        waits = sender is not None and sender.has(frame)
-        if self.sent.is_back(frame, waits, now):
-            return COMES_BACK
-        if not waits:
+        return self.sent.is_back(frame, sender is not None and sender.has(frame), now)
+
+    def take(self, frame: bytes, where: Address, now: float) -> bool:
+        """Whether a device's good frame is kept. It can be answered once the table has stored this round's."""
+        sender = self.senders.get(where.serial)
+        if not sender or not sender.has(frame):
             sender = self._sender(where.serial, now) if self.table.has_room(where.serial, len(frame)) else None
             if not sender:
                 text = f"the spool has no room for a packet of {where.serial}, or cannot store it: it is not acknowledged, and stays the device's"
                 self.loop.store.troubles.say("spool full", text, now)
-                return REFUSED
+                return False
             sender.put(frame, where)
             self.sent.forget(frame)
-        if sender:
-            sender.heard = now
-            self.loop.touch(sender)
-        return KEPT
+        sender.heard = now
+        self.loop.touch(sender)
+        return True
 
     def note_reply(self, frame: bytes, where: Address, reply: bytes) -> None:
         """Called when a device has got an answer."""
@@ -3221,7 +3230,7 @@ class Spools:
         """Store the frames of this round."""
         for serial, _, _, frame in self.table.commit():
             if serial in self.senders:
-                self.senders[serial].lose(frame)
+                self.senders[serial].not_stored(frame)
 
     def look(self, now: float) -> None:
         """Have the table write what waits; called once a second."""
@@ -3678,9 +3687,10 @@ def knowing(key: str, members: Sequence[Member]) -> list[Member]:
     for several in sources(key, members):
         group = [one for one in several if key in one.knows]
         known = [one for one in group if key in one.figures]
-        # A member that is not known makes a sum unknown, not smaller; and no roof stands in for a hybrid.
+        if len(known) == len(group) > 0:
+            return known
         if known or key.startswith("generat") and any(one.family == "HYBRID" for one in group):
-            return known if len(known) == len(group) else []
+            return []  # a member that is not known makes a sum unknown, not smaller; no roof stands in for a hybrid
     return []
 
 
@@ -5662,11 +5672,11 @@ def device_findings(settings: Settings, running: dict | None) -> Iterator[Findin
     if re.search(r'^sems_mitm_\w+_total\{reason="loop"\} [^0]', shown, re.M):
         yield FAIL, "the exporter has met itself instead of the portal, or a device has repeated itself at once", "redirect only what the devices send, not this machine: a DNAT rule needs the devices' addresses (-s)"
     for device in running["devices"]:
-        text, asleep = "{model} {full_serial}: last packet {0} ago".format(span(device["age_seconds"]), **device), "look at its Wi-Fi, and power-cycle its module"
+        text, advice = "{model} {full_serial}: last packet {0} ago".format(span(device["age_seconds"]), **device), "look at its Wi-Fi, and power-cycle its module"
         yield first_true(
             (device["up"], OK, text, ""),
-            (device["device"] == "inverter", WARN, text, f"an inverter sleeps at night; otherwise {asleep}"),
-            (True, WARN, text, asleep),
+            (device["device"] == "inverter", WARN, text, f"an inverter sleeps at night; otherwise {advice}"),
+            (True, WARN, text, advice),
         )
     strangers = running.get("strangers", [])  # not of version 2
     for stranger in strangers:

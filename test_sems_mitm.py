@@ -2673,6 +2673,26 @@ class SpoolTest(SpoolCase):
         running.emptied()
         self.assertEqual((self.undelivered(running), set(acked)), (1, set(frames)))
 
+    def test_two_frames_without_an_answer(self) -> None:
+        """A device whose ACK was lost sends that frame again, with a new one: both are answered in time, and come once more at most."""
+        self.limits(RETURN_WINDOW=1, BACKOFF=(0.01, 0.02))
+        portal = self.portal(habit=ack_of)
+        running, old, new = self.spooling(portal), frame(), frame(when=minute(1))
+        running.device(old).packets(1)
+        until(lambda: portal.got)
+
+        def is_answered() -> bool:
+            with (
+                contextlib.closing(running.device(old + new)) as device,
+                contextlib.suppress(EOFError, ConnectionError),
+            ):
+                return len(device.packets(2)) == 2
+            return False
+
+        until(is_answered, pause=0.3)
+        running.emptied()
+        self.assertEqual((portal.got.count(old), portal.got.count(new)), (2, 1))
+
     def test_late_answer(self) -> None:
         """A connection that owes an old answer ends: when it came at last, it would be taken for that of the next frame."""
         self.limits(ANSWER_TIMEOUT=1, BACKOFF=(0.01, 0.02))
@@ -3334,13 +3354,6 @@ class LoopTest(SocketCase):
                     running.device(frame())
                     portal.receives(frame())
                 running.becomes(not later, "sems_mitm_refused_connections_total", reason="loop")
-
-    def test_new_frame_before_one_that_comes_back(self) -> None:
-        """What a device sent before a frame that is taken for a loop is kept and counted, and the device sends it again."""
-        running, leg = self.talking("--sems.mode=spool")[1::2]
-        self.assertEqual(running.device(frame(when=minute(1)) + frame()).rest(), b"")
-        running.becomes(2, "meter_metrics_packets_total")
-        leg.expect(frame(when=minute(1)))
 
     def test_never_spirals(self) -> None:
         """However the first bytes are cut, and whatever they are: our own bytes come back once an attempt, and go no further."""
