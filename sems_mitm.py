@@ -3809,8 +3809,7 @@ def see(store: Store, settings: argparse.Namespace, now: float) -> Seen:
         asleep = not up and device.kind != "meter" and {**last, **figures}.get("generation_watts", 0) < ASLEEP
         age = round(max(now - device.last_frame, 0), 1)
         values = {**({} if store.is_stale(live.fresh, now) else live.gauges), **live.counters}
-        name, serial = device.name, label_text(device.serial)
-        devices.append(Shown(name, serial, dict(device.info), up, asleep, age, about, values))
+        devices.append(Shown(device.name, device.serial, dict(device.info), up, asleep, age, about, values))
     asked = [store.gauges.get(f"sems_mitm_{name}", lambda: None)() for name in ("upstream_up", "queue_bytes")]
     reached, waiting = None if asked[0] is None else bool(asked[0]), asked[1] or 0
     address = "" if settings.mode == LOCAL else settings.upstream_text
@@ -4401,10 +4400,13 @@ class Request(http.server.BaseHTTPRequestHandler):
         return not re.fullmatch(r"q=0(\.0*)?", weights.get("gzip", weights.get("*", "q=0")))
 
 
-def is_whole(head: bytes) -> bool:
-    """Whether a request's head is: it ends with an empty line; that of HTTP/0.9 is a line of two words."""
-    line, newline, _ = head.partition(b"\n")
-    return bool(newline) and (len(line.split()) < 3 or bool(re.search(rb"\n\r?\n", head)))
+def head_of(data: bytes) -> bytes:
+    """The head of a request, empty until it is whole: up to an empty line, or an HTTP/0.9 line of two words."""
+    line, newline, _ = data.partition(b"\n")
+    if newline and len(line.split()) < 3:
+        return line + newline
+    end = re.search(rb"\n\r?\n", data)
+    return data[: end.end()] if end else b""
 
 
 class HttpClient:
@@ -4428,12 +4430,13 @@ class HttpClient:
             data = connection.receive(now)
             if not self.is_answered:
                 self._head = (self._head + data).lstrip(b"\r\n")  # empty lines before a request (RFC 9112, 2.2)
-                if len(self._head) > HTTP_HEAD or is_whole(self._head):
-                    self._answer(now)
+                head = head_of(self._head)
+                if head or len(self._head) > HTTP_HEAD:
+                    self._answer(head or self._head, now)
 
-    def _answer(self, now: float) -> None:
-        """Queue the answer; after an error of our own it is 500."""
-        self.is_answered, self.began, head, self._head = True, now, self._head, b""
+    def _answer(self, head: bytes, now: float) -> None:
+        """Queue the answer to a request's head; after an error of our own it is 500."""
+        self.is_answered, self.began, self._head = True, now, b""
         request = Request(self.web, head, endpoint_text(self.connection.sock.getsockname()))
         if len(head) > HTTP_HEAD:
             request.send_error(431)
@@ -5248,7 +5251,7 @@ def typed(text: str) -> list[bytes]:
         return [bytes.fromhex(re.sub(r"(?i)0x|\\x", "", text).translate(SEPARATORS))]
     closed = re.sub(r"""\\(["'\\])""", lambda match: f"\\x{ord(match[1]):02x}", text)  # no literal holds its quote
     literal = "".join(part for parts in LITERAL.findall(closed) for part in parts if "\\x" in part)
-    found = [ESCAPE.sub(lambda match: match[0].encode().decode("unicode_escape"), literal).encode("latin-1")]
+    found = [ESCAPE.sub(lambda match: match[0].encode().decode("unicode_escape"), literal).encode("latin-1", "replace")]
     found += (
         bytes(int(each, 16) for each in re.split(r"[,\s]+", array) if each)
         for array in ARRAY.findall(COMMENT.sub("", text))
@@ -5516,8 +5519,12 @@ def samples_of(readings: Readings, names: dict[str, str], extra: str) -> tuple[S
     """The samples of readings; and by serial number how many values of counters their rules hold back."""
     found: Samples = {metric: {} for metric in sorted(METRICS)}
     held: collections.Counter = collections.Counter()
+    owners: dict[str, tuple] = {}  # of labels
     for (cls, serial), by_time in readings.items():
         labels_of_device = device_labels(identity(kind_of(cls), serial, names.get(serial, "")))
+        if owners.setdefault(labels_of_device, (cls, serial)) != (cls, serial):
+            print(f"{serial}: left out, since another device has its labels", file=sys.stderr)
+            continue
         counters: dict[Series, HeldCounter] = {}
         for seconds in sorted(by_time):
             values = by_time[seconds].values
@@ -5613,7 +5620,7 @@ def local_get(settings: Settings, path: str) -> bytes | None:
     host, port = settings.web_address
     host = "127.0.0.1" if host in ("", "0.0.0.0", "::") else host
     answer, deadline = b"", time.monotonic() + 10
-    with contextlib.suppress(OSError), socket.create_connection((host, port), timeout=3) as sock:
+    with contextlib.suppress(*HOST_ERRORS), socket.create_connection((host, port), timeout=3) as sock:
         sock.sendall(f"GET {path} HTTP/1.0\r\nHost: localhost\r\n\r\n".encode())
         while len(answer) < 16 << 20 and time.monotonic() < deadline and (data := sock.recv(RECV_SIZE)):
             answer += data
@@ -5668,7 +5675,7 @@ def device_findings(settings: Settings, running: dict | None) -> Iterator[Findin
     if running is None:
         yield WARN, "no exporter runs on this machine", "start it: python3 sems_mitm.py"
         return
-    shown = (local_get(settings, settings.telemetry_path) or b"").decode()
+    shown = (local_get(settings, settings.telemetry_path) or b"").decode("utf-8", "replace")
     if re.search(r'^sems_mitm_\w+_total\{reason="loop"\} [^0]', shown, re.M):
         yield FAIL, "the exporter has met itself instead of the portal, or a device has repeated itself at once", "redirect only what the devices send, not this machine: a DNAT rule needs the devices' addresses (-s)"
     for device in running["devices"]:
@@ -5813,6 +5820,8 @@ STDOUT_ERRORS = (errno.EPIPE, errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO
 
 def main(argv: list[str] | None = None) -> int:
     """Run the program; the exit code: 0 fine, 1 failed, 2 wrong usage."""
+    for stream in ("stdout", "stderr"):  # None if it is closed
+        setattr(sys, stream, getattr(sys, stream) or open(os.devnull, "w"))  # noqa: SIM115
     with contextlib.suppress(AttributeError):  # a terminal without the degree sign shows its number
         sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
     try:

@@ -33,6 +33,7 @@ import random
 import re
 import select
 import selectors
+import shlex
 import shutil
 import signal
 import socket
@@ -4961,6 +4962,7 @@ class HttpTest(SocketCase):
             ("absolute, elsewhere", b"GET ftp://host/-/healthy HTTP/1.1\r\n\r\n", 404), ("an empty line before", b"\r\nGET /-/healthy HTTP/1.1\r\n\r\n", 200),
             ("bare line feeds", b"GET /-/healthy HTTP/1.1\nHost: x\n\n", 200), ("0.9", b"GET /-/healthy\r\n", 200), ("2.0", b"GET / HTTP/2.0\r\n\r\n", 505),
             ("three at once", b"GET /-/healthy HTTP/1.1\r\nConnection: keep-alive\r\n\r\n" * 3, 200),
+            ("a long body", b"GET /-/healthy HTTP/1.1\r\nContent-Length: 20000\r\n\r\n" + bytes(20000), 200),
             ("a long head", b"GET / HTTP/1.1\r\n" + b"X: %s\r\n" % (b"x" * 1000) * 20, 431),
             ("many headers", b"GET / HTTP/1.1\r\n" + b"A: b\r\n" * 300 + b"\r\n", 431),
         ):  # fmt: skip
@@ -5779,6 +5781,28 @@ class BackfillTest(SocketCase):
         paths = [written(directory, *half, name=f"{i}") for i, half in halves if half]
         with time_zone(zone), mock.patch.object(sems.time, "time", lambda: now) if now else contextlib.nullcontext():
             return called("backfill", *paths, *flags, env={"TZ": zone})
+
+    def test_two_devices_with_the_same_labels(self) -> None:
+        """As in serve, the second one gets no series, and is named: its counters would make falls and jumps of the first's."""
+        twin = "01000HKU" + METER[8:]
+        code, text, err = self.run_over(self.reading(NOON, 1), self.reading(NOON + timedelta(minutes=1), 2, twin))
+        self.assertEqual(re.findall(r"(?m)^meter_power_generation_watts.* (\d+) \d+$", text), ["1"])
+        self.assertEqual((code, err.startswith(f"{twin}: left out")), (0, True), err)
+
+    def test_closed_streams(self) -> None:
+        """Without a standard output or error, as some start it, there is no traceback, and the other has what it is to have."""
+        path = written(self.directory(), self.reading(NOON, 1))
+        program = f"{shlex.quote(sys.executable)} {shlex.quote(sems.__file__)}"
+        for command, out, err in (
+            (f"decode {path} 2>&-", b"{", b""), (f"backfill {path} 2>&-", b"#", b""),
+            (f"backfill {path} >&-", b"", b"readings"), ("version >&- 2>&-", b"", b""), ("nothing 2>&-", b"", b""),
+        ):  # fmt: skip
+            with self.subTest(command):
+                done = subprocess.run(
+                    f"exec {program} {command}", shell=True, capture_output=True, env={**os.environ, "TZ": "UTC0"}
+                )
+                self.assertEqual((done.stdout[: len(out) or 1], done.stderr[:8]), (out, err))
+                self.assertEqual(done.returncode, 2 if command.startswith("nothing") else 0)
 
     def test_every_sample_comes_back(self) -> None:
         """Whatever the order, and over both clock changes, each distinct reading is one sample at its own time."""
