@@ -4463,7 +4463,7 @@ class HttpClient:
     def close(self) -> None:
         """Close the socket; what the client still said is read, or a reset would take the answer along."""
         with contextlib.suppress(OSError):
-            self.connection.sock.recv(HTTP_HEAD)
+            self.connection.sock.recv(4 * SOCKET_BUFFERS)  # all that the kernel can have
         self.connection.close()
         self.web.clients.pop(self, None)
         self.loop.forget(self)
