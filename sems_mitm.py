@@ -3284,6 +3284,11 @@ class Listener:
             except OSError as error:  # out of descriptors or memory
                 self.loop.store.troubles.say("accept", f"cannot accept a connection: {error.strerror}", now)
                 return self.pause()
+            try:
+                tuned(sock, 120, 30)
+            except OSError:  # gone already
+                sock.close()
+                continue
             self._admit(sock, sockaddr, now)
 
     def close(self) -> None:
@@ -3399,10 +3404,6 @@ class Loop:
         if reason:
             sock.close()
             return self._say_refused(reason, name, now)
-        try:
-            tuned(sock, 120, 30)
-        except OSError:  # gone already
-            return sock.close()
         owner = (Relay if self.settings.mode == FORWARD else Answerer)(self, sock, name, now)
         self.owners[owner] = None
         self.touch(owner)
@@ -4481,10 +4482,6 @@ class Web:
 
     def _admit(self, sock: socket.socket, sockaddr: tuple, now: float) -> None:
         """Serve a connection; if there are too many, end the one that takes longest to complete its request."""
-        try:
-            tuned(sock, 120, 30)
-        except OSError:  # gone already
-            return sock.close()
         client = HttpClient(self, sock, now)
         self.clients[client] = self.loop.owners[client] = None
         self.loop.touch(client)
