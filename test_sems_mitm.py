@@ -3615,12 +3615,17 @@ class LimitsTest(SocketCase):
                     self.assertEqual((process.popen.poll(), len(lines)), (1, 1), process.stderr())
                 self.assertNotRegex(process.stderr(), "Traceback|Warning|Exception")
 
-    def all_soon(self, *works) -> None:
-        """Each work takes a small part of the time that a test has: well under a second where nothing else runs."""
-        for work in works:
-            begin = time.monotonic()
-            work()
-            self.assertLess(time.monotonic() - begin, PATIENCE / 6)
+    def all_soon(self, *works, times: int = 5) -> None:
+        """Each work takes less than a second at the best of several times: the machine has other things to do, too."""
+        took = [float("inf")] * len(works)
+        for _ in range(times):
+            for i, work in enumerate(works):
+                begin = time.monotonic()
+                work()
+                took[i] = min(took[i], time.monotonic() - begin)
+            if max(took) < 1:
+                return
+        self.fail(f"{took} s")
 
     def test_a_flood_delays_no_other(self) -> None:
         """While one peer floods and 100 are connected, another device's packet and a scrape have their turn soon."""
@@ -3666,17 +3671,24 @@ class LimitsTest(SocketCase):
         return process, packet, lambda: self.assertEqual(process.get("/metrics")[0], 200)
 
     def test_long_frames_to_decode(self) -> None:
-        """256 serial numbers with three live frames of 8 KiB each, then a scrape: nobody waits long."""
+        """256 serial numbers with three live frames of 8 KiB each, then a scrape: nobody waits longer than a second."""
         process, packet, scrape = self.local()
         data = frame(clear=sems.payload([(first, range(1, 1001)) for first in (0, 1000, 2000, 3000)])[: 8192 - 64])
-        frames = [with_crc(data[:14] + b"91000HKU%08d" % i + data[30:]) for i in range(256)]
         crowd = [process.device() for _ in range(8)]
 
+        def wave(number: int) -> None:
+            """All send frames that they have not sent yet: the last byte of the IV changes a register alone."""
+            ends = [bytes([data[45] ^ 3 * number + n]) + data[46:] for n in range(3)]
+            for i in range(256):
+                begin = data[:14] + b"91000HKU%08d" % i + data[30:45]
+                crowd[i % 8].send(b"".join(with_crc(begin + end) for end in ends))
+                crowd[i % 8].packets(3)
+
         packet()
-        for i, data in enumerate(frames):
-            crowd[i % 8].send(data * 3)
-            crowd[i % 8].packets(3)
-        self.all_soon(scrape, packet)
+        for number in range(3):
+            wave(number)
+            with contextlib.suppress(AssertionError if number < 2 else ()):
+                return self.all_soon(scrape, packet, times=1)
 
     def test_crowd_of_http_clients(self) -> None:
         """200 silent clients, 200 that send a byte now and then, 100 that come back at once, 40 slow readers hold up nobody."""
@@ -3710,17 +3722,17 @@ class LimitsTest(SocketCase):
     def test_idle_with_a_backlog(self) -> None:
         """Idle with much to deliver and the portal away, it does next to nothing. TEST_SLOW=1 measures a minute."""
         path = os.path.join(self.directory(), "spool")
-        count, seconds = (2000, 60) if os.environ.get("TEST_SLOW") else (300, 0.6)
+        count, seconds = (2000, 60) if os.environ.get("TEST_SLOW") else (500, 1)
         process = self.serving(self.portal(listening=False), "--sems.mode=spool", f"--sems.spool-file={path}")
         frames = cheap_frames(count, 8000)
         for i in range(0, count, 100):
             process.device(b"".join(frames[i : i + 100])).packets(100)
         self.assertGreater(process.queued(), 7e3 * count)
-        time.sleep(0.2)
+        time.sleep(0.5)
         before = process.cpu()
         time.sleep(seconds)
         used = (process.cpu() - before) / seconds
-        self.assertLess(used, 0.03)
+        self.assertLess(used, 0.02)
         if seconds > 2:
             print(f"idle with a backlog: {100 * used:.3f} % of a core")
 
